@@ -1,4 +1,4 @@
-"""Networks that read handwritten digits, adapted to turned digits.
+"""ReLU networks that read handwritten digits, adapted to turned digits.
 
 The images are scikit-learn's, 1797 of 8 × 8 grey values. Networks are pretrained on upright images;
 a target is then trained in full on images that are turned by an angle.
@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from ..adapters import Adapters
-from ..bounds.layers import fnn_error_on
+from ..bounds.layers import fnn_error_on, fnn_threshold
 from ..constructions.fitted import nearest
 from ..constructions.fused import fuse
 from ..networks.layers import FNN
-from ..networks.transformer import Transformer
 from ..randomness import generator
 from ..regions import Box
 from ..regression import variance as variance_of
@@ -32,15 +31,11 @@ SIDE, CLASSES = 8, 10
 PIXELS = SIDE**2
 SIZES = {"training": 1000, "validation": 297, "test": 500}
 
-Model = Literal["fnn", "transformer"]
 Start = Literal["pretrained", "random"]
-Network = FNN | Transformer
-# Of targets, and of transformers that are adapted too.
-DEPTHS = {"fnn": 2, "transformer": 1}
-HEADS = 2
-# Added to a ReLU network's votes at the start: a vote that is 0 for all images gets no gradient.
+# Layers of a target.
+DEPTH = 2
+# Added to the logits at the start: a logit that is 0 for all images gets no gradient.
 LIFT = 10.0
-PRETRAINING_STEPS = 1500
 # Images in a batch; steps between validations.
 BATCH, EVERY = 100, 20
 
@@ -85,73 +80,53 @@ class _Split(NamedTuple):
 
 
 @functools.cache
-def _task(model: str, angle: float, seed: int) -> _Split:
-    """The digits turned by an angle, split by the seed alone, as a network takes them.
-
-    A ReLU network sees the 64 pixels of an image. A transformer sees a token for each row,
-    ``[samples, 16, 8]``: its eight pixels, and a one in the coordinate of the row.
-    """
+def _task(angle: float, seed: int) -> _Split:
+    """The digits turned by an angle, split by the seed alone; inputs are the 64 pixels."""
     pictures, classes = images(angle)
-    if model == "fnn":
-        inputs = pictures.flatten(1)
-    else:
-        inputs = torch.cat([pictures.mT, torch.eye(SIDE).expand_as(pictures)], dim=1)
     order = torch.randperm(len(classes), generator=generator(seed, "split"))
-    parts = [(inputs[part], classes[part]) for part in order.split([*SIZES.values()])]
-    return _Split(*((x.mT if model == "fnn" else x, y) for x, y in parts))
-
-
-def _votes(network: Network, x: Tensor) -> Float[Tensor, "classes samples"]:
-    """Votes of a network for each digit; a transformer's are summed over its tokens."""
-    return network(x).sum(-1).mT if network.sequences else network(x)
+    parts = order.split([*SIZES.values()])
+    return _Split(*((pictures[part].flatten(1).mT, classes[part]) for part in parts))
 
 
 class Digits(Problem):
     """Make a frozen network and a target, trained on digits or drawn, and data to adapt it with.
 
-    ReLU networks (``"fnn"``) have width 64 and ten outputs; transformers have one block, two heads
-    and width 16, over the rows of an image. The frozen network has ``depth`` layers and is
-    ``"random"`` or ``"pretrained"`` on upright digits. The target has depth 2 (a transformer 1) and
-    is pretrained, then trained in full on digits turned by ``angle`` degrees. Fits are to
-    the training images.
+    Networks have width 64 and ten outputs. The frozen network has ``depth`` layers and is
+    ``"random"`` or ``"pretrained"`` on upright digits. The target has depth 2 and is pretrained,
+    then trained in full on digits turned by ``angle`` degrees. Each training of a whole network has
+    ``pretraining`` steps, those of adapters have ``steps``. Fits are to the training images.
     """
 
-    model: Model = "fnn"
-    depth: int = 2
+    depth: int = Field(2, ge=DEPTH, le=16)
     start: Start = "pretrained"
     angle: float = Field(90.0, ge=-360, le=360)
+    pretraining: int = Field(500, ge=EVERY)
     steps: int = Field(1000, ge=EVERY)
     seed: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.model == "transformer":
-            self.require("depth", self.depth == 1, "1 for a transformer")
-        self.require("depth", DEPTHS[self.model] <= self.depth <= 16, "from 2 to 16")
-        return self
 
     def require_fit(self, method: Any) -> None:
         super().require_fit(method)
         if isinstance(method, Fitted):
-            method.require("kind", self.model == "fnn", "'fitted' for model 'fnn'")
             usual = method == Fitted(ranks=method.ranks)
             method.require("inputs", usual, "left out, as all options of a fit to images")
 
     @property
     def width(self) -> int:
-        """Width of the layers, or of a token, which no rank exceeds."""
-        return PIXELS if self.model == "fnn" else 2 * SIDE
+        """Width of the layers, which no rank exceeds."""
+        return PIXELS
 
     @property
     def task(self) -> _Split:
         """The images, turned, split at random."""
-        return _task(self.model, self.angle, self.seed)
+        return _task(self.angle, self.seed)
 
-    def networks(self) -> tuple[Any, Any]:
+    def networks(self) -> tuple[FNN, FNN]:
         """Make the frozen network and the target, in double precision."""
-        about = self.model, self.depth, self.seed
-        frozen = _pretrained(*about) if self.start == "pretrained" else _drawn(*about, "random")
-        return frozen, _target(self.model, self.angle, self.seed)
+        if self.start == "pretrained":
+            frozen = _pretrained(self.depth, self.seed, self.pretraining)
+        else:
+            frozen = _drawn(self.depth, self.seed, "random")
+        return frozen, _target(self.angle, self.seed, self.pretraining)
 
     def bench(self) -> Bench:
         """Make the networks and the data."""
@@ -159,46 +134,40 @@ class Digits(Problem):
 
 
 @functools.cache
-def _pretrained(model: str, depth: int, seed: int) -> Network:
+def _pretrained(depth: int, seed: int, steps: int) -> FNN:
     """A network trained in full on upright digits."""
-    drawn = _drawn(model, depth, seed, f"before pretraining, depth {depth}")
-    return _train(drawn, _task(model, 0.0, seed), seed, f"pretraining, depth {depth}")
+    drawn = _drawn(depth, seed, f"before pretraining, depth {depth}")
+    return _train(drawn, _task(0.0, seed), seed, steps, f"pretraining, depth {depth}")
 
 
 @functools.cache
-def _target(model: str, angle: float, seed: int) -> Network:
+def _target(angle: float, seed: int, steps: int) -> FNN:
     """The pretrained network of the target's depth, trained in full on digits that are turned."""
-    start = _pretrained(model, DEPTHS[model], seed)
-    return _train(start, _task(model, angle, seed), seed, "target")
+    return _train(_pretrained(DEPTH, seed, steps), _task(angle, seed), seed, steps, "target")
 
 
-def _drawn(model: str, depth: int, seed: int, purpose: str) -> Network:
-    if model == "transformer":
-        width = 2 * SIDE
-        scale = width**-0.5
-        drawn = Transformer.random(depth, width, HEADS, scale=scale, seed=seed, purpose=purpose)
-        return drawn.with_parameters([*drawn.weights[:-1], drawn.weights[-1][:CLASSES]])
+def _drawn(depth: int, seed: int, purpose: str) -> FNN:
     square = FNN.random(depth, PIXELS, seed=seed, purpose=purpose)
     *weights, last = square.weights
     *biases, last_bias = square.biases
     return FNN([*weights, last[:CLASSES]], [*biases, last_bias[:CLASSES] + LIFT])
 
 
-def _train(network: Any, task: _Split, seed: int, purpose: str) -> Network:
+def _train(network: FNN, task: _Split, seed: int, steps: int, purpose: str) -> FNN:
     """Train all weights of a network."""
     data = Fixed(*task[:2], samples=BATCH, seed=seed, purpose=(purpose,))
-    tuning = Tuning(final=len(network.weights), learning_rate=3e-3)
-    options: Any = {"steps": PRETRAINING_STEPS, "every": EVERY, "classes": range(CLASSES)}
-    trained: Network = train(network, [tuning], data, **options).network[0].to(torch.float64)
-    return trained
+    tuning = Tuning(final=network.depth, learning_rate=3e-3)
+    options: Any = {"steps": steps, "every": EVERY, "classes": range(CLASSES)}
+    return train(network, [tuning], data, **options).network[0].to(torch.float64)
 
 
 class Readings(Course):
     """Hold what a run reaches on the test images.
 
-    ``accuracy`` is the share of images whose digit gets the most votes, ``error`` the mean squared
-    difference of the votes from the target's over their variance about each class's mean. ``bound``
-    is `bounds.fnn_error_on` of a ReLU network's plain construction, otherwise NaN.
+    ``accuracy`` is the share of images whose digit has the largest logit, ``error`` the mean
+    squared difference of the logits from the target's over their variance about each class's mean.
+    ``bound`` is `bounds.fnn_error_on` of the plain construction, otherwise NaN. ``threshold`` is
+    the rank from which on the construction is exact.
     """
 
     accuracy: float
@@ -206,6 +175,7 @@ class Readings(Course):
     bound: float = math.nan
     target_accuracy: float
     frozen_accuracy: float
+    threshold: int
 
 
 class _Bench(Bench):
@@ -218,8 +188,9 @@ class _Bench(Bench):
         self.course = {"steps": problem.steps, "every": EVERY, "classes": range(CLASSES)}
         self.course["seed"] = problem.seed
         self.x, self.y = self.task.test[0].to(torch.float64), self.task.test[1]
-        self.wanted = _votes(self.target, self.x)
+        self.wanted = self.target(self.x)
         self.variance = variance_of(self.wanted)
+        self.threshold = int(fnn_threshold(self.frozen, self.target))
 
     def adapt(self, method: Any) -> tuple[Adapters, dict[str, Any]]:
         """Make adapters by a method without gradients, and the bound of a construction's."""
@@ -227,16 +198,21 @@ class _Bench(Bench):
             fused = fuse(self.frozen, self.target, method.ranks)
             adapters = nearest(fused, self.task.training[0])
             return fused.carry_back(adapters, self.region, throw=False).adapters, {}
-        adapters, known = super().adapt(method)
-        if isinstance(self.frozen, FNN):
-            norm = fnn_error_on(self.frozen, self.target, method.ranks, self.x)
-            known["bound"] = float(norm.square() / CLASSES / self.variance)
-        return adapters, known
+        adapters, _ = super().adapt(method)
+        norm = fnn_error_on(self.frozen, self.target, method.ranks, self.x)
+        return adapters, {"bound": float(norm.square() / CLASSES / self.variance)}
 
     def test(self, network: Any, **known: Any) -> Readings:
-        votes = {"": _votes(network, self.x), "target_": self.wanted}
-        votes["frozen_"] = _votes(self.frozen, self.x)
-        for name, each in votes.items():
-            known[f"{name}accuracy"] = float((each.argmax(-2) == self.y).double().mean())
-        error = float((votes[""] - self.wanted).square().mean() / self.variance)
-        return Readings(error=error, **known)
+        logits = network(self.x)
+        error = float((logits - self.wanted).square().mean() / self.variance)
+        return Readings(
+            accuracy=self._accuracy(logits),
+            error=error,
+            target_accuracy=self._accuracy(self.wanted),
+            frozen_accuracy=self._accuracy(self.frozen(self.x)),
+            threshold=self.threshold,
+            **known,
+        )
+
+    def _accuracy(self, logits: Tensor) -> float:
+        return float((logits.argmax(0) == self.y).double().mean())

@@ -47,7 +47,6 @@ def reached(problem: Any, *methods: Any) -> list[Any]:
         ("model", lambda: Synthetic(model="cnn")),  # type: ignore[arg-type]
         ("depth", lambda: Synthetic(depth=1, target_depth=2)),
         ("depth", lambda: Digits(depth=1)),
-        ("depth", lambda: Digits(model="transformer")),
         ("angle", lambda: Digits(angle=361.0)),
         ("learning_rate", lambda: Trained(learning_rate=1e39)),
         ("final", lambda: Trained(ranks=1, final=1)),
@@ -58,7 +57,6 @@ def reached(problem: Any, *methods: Any) -> list[Any]:
         ("ranks", lambda: Setting(problem=Synthetic(), method=TrainedFused(ranks=17))),
         ("ranks", lambda: Setting(problem=Residual(), method=TrainedPart(ranks=9))),
         ("inputs", lambda: Setting(problem=Digits(), method=Fitted(inputs=9))),
-        ("kind", lambda: Setting(problem=Digits(model="transformer", depth=1), method=Fitted())),
         ("settings", lambda: measure([])),
         ("settings", lambda: measure([Setting(problem=p, method=UNTUNED) for p in SMALL.values()])),
     ],
