@@ -58,6 +58,7 @@ def cells(notebook: NotebookNode) -> Iterator[str]:
 
 
 @pytest.mark.book
+@pytest.mark.filterwarnings("ignore")  # as in the book, whose pages show none
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 def test_page_runs_at_a_small_size(chapter: Path, shell: InteractiveShell) -> None:
     passed, digest = PASSED / chapter.stem, digested(chapter)
