@@ -61,22 +61,15 @@ def _within_width(ranks: list[int], info: ValidationInfo) -> list[int]:
     return ranks or [round(i * width / 16) for i in range(17)]
 
 
-def _long_enough(steps: int) -> int:
-    """Refuse fewer steps than some trainings take between two measurements of their loss."""
-    if steps < 200 and steps:
-        raise InputError("steps", allowed="0, or at least 200", given=steps)
-    return steps
-
-
 #: A folder in which all chapters keep the runs of their sweeps, in one file. An empty text means
 #: the environment's ``LORAPOWER_RESULTS``, or else ``results`` in profile paper, and none in quick.
 Runs = Annotated[str, AfterValidator(_file)]
 #: Width of a layer, from 1 to `WIDEST`.
 Width = whole(1, WIDEST)
-#: How many seeds; 0 stands for as many as the profile has.
-Seeds = whole(0, 100)
-#: Steps of most trainings, at least 200; 0 stands for as many as the profile has.
-Steps = Annotated[int, AfterValidator(_long_enough)]
+#: How many problems, or starts.
+Seeds = whole(1, 100)
+#: Steps of a training. Some take 200 between two measurements of their loss.
+Steps = whole(200)
 #: Ranks up to the parameter ``width``, declared before them; none stand for all, or 17 of more.
 Ranks: Any = Annotated[list[whole(0)], AfterValidator(_within_width)]  # type: ignore[misc]
 

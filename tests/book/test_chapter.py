@@ -34,7 +34,7 @@ class All(book.Parameters):
 
 
 RIGHT: dict[str, Any] = {
-    **{"profile": "quick", "seed": 0, "width": 16, "depth": 6, "seeds": 0, "ranks": [4, 1]},
+    **{"profile": "quick", "seed": 0, "width": 16, "depth": 6, "seeds": 2, "ranks": [4, 1]},
     **{"few": [], "results": ""},
 }
 
@@ -87,6 +87,7 @@ def test_results_are_kept_where_they_are_wanted(
         *(("width", value) for value in (0, 513, "16", 0.5)),
         *(("ranks", value) for value in (-1, "3,-1", "0.5", "all", 17, [0, 17])),
         ("few", [2, 0]),
+        ("seeds", 0),
         ("seeds", 101),
     ],
 )
