@@ -72,8 +72,8 @@ export LORAPOWER_RESULTS := $(CURDIR)/$(out)/results
 
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
-	@echo 'Variables: PROFILE=quick|paper (now $(PROFILE)), JOBS=$(JOBS) chapters at a time,'
-	@echo '           PORT=$(PORT), VENV=$(VENV), PYTHON=…'
+	@echo 'Variables: PROFILE=quick|paper (now $(PROFILE); paper makes the records again),'
+	@echo '           JOBS=$(JOBS) chapters at a time, PORT=$(PORT), VENV=$(VENV), PYTHON=…'
 
 # A make of its own, since what a server or the tests say must not wait for their end.
 book: $(ready) ## execute the chapters and build the HTML

@@ -127,7 +127,7 @@ def sweep(
     profile: str,
     *,
     protocol: str,
-    repeat: int | None = 0,
+    repeat: int | Sequence[int] = 0,
 ) -> pd.DataFrame:
     """Give the runs of a chapter's sweep from ``sweeps/NAME.jsonl.gz``, as `sweeps.recorded` does.
 

@@ -274,7 +274,7 @@ def sweep(settings: list[Adapted], results: Path | None, profile: str) -> pd.Dat
         results,
         profile,
         protocol=PROTOCOL,
-        repeat=0 if pairs.is_recorded(0) else None,
+        repeat=0 if pairs.is_recorded(0) else (),
     )
     return table.assign(error=np.hypot(table.along, table.across))
 

@@ -12,6 +12,7 @@ import ast
 import hashlib
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 
 from IPython.core.inputtransformer2 import TransformerManager
@@ -45,9 +46,10 @@ def beside(module: Module) -> set[Path]:
 
 
 def recorded(chapter: Path) -> set[Path]:
-    """List the records of runs that a chapter names."""
-    constants = [node for node in ast.walk(code(chapter)) if isinstance(node, ast.Constant)]
-    named = {constant.value for constant in constants}
+    """List the records of runs that a chapter names, or a module of `records` that it imports."""
+    modules = [module.path for module in needs(chapter) if module.path.parent.name == "records"]
+    nodes = chain.from_iterable(ast.walk(code(path)) for path in (chapter, *modules))
+    named = {node.value for node in nodes if isinstance(node, ast.Constant)}
     files = (ROOT / "records" / "sweeps").glob("*.jsonl.gz")
     return {file for file in files if file.name.partition(".")[0] in named}
 

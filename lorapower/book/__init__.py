@@ -112,7 +112,11 @@ def setup(model: type[Parameters]) -> None:
     from .figures import _style
 
     notebook = vars(sys.modules[model.__module__])
-    _refuse_unknown(notebook.get("In", ()), [*model.model_fields])
+    assigned = _assigned(notebook.get("In", ()))
+    _refuse_unknown(assigned, [*model.model_fields])
+    if notebook.get("profile") == "paper" and (others := assigned - {"profile"}):
+        allowed = "left as they are in profile paper, whose runs become the book's records"
+        raise InputError("parameters", allowed=allowed, given=", ".join(sorted(others)))
     # By name the completed value, a copy, as lists can be changed in place, and what was given.
     completed: dict[str, tuple[Any, Any, Any]] = notebook.setdefault("_completed", {})
     given = {}
@@ -130,12 +134,15 @@ def setup(model: type[Parameters]) -> None:
     torch.set_num_threads(1)
 
 
-def _refuse_unknown(cells: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse other names that papermill's cell of parameters assigned, the last one that ran."""
+def _assigned(cells: Sequence[str]) -> set[str]:
+    """List the names that papermill's cell of parameters assigned, the last one that ran."""
     injected = [cell for cell in cells if cell.startswith("# Parameters\n")]
     nodes = ast.parse(injected[-1]).body if injected else []
-    assigned = [node.targets[0] for node in nodes if isinstance(node, ast.Assign)]
-    if unknown := [name for name in map(ast.unparse, assigned) if name not in known]:
+    return {ast.unparse(node.targets[0]) for node in nodes if isinstance(node, ast.Assign)}
+
+
+def _refuse_unknown(assigned: set[str], known: Sequence[str]) -> None:
+    if unknown := sorted(assigned.difference(known)):
         near = difflib.get_close_matches(unknown[0], known, 1)
         remedy = f"did you mean {near[0]}?" if near else ""
         allowed = f"among {', '.join(known)}"

@@ -47,7 +47,7 @@ R = TypeVar("R", bound=Record)
 _ROOT = Path(__file__).parent.parent
 # Between processors, runs of a few hundred steps differ by up to some 10⁻⁷, and exact fits by their
 # rounding; a change of one of Adam's constants by a thousandth shows as 10⁻⁴ after twenty steps.
-_RTOL, _ATOL = 1e-5, 1e-12
+_RTOL, _ATOL = 1e-5, 1e-20
 # Distributions whose versions can change a result.
 _LIBRARIES = {"numpy", "peft", "scikit-learn", "scipy", "torch", "transformers"}
 _COLUMNS = "setting, results, version, revision"
@@ -146,13 +146,14 @@ def recorded(
     *,
     protocol: str,
     again: bool = False,
-    repeat: int | None = 0,
+    repeat: int | Sequence[int] = 0,
 ) -> pd.DataFrame:
-    """Give the table of `run` from a record of the runs, of which one is repeated.
+    """Give the table of `run` from a record of the runs, of which some are repeated.
 
-    ``file``, compressed lines of JSON, has what made the runs and then one run a line. Settings
-    that it lacks, one or more, are all run at once, kept in ``path``, without a record. A line of
-    text says which it was. Raises as `run` does, and `ResultsError` if a repeated run differs.
+    ``file``, compressed lines of JSON, has what made the runs and then one run a line. Where it
+    lacks one or more of the settings, all are run, kept in ``path``, without a record. A line of
+    text says which it was. Raises as `run` does, `ResultsError` if a repeated run differs, and
+    `InputError` for a new record of some of the recorded settings.
 
     Parameters
     ----------
@@ -160,30 +161,45 @@ def recorded(
         What was run, in a sentence or two, which is kept and said.
     again : bool
         Run everything, and write the record.
-    repeat : int or None
-        The index of the setting that is run once more, alone, and nowhere kept. Its results equal
-        the recorded ones but for rounding: numbers to 10⁻⁵, or 10⁻¹² absolute. ``None``
-        where this machine lacks what the runs were made of.
+    repeat : int or sequence of int
+        The indices of settings that are run once more, each alone and nowhere kept. Their results
+        equal the recorded ones but for rounding: numbers to 10⁻⁵, or 10⁻²⁰ absolute. None
+        where this machine lacks what the runs were made of. Where the record has other settings
+        besides, nothing is repeated.
     """
     place = Path(file)
+    kept = _read_record(place)
+    keys = [json.dumps(json.loads(_write(setting)), sort_keys=True) for setting in settings]
+    missing, others = sum(key not in kept for key in keys), len(kept.keys() - {*keys})
     if again:
-        rows = _run(settings, work, path)
+        if others and not missing:
+            remedy = "delete the record first, if it is to have no others"
+            given = f"{len(keys)} of {len(kept)}"
+            raise InputError("settings", allowed="all recorded ones", given=given, remedy=remedy)
+        rows, end = _run(settings, work, path), "were made now"
         _write_record(place, rows, protocol)
+    elif missing:
+        print(f"Not all of these runs are in a record: {len(keys)} start now.")
+        return run(settings, work, path)
     else:
-        kept = _read_record(place)
-        keys = [json.dumps(json.loads(_write(setting)), sort_keys=True) for setting in settings]
-        if missing := sum(key not in kept for key in keys):
-            print(f"{missing} of {len(keys)} runs are in no record: all of them run live.")
-            return run(settings, work, path)
         rows = [kept[key] for key in keys]
-        if repeat is not None:
-            _repeat(place, rows[repeat], settings[repeat], work)
+        chosen = [repeat] if isinstance(repeat, int) else [*repeat]
+        for index in [] if others else chosen:
+            _repeat(place, rows[index], settings[index], work)
+        end = f"read from a record; {_say_repeated(len(chosen), others)}"
     seconds = sum(row[-1] for row in rows)
-    took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
-    said = "none can be repeated here" if repeat is None else "one of them, repeated now, is equal"
-    end = "were made now" if again else f"read from a record; {said}"
-    print(f"{protocol} {len(rows)} runs, {took} of a processor, {end}.")
+    took = f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+    said = f"{protocol} {len(rows)} runs, {took} of a processor, {end}."
+    print(textwrap.fill(said, 72))  # no wider than a page
     return _table([row[:4] for row in rows])
+
+
+def _say_repeated(number: int, others: int) -> str:
+    if others:
+        return f"{others} others are left out, and nothing was repeated"
+    if not number:
+        return "none can be repeated here"
+    return f"{number} of them, repeated now, {'is' if number == 1 else 'are'} equal"
 
 
 def read(path: Path | str) -> pd.DataFrame:

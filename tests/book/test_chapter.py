@@ -153,6 +153,14 @@ def test_unknown_names_are_refused_with_those_that_there_are(notebook: dict[str,
     book.setup(All)
 
 
+def test_what_becomes_a_record_has_the_parameters_of_the_book(notebook: dict[str, Any]) -> None:
+    notebook |= {"profile": "paper", "In": ['# Parameters\nprofile = "paper"\nwidth = 4\n']}
+    with pytest.raises(InputError, match=r"parameters must be left as they are .* got width"):
+        book.setup(All)
+    notebook["In"] += ['# Parameters\nprofile = "paper"\n']
+    book.setup(All)
+
+
 # What the text quotes
 
 

@@ -537,17 +537,27 @@ def record(tmp_path: Path) -> Path:
     return file
 
 
-def test_of_a_record_one_run_is_repeated(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_a_record_some_runs_are_repeated(
+    record: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     capsys.readouterr()
-    same(recorded(record, repeat=5), quiet(GRID, work))
-    assert RUN == [GRID[5]]
+    same(recorded(record, repeat=[5, -1]), quiet(GRID, work))
+    assert RUN == [GRID[5], GRID[-1]]
+    same(recorded(record, repeat=()), quiet(GRID, work))
+    # Of a part nothing is repeated, as another run may stand where the page chose one.
     same(recorded(record, GRID[7:2:-2]), quiet(GRID[7:2:-2], work))
-    same(recorded(record, repeat=None), quiet(GRID, work))
-    assert RUN == [GRID[5], GRID[7]]
-    first, second, third = capsys.readouterr().out.splitlines()
-    assert first.startswith("All widths. 24 runs, 0 s of a processor, read from a record")
-    assert second.startswith("All widths. 3 runs")
-    assert third.endswith("read from a record; none can be repeated here.")
+    assert len(RUN) == 2
+    ends = ["2 of them, repeated now, are equal.", "none can be repeated here."]
+    ends.append("21 others are left out, and nothing was repeated.")
+    said = " ".join(capsys.readouterr().out.split())
+    runs = [
+        f"All widths. {n} runs, 0.0 s of a processor, read from a record; " for n in (24, 24, 3)
+    ]
+    assert said == " ".join(map(str.__add__, runs, ends))
+    before = record.read_bytes()
+    with pytest.raises(InputError, match="settings must be all recorded ones; got 23 of 24"):
+        recorded(record, GRID[1:], again=True)
+    assert record.read_bytes() == before
     assert [*record.parent.iterdir()] == [record]
 
 
@@ -574,7 +584,7 @@ def test_settings_without_a_record_all_run(
     assert len(RUN) == len(more)
     assert count(path) == len(more)
     shown = capsys.readouterr()
-    assert shown.out.endswith("1 of 25 runs are in no record: all of them run live.\n")
+    assert shown.out.endswith("Not all of these runs are in a record: 25 start now.\n")
     assert "25/25" in shown.err
 
 
