@@ -267,6 +267,9 @@ def _multiplied(adapter: Adapter, gain: float) -> Adapter:
 
 def sweep(settings: list[Adapted], results: Path | None, profile: str) -> pd.DataFrame:
     """Give the runs of a page, with the ``error`` that an adapter has on held-out texts."""
+    # One without factors and one with; those that need derivatives take long.
+    ways = [setting.way for setting in settings]
+    repeat = [ways.index(way) for way in ("attention", "same share") if way in ways]
     table = records.sweep(
         "planning-tunings",
         settings,
@@ -274,7 +277,7 @@ def sweep(settings: list[Adapted], results: Path | None, profile: str) -> pd.Dat
         results,
         profile,
         protocol=PROTOCOL,
-        repeat=0 if pairs.is_recorded(0) else (),
+        repeat=repeat if pairs.is_recorded(0) else (),
     )
     return table.assign(error=np.hypot(table.along, table.across))
 
