@@ -14,9 +14,12 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from lorapower.experiments import sweeps, synthetic
+from lorapower.experiments import sweeps
 from lorapower.experiments.study import Setting, Trained, TrainedFused, measure
 from lorapower.experiments.synthetic import Synthetic
+
+# The study's grid of Adam.
+GRID = {"learning_rate": [1e-2, 1e-3, 1e-4], "weight_decay": [0.0, 1e-4, 1e-3, 1e-2]}
 
 
 def main() -> None:
@@ -26,10 +29,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="of the targets")
     chosen = parser.parse_args()
 
-    _, grid = synthetic.GRIDS["paper"]
     better = Trained(ranks=8, learning_rate=1e-2, schedule="cosine", loss="one-sided")
     ways: dict[str, list[Trained] | list[TrainedFused]] = {
-        "study's grid": sweeps.grid(Trained, ranks=8, **grid),
+        "study's grid": sweeps.grid(Trained, ranks=8, **GRID),
         "one-sided": [better],
         "fused, 8 runs": [TrainedFused(ranks=8, learning_rates=(1e-2, 3e-2))],
     }

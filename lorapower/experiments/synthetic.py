@@ -28,19 +28,6 @@ TEST_SAMPLES = 5000
 CHOOSING = 1000
 
 
-# The study's settings, and fewer of them: axes of a `Synthetic`, and of a `Trained`.
-GRIDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "quick": (
-        {"steps": 2000, "every": 10, "seed": range(3)},
-        {"learning_rate": [1e-2, 1e-3], "weight_decay": [0.0]},
-    ),
-    "paper": (
-        {"steps": 5000, "every": 1, "seed": range(5)},
-        {"learning_rate": [1e-2, 1e-3, 1e-4], "weight_decay": [0.0, 1e-4, 1e-3, 1e-2]},
-    ),
-}
-
-
 class Synthetic(Problem):
     """Draw a frozen network, a target, and what there is to train on.
 
