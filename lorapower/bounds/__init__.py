@@ -20,9 +20,9 @@ from .layers import (
 from .transformer import (
     necessary_ranks,
     packed_rank,
+    ranks_suffice,
     transformer_error,
     transformer_ranks,
-    unit_rank,
 )
 
 __all__ = [
@@ -37,8 +37,8 @@ __all__ = [
     "fnn_threshold",
     "necessary_ranks",
     "packed_rank",
+    "ranks_suffice",
     "samples",
     "transformer_error",
     "transformer_ranks",
-    "unit_rank",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,11 +12,10 @@ from torch.nn.functional import pad
 
 from .. import _checks, lowrank
 from ..errors import InputError
+from ..networks.alignment import savable
 from ..networks.gap import Gap
 from ..networks.segmentation import Segments, segments
 from ..networks.transformer import Norm, Transformer
-
-Unit = Literal["W_1", "W_3", "W_2"]
 
 
 def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tensor]:
@@ -43,14 +43,17 @@ def transformer_error(
 ) -> Float[Tensor, "*batch"]:
     """Compute the largest error ``max_j ‖f(x)_j − f̄(x)_j‖_2`` of a token, for each sequence ``x``.
 
-    ``f`` has the segments that adapters of this rank make, ``M̂ = M − (E − LR_r(E))``; it is run
-    without any adapter [ass-heads]. The error is infinite where nothing is known: where narrow
-    heads get less rank than they need, or a frozen product that has to change is singular
-    [ass-regular]. Raises what `networks.segments` raises, and `InputError` for a rank outside 0 to
-    the width. Source: [prop-transformer-error], [prop-residual-error].
+    ``f`` is plain and has the segments that adapters of this rank make, ``M̂ = M − (E − LR_r(E))``;
+    it is run without any adapter. The error is infinite where nothing is known: where narrow heads
+    get less rank than they need, or a frozen product that has to change is singular [ass-regular].
+    Raises what `networks.segments` raises, and `InputError` for a rank outside 0 to the width and
+    for transformers with residual connections or norms. Source: [prop-transformer-error].
     """
     rank = _checks.integer("rank", rank, 0, frozen.width, limit="the width")
     cut = segments(frozen, target)
+    if not target.is_plain:
+        allowed = "plain, without residual connections and norms"
+        raise InputError("target", allowed=allowed, given=target)
     reached = cut.map(lambda name, gap: _reached(name, gap, rank))
     network = _assemble(target, cut.map(lambda name, gap: gap.reached(reached[name][0])))
     unknown = reached.map(lambda _, part: part[1]).largest()
@@ -60,35 +63,6 @@ def transformer_error(
 
 def _assemble(target: Transformer, products: Segments[Tensor]) -> Transformer:
     """Make a transformer with these products of its segments, and all else the target's."""
-    if target.is_plain:
-        return _assemble_plain(target, products)
-    first, second = (torch.linalg.pinv(B) for B in target.readings)
-    ignores_means = target.settings.final_norm and target.settings.norm == "layer"
-    back = target.basis() if ignores_means else torch.eye(target.width).to(first)
-    weights = {"W_1": products.inner @ second, "W_2": back @ products.outer}
-    if target.settings.gated:
-        weights["W_3"] = products.up @ second
-    if paired := "query_key" in products:
-        weights["W_Q"] = products.query_key @ first
-        weights["W_K"] = first.expand(*products.query_key.shape[:-2], -1, -1)
-    else:
-        weights |= {"W_Q": products.query @ first, "W_K": products.key @ first}
-    if "value_output" in products:
-        weights["W_V"] = first.expand(*products.value_output.shape[:-2], -1, -1)
-        weights["W_O"] = back @ products.value_output
-    else:
-        weights |= {"W_V": products.value @ first, "W_O": back @ products.sent}
-    network = Transformer(weights, target.settings)
-    vectors = network.vectors_like(target, paired=paired)
-    if paired:
-        s = target.shifts[0].unsqueeze(-2)
-        keys = (target.W_K @ target.readings[0]).mT
-        wanted = lowrank.times(keys, lowrank.times(target.W_Q, s) + target.b_Q)
-        vectors["b_Q"] = wanted - lowrank.times(network.W_Q, s)
-    return network.replace(**vectors)
-
-
-def _assemble_plain(target: Transformer, products: Segments[Tensor]) -> Transformer:
     shift, outputs = target.missing_shift, target.W_out.shape[-2]
     identity = torch.eye(target.width).to(shift)
     of_heads = identity.expand(products.query_key.shape)
@@ -119,9 +93,6 @@ def _assemble_plain(target: Transformer, products: Segments[Tensor]) -> Transfor
 
 def _reached(name: str, gap: Gap, rank: int) -> tuple[int, Bool[Tensor, "*batch"]]:
     """Sum a segment's ranks; say whether its product may be out of reach."""
-    never = torch.zeros_like(gap.rank, dtype=torch.bool)
-    if len(Segments.WEIGHTS[name]) == 1:
-        return rank, never
     inputs, width, size = gap.frozen.widths[:3]
     if gap.frozen.depth == 2 or size >= width:
         limit = 1 / (max(inputs, width) * torch.finfo(gap.frozen.dtype).eps)
@@ -133,14 +104,86 @@ def _reached(name: str, gap: Gap, rank: int) -> tuple[int, Bool[Tensor, "*batch"
     return width, too_low | (pair.together > 2 * own)
 
 
-def necessary_ranks(target: Transformer, *, packed: bool = False) -> dict[str, int]:
-    """Count the ranks below which no adapters make a whole network equal to the target [cor-whole].
+class _Region(NamedTuple):
+    """The ranks of [thm-needed] for one shape."""
 
-    Returns a rank for each kind of weight, by which two weights of attention count equally, for
-    almost all frozen networks; [cor-whole] has the conditions on the target, which a tuned one does
-    not meet. `transformer_ranks` says what is enough. Raises `InputError` for networks other than
-    pre-norm ones without a final norm, for ``"gelu_tanh"``, for packed heads that are larger than
-    what they read, and for normalized tokens of fewer than three dimensions.
+    #: Of the two weights of a product their names, the rank of both, and the least of the second.
+    pairs: tuple[tuple[str, str, int, int], ...]
+    #: The full rank of each feed-forward weight.
+    full: dict[str, int]
+    #: The weights on which a rank can be saved, and on how many at once.
+    savable: tuple[list[str], int]
+
+
+def _region(network: Transformer) -> _Region:
+    """Find the region of a shape; refuse shapes of which nothing is proved."""
+    _checks.kind(Transformer, network=network)
+    settings, sizes = network.settings, network.sizes
+    if settings.norm is None or not settings.residual:
+        raise InputError("network", allowed="with residual connections and norms", given=network)
+    _checks.choice("activation", settings.activation, ("relu", "gelu", "silu"))
+    # On a circle or two points kinks of different units meet.
+    m = _checks.integer("dimension of normalized tokens", network.dimension, 3)
+    # A final LayerNorm hides one direction of what is written.
+    written = m if settings.final_norm else network.width
+    d, value = sizes["query size"], sizes["value size"]
+    pairs = (
+        ("W_Q", "W_K", min(2 * d, m), 0),
+        ("W_V", "W_O", min(2 * value, m), min(value, max(0, written - value))),
+    )
+    full = {"W_1": m} | ({"W_3": m} if settings.gated else {}) | {"W_2": written}
+    kinds, count = savable(settings)
+    least = max(written, 1 + sum(full[kind] - 1 for kind in kinds))
+    _checks.integer("number of hidden units", sizes["hidden"], least)
+    return _Region(pairs, full, (kinds, count))
+
+
+def ranks_suffice(network: Transformer, ranks: Mapping[str, int]) -> bool:
+    """Say whether adapters of these ranks make almost all pairs of networks equal [thm-needed].
+
+    Both networks have the shape of ``network``, whose numbers do not matter; one adapter serves one
+    head, gains and shifts are frozen, biases are tuned. With ``S`` the width, or ``m`` under a
+    final LayerNorm, and ``F`` hidden units the ranks are enough if and only if
+
+    - ``R_Q + R_K ≥ min(2 d, m)``, where no rank counts for more than the head size ``d``;
+    - ``R_V + R_O ≥ min(2 d, m)`` in the same way, and ``R_O ≥ min(d, max(0, S − d))``;
+    - ``W_1`` and ``W_3`` have rank ``m`` and ``W_2`` rank ``S``, but for one rank less on one of
+      ``W_1`` and ``W_2`` with ReLUs, on one of ``W_3`` and ``W_2`` with gated GELUs or SiLUs, and
+      on any two of the three with gated ReLUs.
+
+    With ReLUs this holds for targets all of whose hyperplanes meet the sphere of normalized tokens.
+    `constructions.transformer.adapt` makes such networks equal. Raises `InputError` for networks
+    without residual connections or norms, with rotary positions, grouped heads, ``"gelu_tanh"``,
+    fewer than three dimensions of normalized tokens, or fewer units than the theorem asks
+    (``m + S − 1``; ``2 m + S − 2`` with gated ReLUs, ``S`` with GELUs or SiLUs without gates); and
+    for ranks of other weights, or below 0.
+    """
+    region = _region(network)
+    if network.settings.rotary is not None or network.groups < network.heads:
+        allowed = "without rotary positions and grouped heads"
+        raise InputError("network", allowed=allowed, given=network)
+    if set(ranks) != set(network.weight_kinds):
+        allowed = f"one rank for each of {', '.join(network.weight_kinds)}"
+        raise InputError("ranks", allowed=allowed, given=sorted(map(str, ranks)))
+    given = {kind: _checks.integer(f"rank of {kind}", ranks[kind], 0) for kind in ranks}
+    for first, second, both, least in region.pairs:
+        R, other = (min(given[k], *network.parameters[k].shape[-2:]) for k in (first, second))
+        if other < least or R + other < both:
+            return False
+    lacking = {kind: full - given[kind] for kind, full in region.full.items() if given[kind] < full}
+    kinds, count = region.savable
+    return len(lacking) <= count and all(k in kinds and rank == 1 for k, rank in lacking.items())
+
+
+def necessary_ranks(network: Transformer, *, packed: bool = False) -> dict[str, int]:
+    """Find ranks none of which can be lowered alone, for almost all networks of a shape.
+
+    Without rotary positions and grouped heads they are also enough [thm-needed]: of two weights of
+    a product both have half of the rank, as far as possible, and feed-forward layers save ranks on
+    ``W_1`` and ``W_3`` first. Otherwise attention has the counts of `packed_rank`, below which
+    equal ranks of two weights are too low [thm-packed]. A tuned target may need much less:
+    `transformer_ranks`. Raises `InputError` as `ranks_suffice` does, for packed heads that are
+    larger than what they read, and for packed heads under a final LayerNorm.
 
     Parameters
     ----------
@@ -148,60 +191,25 @@ def necessary_ranks(target: Transformer, *, packed: bool = False) -> dict[str, i
         Whether one adapter serves all heads of a weight, as PEFT has it; by default each head has
         its own.
     """
-    _checks.kind(Transformer, target=target)
-    settings, sizes = target.settings, target.sizes
-    if settings.norm is None or not settings.residual or settings.final_norm:
-        words = "with residual connections and norms, but no final norm"
-        raise InputError("target", allowed=words, given=target)
-    H, groups = (target.heads, target.groups) if packed else (1, 1)
-    about: Any = {"groups": groups, "norm": settings.norm}
-    about |= {"rotary": settings.rotary is not None}
-    d, size = sizes["query size"], sizes["value size"]
-    scores = packed_rank(target.width, H, d, **about)
-    # Of packed heads that are larger than what they read nothing is proved.
-    seen = size if packed else min(size, target.dimension)
-    values = packed_rank(target.width, H, seen, part="values", **about)
-    ranks = {
-        "W_Q": min(scores, H * d),
-        "W_K": min(scores, groups * d),
-        "W_V": min(values, groups * size),
-        "W_O": min(values, H * size),
-    }
-    layer: Any = {"activation": settings.activation, "norm": settings.norm}
-    layer |= {"gated": settings.gated}
-    units: tuple[Unit, ...] = ("W_1", "W_3", "W_2") if settings.gated else ("W_1", "W_2")
-    return ranks | {w: unit_rank(target.width, sizes["hidden"], weight=w, **layer) for w in units}
-
-
-def unit_rank(
-    width: int,
-    hidden: int,
-    *,
-    weight: Unit = "W_1",
-    activation: Literal["relu", "gelu", "silu"] = "relu",
-    norm: Norm = "layer",
-    gated: bool = False,
-) -> int:
-    """Count a rank that each feed-forward weight needs, for almost all frozen ones [cor-whole].
-
-    With ``F`` hidden units, width ``D``, and ``m = D − 1`` under a LayerNorm or ``D`` under an
-    RMSNorm, it is the least ``r`` with ``(F − r)(m − r) ≤ F``, or ``≤ 0`` for ``W_1`` without ReLUs
-    [thm-inner-rank]; ``W_1`` is the gate of gated layers, and ``W_3`` counts as with ReLUs
-    [thm-gated-rank]. ``W_2`` has ``D`` for ``m``, and ``≤ 0`` in ungated layers without ReLUs.
-    Gains are frozen. Raises `InputError` where normalized tokens have fewer than three dimensions,
-    and for ``"gelu_tanh"``, of which nothing is proved.
-    """
-    width, hidden = _checks.integer("width", width, 1), _checks.integer("hidden", hidden, 1)
-    _checks.choice("activation", activation, ("relu", "gelu", "silu"))
-    _checks.choice("norm", norm, get_args(Norm))
-    _checks.choice("weight", weight, ("W_1", "W_3", "W_2") if gated else ("W_1", "W_2"))
-    m = width - 1 if norm == "layer" else width
-    # On a circle or two points kinks of different units meet.
-    _checks.integer("dimension of normalized tokens", m, 3)
-    rescaled = activation == "relu" or (gated and weight != "W_1")
-    free = hidden if rescaled else 0
-    side = width if weight == "W_2" else m
-    return next(r for r in range(side + 1) if (hidden - r) * (side - r) <= free)
+    region, settings = _region(network), network.settings
+    ranks: dict[str, int] = {}
+    if packed and settings.final_norm and settings.norm == "layer":
+        raise InputError("network", allowed="without a final LayerNorm if packed", given=network)
+    H, groups = (network.heads, network.groups) if packed else (1, 1)
+    parts: tuple[Literal["scores", "values"], ...] = ("scores", "values")
+    for part, (first, second, both, least) in zip(parts, region.pairs, strict=True):
+        rotary = settings.rotary is not None and part == "scores"
+        if packed or rotary:
+            d = network.parameters[first].shape[-2]
+            about: Any = {"part": part, "groups": groups, "rotary": rotary, "norm": settings.norm}
+            R = packed_rank(network.width, H, d, **about)
+            counts = (H, groups) if part == "scores" else (groups, H)
+            ranks |= {first: min(R, counts[0] * d), second: min(R, counts[1] * d)}
+        else:
+            other = max(least, both // 2)
+            ranks |= {first: both - other, second: other}
+    kinds, count = region.savable
+    return ranks | {kind: full - (kind in kinds[:count]) for kind, full in region.full.items()}
 
 
 def packed_rank(

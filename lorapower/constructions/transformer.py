@@ -14,6 +14,7 @@ from .. import _checks, lowrank
 from ..adapters import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank
+from ..networks.alignment import align, savable
 from ..networks.gap import Gap
 from ..networks.segmentation import Segments, is_regular, segments
 from ..networks.transformer import Transformer
@@ -75,13 +76,16 @@ def adapt(
     the target's as their ranks allow by `linear.adapt`, or exactly in narrow heads. A weight with a
     segment of its own gets ``LR_R(E) B⁺`` if it reads tokens, ``Sᵀ LR_R(E)`` if it writes them. If
     plain, biases are ``b̂_2 = W_2 c`` with ``W̄_2 c = b̄_2`` in all blocks but the last; otherwise
-    gains and shifts become the target's, and biases complete what segments leave.
+    gains and shifts become the target's (`Transformer.with_norms` writes it with the frozen ones),
+    and biases complete what segments leave. Where feed-forward layers of an unrelated target lack
+    one rank on as many weights as scales of units can save, units are ordered and scaled for that,
+    so that every vertex of the region of [thm-needed] is exact.
 
     Raises `SingularError` where a segment is not reached within ``rtol``, and `InputError` for
     ranks out of range, for transformers that do not fit, for a singular ``W_1`` or ``W_2`` if
     plain, for heads narrower than the tokens with less rank than they need
     (`bounds.transformer_ranks`), and for a target whose scores no query bias completes. Source:
-    [thm-transformer], [thm-residual]; for narrow heads [prop-narrow-heads].
+    [thm-transformer], [thm-residual], [thm-needed]; for narrow heads [prop-narrow-heads].
 
     Parameters
     ----------
@@ -99,6 +103,9 @@ def adapt(
     _checks.kind(Transformer, frozen=frozen, target=target)
     cut = segments(frozen, target, throw=throw)
     each = _heads.ranks_by_kind(ranks, frozen)
+    if saved := _saved(frozen, cut, each):
+        target = align(target, cut, saved)
+        cut = segments(frozen, target)
     solutions, by_kind = {}, {}
     for name, gap in cut.items():
         given = {kind: each[kind] for kind in Segments.WEIGHTS[name]}
@@ -149,6 +156,23 @@ def adapt(
     return TransformerAdaptation(
         Adapters(tuple(updates), changes), success, Segments(solutions), conditions
     )
+
+
+def _saved(frozen: Transformer, cut: Segments[Gap], ranks: Mapping[str, int]) -> set[str]:
+    """Name the weights that lack one rank, if all others of their layers have full rank."""
+    lacking = {}
+    for name in ("inner", "up", "outer"):
+        if name in cut:
+            (kind,), gap = Segments.WEIGHTS[name], cut[name]
+            full = min(gap.frozen.widths[0], gap.frozen.widths[-1])
+            # Units are kept as they are where differences have little rank.
+            if not (gap.rank == full).all() or frozen.sizes["hidden"] < full:
+                return set()
+            lacking[kind] = full - min(ranks[kind], full)
+    kinds, count = savable(frozen.settings)
+    saved = {kind for kind, rank in lacking.items() if rank == 1}
+    possible = saved <= {*kinds} and len(saved) <= count and max(lacking.values(), default=0) < 2
+    return saved if possible else set()
 
 
 def _of_one(name: str, gap: Gap, rank: int) -> LowRank:

@@ -1,6 +1,5 @@
 """Networks as tensors in the paper's notation: weights act on columns ``[..., in, samples]``."""
 
-from .alignment import align
 from .base import Network
 from .decoders import from_decoder, to_decoder
 from .gap import Gap
@@ -18,7 +17,6 @@ __all__ = [
     "Segments",
     "Settings",
     "Transformer",
-    "align",
     "as_network",
     "blocks",
     "from_decoder",

@@ -1,93 +1,129 @@
-"""The same function with its hidden units in another order and of other sizes."""
+"""The same function with its hidden units in another order and of other sizes [thm-needed]."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import product
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from .. import _checks, randomness
-from ..errors import InputError
-from .transformer import SHAPES, Transformer
+from .. import randomness
+from .gap import Gap
+from .segmentation import Segments
+from .transformer import SHAPES, Settings, Transformer
 
-_SETTINGS = ("residual", "norm", "activation", "gated", "rotary")
+# Of so many directions the one with the mildest factors is taken.
+_TRIALS = 16
+
+# Of each kind of weight the units, as rows.
+_Units = dict[str, Float[Tensor, "units _"]]
+_Match = tuple[Int[Tensor, " units"], Float[Tensor, " units"], Float[Tensor, " units"]]
 
 
-def align(target: Transformer, frozen: Transformer, *, seed: int = 0) -> Transformer:
-    """Order and rescale the target's units, which saves one rank on every ``W_1`` and ``W_3``.
+def savable(settings: Settings) -> tuple[list[str], int]:
+    """Name the weights on which scales of units can save a rank, and count how many at once.
 
-    ReLU units with normals ``b_k`` are paired with frozen ones ``a_k`` and rescaled so that all
-    differences vanish on one ``x`` of normalized tokens [thm-inner-rank]. In gated layers, with any
-    activation, ``W_3`` is rescaled against ``W_2`` in the same way, with factors of either sign
-    [thm-gated-rank]. The target's gains count. Raises `InputError` for networks that do not fit,
-    for other activations unless gated, and where no ``x`` is found, as may be where normals of the
-    target are parallel.
+    A ReLU unit stays the same if its row of ``W_1`` is multiplied by ``λ > 0`` and its column of
+    ``W_2`` by ``1/λ``; a gated unit if its row of ``W_3`` is, by any ``μ ≠ 0``.
     """
-    target.require_like(frozen, _SETTINGS, ("blocks", "width", "hidden"))
-    _checks.single(target=target, frozen=frozen)
-    if target.settings.norm is None:
-        words = "with norms, whose gains and spheres are used"
-        raise InputError("target", allowed=words, given="none")
-    _checks.integer("width", target.width, 2)
-    is_relu, is_gated = target.settings.activation == "relu", target.settings.gated
-    if not is_relu and not is_gated:
-        raise InputError("target", allowed="with ReLUs or gated layers", given=target)
-    generator = randomness.generator(_checks.seed(seed), "alignment")
-    parts, V = {kind: part.clone() for kind, part in target.parameters.items()}, target.basis()
-    for l in range(target.depth):
-        read = target.g_2[l][:, None] * V
-        if is_relu:
-            order, scale = _pair(frozen.W_1[l] @ read, target.W_1[l] @ read, generator, l)
-            for kind in [k for k in target.kinds if SHAPES[k][:2] == ("blocks", "hidden")]:
-                parts[kind][l] = parts[kind][l][order]
-            parts["W_1"][l] *= scale[:, None]
-            parts["b_1"][l] *= scale
-            parts["W_2"][l] = parts["W_2"][l][:, order] / scale
-        if is_gated:
-            # Of some directions the one with the mildest factors.
-            y = randomness.normal(generator, V.shape[1], 64, dtype=read.dtype).to(read)
-            factors = (frozen.W_3[l] @ read @ y) / (parts["W_3"][l] @ read @ y)
-            factor = factors[:, factors.abs().log().abs().amax(0).argmin()]
-            parts["W_3"][l] *= factor[:, None]
-            parts["b_3"][l] *= factor
-            parts["W_2"][l] /= factor
+    kinds = ["W_1"] * (settings.activation == "relu") + ["W_3"] * settings.gated
+    return [*kinds, "W_2"] if kinds else [], len(kinds)
+
+
+def align(target: Transformer, cut: Segments[Gap], saved: Collection[str]) -> Transformer:
+    """Order and scale the target's units, which saves one rank on each of these weights.
+
+    Factors ``c_k`` with ``c_k (W̄ x)_k = (W x)_k`` for some ``x`` make the difference of a weight
+    vanish on ``x``. Factors of ReLUs are positive, so units are ordered such that signs agree. A
+    block without such ``x``, as may be where units are parallel, stays as it is.
+    """
+    sides: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, kind in (("inner", "W_1"), ("up", "W_3"), ("outer", "W_2")):
+        if name in cut:
+            pair = cut[name].frozen.product(), cut[name].target.product()
+            sides[kind] = (pair[0].mT, pair[1].mT) if kind == "W_2" else pair
+    batch = cut.inner.batch_shape[:-1]
+    dims = len(target.batch_shape)
+    parts = {k: p.expand(*batch, *p.shape[dims:]).clone() for k, p in target.parameters.items()}
+    of_units = [kind for kind in target.kinds if SHAPES[kind][:2] == ("blocks", "hidden")]
+    generator = randomness.generator(0, "alignment")
+    for place in product(*map(range, cut.inner.batch_shape)):
+        frozen, wanted = ({kind: pair[i][place] for kind, pair in sides.items()} for i in (0, 1))
+        tries = [_match(frozen, wanted, saved, target.settings, generator) for _ in range(_TRIALS)]
+        found = [each for each in tries if each is not None]
+        if not found:
+            continue
+        order, first, second = min(found, key=_spread)
+        for kind in of_units:
+            parts[kind][place] = parts[kind][place][order]
+        parts["W_2"][place] = parts["W_2"][place][:, order] / (first * second)
+        for kind in of_units:
+            factor = second if kind.endswith("3") else first
+            parts[kind][place] *= factor if kind.startswith("b") else factor[:, None]
     return Transformer(parts, target.settings)
 
 
-def _pair(a: Tensor, b: Tensor, generator: torch.Generator, l: int) -> tuple[Tensor, Tensor]:
-    """Find an order of the target's normals, and factors, with no difference on some ``x``."""
-    for _ in range(64):
-        x = _balanced(a, b, generator)
-        if x is not None:
-            break
-    else:
-        raise InputError(
-            "target",
-            allowed="such that some direction has as many units on its side as on the frozen's",
-            given="none found",
-        )
-    of_frozen, of_target = a @ x, b @ x
-    # Sorted, positive meets positive, and large meets large.
-    order = torch.empty_like(of_frozen, dtype=torch.long)
-    order[of_frozen.argsort()] = of_target.argsort()
-    scale = of_frozen / of_target[order]
-    if not (scale.isfinite() & (scale > 0)).all():
-        raise InputError(
-            "hidden units",
-            allowed="such that each reads something",
-            given=f"one in block {l + 1} that does not",
-        )
-    return order, scale
+def _spread(match: _Match) -> float:
+    """Measure by how much factors scale units, where digits are lost."""
+    return float(torch.stack([*match[1:], match[1] * match[2]]).abs().log().abs().max())
 
 
-def _balanced(
-    a: Float[Tensor, "units m"], b: Float[Tensor, "units m"], generator: torch.Generator
-) -> Float[Tensor, " m"] | None:
-    """Look for a direction with equally many positive products with the rows of both."""
-    u, v = (randomness.normal(generator, a.shape[1], dtype=a.dtype).to(a) for _ in range(2))
+def _match(
+    frozen: _Units,
+    target: _Units,
+    saved: Collection[str],
+    settings: Settings,
+    generator: torch.Generator,
+) -> _Match | None:
+    """Find an order, and factors ``λ`` and ``μ``, for a random direction of each weight."""
+    is_relu, is_gated = settings.activation == "relu", settings.gated
+    x = {
+        kind: randomness.normal(generator, rows.shape[1]).to(rows) for kind, rows in frozen.items()
+    }
+    order = torch.arange(len(frozen["W_1"]), device=frozen["W_1"].device)
+    of_both = is_gated and {"W_3", "W_2"} <= {*saved}
+    if is_relu and ("W_1" in saved or of_both or not is_gated):
+        kind = "W_1" if "W_1" in saved else "W_2"
+        a, b = frozen[kind], target[kind]
+        if kind == "W_2" and is_gated:
+            # Factors of W_3 have either sign, which those of W_2 have to share.
+            a, b = ((w["W_3"] @ x["W_3"]).sign()[:, None] * w[kind] for w in (frozen, target))
+        balanced = _balance(a, b, generator)
+        if balanced is None:
+            return None
+        x[kind] = balanced
+        # Sorted, positive meets positive, and large meets large.
+        order[(a @ balanced).argsort()] = (b @ balanced).argsort()
+
+    def ratio(kind: str) -> Tensor:
+        return (frozen[kind] @ x[kind]) / (target[kind] @ x[kind])[order]
+
+    first = second = torch.ones_like(frozen["W_1"][:, 0])
+    if is_relu and "W_1" in saved:
+        first = ratio("W_1")
+    if "W_3" in saved:
+        second = ratio("W_3")
+    if "W_2" in saved and is_gated and not of_both:
+        second = 1 / (ratio("W_2") * first)
+    elif "W_2" in saved:
+        first = 1 / (ratio("W_2") * second)
+    usable = all((c.isfinite() & (c != 0)).all() for c in (first, second))
+    return (order, first, second) if usable else None
+
+
+def _balance(
+    a: Float[Tensor, "units n"], b: Float[Tensor, "units n"], generator: torch.Generator
+) -> Float[Tensor, " n"] | None:
+    """Look for a direction with equally many positive products with the rows of both.
+
+    From ``x`` to ``−x`` the difference of the two numbers goes from some ``q`` to ``−q``, by one at
+    a time: each row changes sign at one angle. Of the arcs without difference, take the widest.
+    """
+    u, v = (randomness.normal(generator, a.shape[1]).to(a) for _ in range(2))
     rows = torch.cat([a, b])
     side = torch.cat([a.new_ones(len(a)), -b.new_ones(len(b))])
-    # Each row changes sign once, at the angle where cos·(row u) + sin·(row v) = 0.
     along, across = rows @ u, rows @ v
     angle = torch.atan2(-along, across) % torch.pi
     turned = angle.argsort()

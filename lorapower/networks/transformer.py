@@ -488,6 +488,36 @@ class Transformer(Network):
         vectors["b_O"] = target.b_O + (wanted - reached).sum(-2)
         return vectors
 
+    def with_norms(self, other: Transformer) -> Transformer:
+        """Write the same function with another network's gains ``g`` and shifts ``s``.
+
+        ``W diag(ḡ/g)`` reads ``g ⊙ n + s`` as ``W`` reads ``ḡ ⊙ n + s̄``, up to a constant that
+        biases take up: ``b_O`` that of values; that of keys matters for rotary positions alone. A
+        final norm stays. Adapters for the result leave the other's gains and shifts frozen. Raises
+        `InputError` for networks that do not fit, and where ``other`` has a gain of 0.
+        """
+        self.require_like(other, ("norm",), ("blocks", "width"))
+        if self.settings.norm is None:
+            return self
+        parts = {**self.parameters}
+        for place, kinds in (("1", ("W_Q", "W_K", "W_V")), ("2", ("W_1", "W_3"))):
+            gains, shifts = other.parameters[f"g_{place}"], other.parameters[f"s_{place}"]
+            if not gains.all():
+                raise InputError(f"g_{place} of other", allowed="without 0", given="one of 0")
+            ratio = self.parameters[f"g_{place}"] / gains
+            rest = self.parameters[f"s_{place}"] - ratio * shifts
+            parts |= {f"g_{place}": gains, f"s_{place}": shifts}
+            for kind in [kind for kind in kinds if kind in parts]:
+                W, of_heads = self.parameters[kind], place == "1"
+                factor, constant = (v.unsqueeze(-2) if of_heads else v for v in (ratio, rest))
+                parts[kind] = W * factor.unsqueeze(-2)
+                moved, bias = lowrank.times(W, constant), kind.replace("W", "b")
+                if kind == "W_V":
+                    bias, moved = "b_O", lowrank.times(self.W_O, self.each_head(moved, -2)).sum(-2)
+                if bias in parts:
+                    parts[bias] = parts[bias] + moved
+        return Transformer(parts, self.settings)
+
     # Evaluation.
 
     def as_inputs(self, x: Any, name: str = "x") -> Tokens:

@@ -172,7 +172,7 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
     ),
     "transformer_error": (
         lambda f, t, z: bounds.transformer_error(f, t, 1, z),
-        [heads(**NORMED), heads(**NORMED), TOKENS],
+        [heads(), heads(), TOKENS],
     ),
     "attention_floor": (
         lambda f, t: bounds.attention_floor(f, t, X, 1).value,

@@ -70,6 +70,7 @@ MANY = Transformer.random(1, 3, 1, batch_shape=(2,))
 NARROW = both(*residual_pair(0, 1, 6, 2, head_size=3))
 PRENORM = both(*residual_pair(0, 1, 6, 1, hidden=8))
 FINAL_NORM = residual_pair(0, 1, 6, 1, hidden=8, final_norm=True)[1]
+UNRELATED = residual_pair(0, 1, 6, 1, head_size=4, hidden=11)[1]
 NARROWER = residual_pair(0, 1, 4, 1, head_size=6, hidden=8)[1]
 LLAMA = decoder("LlamaModel", 4, 4)
 READ = from_decoder(LLAMA)
@@ -282,8 +283,8 @@ DOORS = [
     ),
     Door(
         bounds.transformer_error,
-        PRENORM | {"rank": 1, "x": TOKENS},
-        {"target": [NARROWER], "rank": [7, -1], "x": [TOKENS * torch.nan, TOKENS[:5]]},
+        HEADS | {"rank": 1, "x": TOKENS[:3]},
+        {"rank": [99, -1], "x": [TOKENS * torch.nan, TOKENS[:2]]},
     ),
     Door(
         bounds.packed_rank,
@@ -292,8 +293,18 @@ DOORS = [
     ),
     Door(
         bounds.necessary_ranks,
-        {"target": PRENORM["target"]},
-        {"target": [HEADS["target"], FINAL_NORM]},
+        {"network": UNRELATED, "packed": True},
+        {"network": [HEADS["target"]]},
+    ),
+    Door(
+        bounds.ranks_suffice,
+        {"network": UNRELATED, "ranks": bounds.necessary_ranks(UNRELATED)},
+        {"network": [HEADS["target"]], "ranks": [{}]},
+    ),
+    Door(
+        Transformer.with_norms,
+        {"self": UNRELATED, "other": UNRELATED},
+        {"other": [UNRELATED.replace(g_1=0 * UNRELATED.g_1)]},
     ),
     Door(bounds.attention_floor, PRENORM | {"tokens": TOKENS}, {"frozen": [FINAL_NORM]}),
     # Matrices and regions

@@ -229,18 +229,8 @@ def test_a_segment_that_cannot_be_reached_is_named() -> None:
         transformer.adapt(frozen, Transformer.random(1, 4, 1, seed=2), ranks)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"residual": True},
-        {"residual": True, "norm": "rms", "gated": True},
-        {"residual": True, "norm": "layer", "rotary": 100.0, "head_size": 4},
-    ],
-    ids=str,
-)
-def test_the_error_is_known_before_there_are_adapters(options: dict[str, Any]) -> None:
-    frozen, target = (Transformer.random(2, 4, 2, seed=s, **options) for s in (1, 2))
+def test_the_error_is_known_before_there_are_adapters() -> None:
+    frozen, target = (Transformer.random(2, 4, 2, seed=s) for s in (1, 2))
     x = tokens(frozen)
     y = target(x)
     for rank in range(4):
