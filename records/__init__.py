@@ -97,9 +97,6 @@ def read(name: str) -> pd.DataFrame:
       ``floor`` is the share of the variance of one block's change that the other part cannot make
       up [prop-floor-attention], [prop-floor-feed-forward]; ``far floor`` that of all blocks'
       change, both parts, for far tokens with directions as behind this block.
-    - ``whole`` and ``products``: floors and errors of adapters of a rank on all modules, over the
-      base's error on the same far sequences [prop-whole-floor], and over the largest output of the
-      target, ``computed`` from products alone and ``measured`` [prop-residual-error].
     - ``effect``, on held-out sentences: the ``error`` if only a part is as tuned; ``none`` and
       ``few`` with the names of `Measured` for no module's change, and for the smallest adapter
       found that loses at most ``√.1`` on other sentences, with so many directions ``taken``. Of the

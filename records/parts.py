@@ -22,13 +22,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorapower import bounds, lowrank, randomness
+from lorapower import lowrank
 from lorapower.checkpoints import Adapter, Measured, Pair, Planner
-from lorapower.constructions import transformer
 from lorapower.experiments import sweeps
-from lorapower.networks import Transformer, from_decoder, to_decoder
+from lorapower.networks import Transformer, from_decoder
 from records import models, pairs, plans
-from records.floors import WholeFloor
 from records.tables import begin, put
 
 # Texts for planning and for measuring.
@@ -37,10 +35,6 @@ PLANNING, TEXTS = 120, 100
 SENTENCES, LENGTH, MIXED = 192, 24, 64
 # Blocks whose states give the directions of far tokens: half way, and behind the last.
 DEPTHS = (15, 30)
-# Of adapters of all modules, in each of whose matrices all heads are.
-PACKED = (1, 4, 8)
-# Of adapters whose error is computed before there are any, and sentences and tokens for that.
-COMPUTED, FEW, SHORT = (1, 4, 16, 64), 4, 16
 # A part of the effect of which nine tenths, as squares, are there.
 LEFT = math.sqrt(0.1)
 # Block, weight or part, quantity, value; -1 and "" stand for all.
@@ -53,7 +47,7 @@ class PartRun(sweeps.Record):
     """A tuning, and what is measured of it."""
 
     tuning: str
-    stage: Literal["weights", "floors", "whole", "products", "effect"]
+    stage: Literal["weights", "floors", "effect"]
 
 
 class PartResults(sweeps.Results):
@@ -155,50 +149,6 @@ def floors(base: Transformer, tuned: Transformer, z: States) -> Iterator[Row]:
         yield depth, "mlp", "far floor", mean_square(mixed - other) / 2 / whole
 
 
-def whole(base: Transformer, tuned: Transformer, z: States) -> Iterator[Row]:
-    """Compute the floors of all modules, over what the base is off on the same far sequences.
-
-    Their last token is of any direction; all before it are equal, of any direction or one of own
-    tokens, first tokens left out. Of each floor its parts follow, values and feed-forward layers.
-    """
-    own = [rows(tuned.normalize(state[0])) for state in trace(tuned, z)]
-    base, tuned = (network.to(torch.float64) for network in (base, tuned))
-    draws = randomness.normal(randomness.generator(0, "directions"), 2, *own[0].shape)
-    k, n = (bounds.directions(base, tuned, draw.mT)[None] for draw in draws)
-    each = range(tuned.depth)
-    change = total(feed_forward(tuned, l, n) - feed_forward(base, l, n) for l in each)
-    floor_of = WholeFloor(base, tuned)
-    for block, tokens in ((-1, None), *((depth, own[depth].mT) for depth in DEPTHS)):
-        k = k if tokens is None else bounds.directions(base, tuned, tokens)[None]
-        off = change + total(alone(tuned, l, k) - alone(base, l, k) for l in each)
-        error = float(off.square().mean())
-        for R in PACKED:
-            found = floor_of.at(R, tokens)
-            for part, floor in zip(("", "attention", "mlp"), found, strict=True):
-                yield block, part, f"whole floor {R}", floor / error
-
-
-def products(base: Any, tuned: Any, x: Float[Tensor, "texts tokens width"]) -> Iterator[Row]:
-    """Compute the largest error of a token with adapters of a rank, and measure it in the module.
-
-    Both in double precision, over the target's largest output.
-    """
-    for module in (base.double(), tuned.double()):
-        rotary, d = module.rotary_emb, len(module.rotary_emb.inv_freq)
-        frequencies = torch.arange(d, dtype=torch.float64) / d
-        rotary.inv_freq = module.config.rope_parameters["rope_theta"] ** -frequencies
-    with models.DoublePrecision():
-        one, two = from_decoder(base), from_decoder(tuned)
-        wanted = tuned(inputs_embeds=x.double()).last_hidden_state
-        size = wanted.norm(dim=-1).amax()
-        for R in COMPUTED:
-            known = bounds.transformer_error(one, two, R, x.double().mT)
-            yield -1, "", f"computed {R}", float(known.amax() / size)
-            adapted = transformer.adapt(one, two, R, throw=False).adapters.merge(one)
-            made = to_decoder(adapted, base)(inputs_embeds=x.double()).last_hidden_state
-            yield -1, "", f"measured {R}", float((made - wanted).norm(dim=-1).amax() / size)
-
-
 def mix(
     base: Transformer, tuned: Transformer, n: States, blocks: Iterable[int]
 ) -> tuple[States, States]:
@@ -289,18 +239,14 @@ def work(settings: list[PartRun]) -> list[PartResults]:
     pair = Pair.open(models.LANGUAGE, str(folder))
     if setting.stage == "weights":
         found = [*weights(pair)]
-    elif setting.stage in ("floors", "whole", "products"):
+    elif setting.stage == "floors":
         sentences = [s for part in ("test", "validation") for s in pairs.texts(kind, part)]
         ids = pair.tokenizer(sentences)["input_ids"]
         ids = [tokens[:LENGTH] for tokens in ids if len(tokens) >= LENGTH]
         modules = [models.decoder(name) for name in (models.LANGUAGE, str(folder))]
         x = modules[1].get_input_embeddings()(torch.tensor(ids[:SENTENCES]))
-        if setting.stage == "products":
-            found = [*products(modules[0].model, modules[1].model, x[:FEW, :SHORT])]
-        else:
-            base, tuned = (from_decoder(module, final_norm=False) for module in modules)
-            rows_of = {"whole": whole, "floors": floors}[setting.stage]
-            found = [*rows_of(base, tuned, x.mT)]
+        base, tuned = (from_decoder(module, final_norm=False) for module in modules)
+        found = [*floors(base, tuned, x.mT)]
     else:
         planning, held_out = (pairs.texts(kind, part) for part in ("validation", "test"))
         limits: Any = {"held_out": held_out[:TEXTS], "modules": plans.BLOCKS}
@@ -321,7 +267,5 @@ def unfold(runs: pd.DataFrame) -> pd.DataFrame:
 if __name__ == "__main__":
     begin()
     tunings = [name for name, about in plans.TUNINGS.items() if not about.rank]
-    asked = sweeps.grid(PartRun, tuning=tunings, stage=["weights", "floors", "whole", "effect"])
-    # An identity: one tuning is enough to see it.
-    asked.append(PartRun(tuning="tweets", stage="products"))
+    asked = sweeps.grid(PartRun, tuning=tunings, stage=["weights", "floors", "effect"])
     put(unfold(sweeps.run(asked, work, "parts.sqlite", size=1)), "parts")
