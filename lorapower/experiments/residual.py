@@ -17,11 +17,10 @@ from ..training.descent import descend
 from ..training.tuning import Fresh, Tuning
 from .study import Bench, Course, Problem, Rank
 
-# Vectors by what is tuned: those of the theorem on attention, all, or those that follow attention.
+# Vectors by what is tuned: those of the floor of attention, or all.
 VECTORS = {
     "free": ("b_Q", "b_O", "b_2"),
     "all": ("b_Q", "b_O", "b_2", "b_1", "g_1", "s_1", "g_2", "s_2", "g_f", "s_f"),
-    "mlp": ("b_O", "b_2", "b_1", "g_2", "s_2"),
 }
 FIT, SELECT, TEST, DIRECTIONS = 1000, 500, 5000, 5000
 # How far out tokens are for what is said of the limit.
@@ -32,15 +31,15 @@ class TrainedPart(Record):
     """Train adapters of one rank on a part of the blocks, by Adam at a falling rate, then L-BFGS.
 
     ``W_V`` and ``W_O`` have ``more`` rank than the rest. Of the vectors ``"free"`` tunes
-    ``b_Q, b_O, b_2``, ``"all"`` also ``b_1``, gains and shifts; ``"mlp"`` those that follow
-    attention. L-BFGS takes ``iterations`` on fixed inputs.
+    ``b_Q, b_O, b_2``, ``"all"`` also ``b_1``, gains and shifts. L-BFGS takes
+    ``iterations`` on fixed inputs.
     """
 
     kind: Literal["part"] = "part"
     part: Part = "attention"
     ranks: Rank = 8
     more: int = Field(0, ge=0)
-    vectors: Literal["free", "all", "mlp"] = "all"
+    vectors: Literal["free", "all"] = "all"
     learning_rate: float = Field(1e-2, gt=0)
     iterations: int = Field(0, ge=0)
 
