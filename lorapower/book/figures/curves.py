@@ -29,6 +29,8 @@ _ASIDE = 8
 _SHORT = 15
 # A line through no more points than these would say more than they do.
 _FEW = 3
+# Relative errors below this are rounding.
+_ROUNDING = 1e-9
 
 
 def curves(
@@ -72,7 +74,6 @@ def error_against_rank(
     thresholds: Mapping[str, float] | None = None,
     levels: Mapping[str, float] | None = None,
     line: str = "predicted",
-    rounding: float = 1e-9,
     yscale: str = "linear",
     xlabel: str = "rank $R$ of each adapter",
     ylabel: str,
@@ -81,15 +82,15 @@ def error_against_rank(
     """Draw predicted errors (lines) and measured errors (markers) against rank.
 
     Errors are ``[ranks]``, or ``[ranks, samples]``, of which medians are shown. Measured errors
-    below ``rounding`` are in a strip at the foot, predicted ones are left out. Each entry has its
-    colour; its threshold is a dotted vertical line, levels are dashed horizontal ones. ``line``
-    names predictions in the legend; ``size`` is in inches.
+    below 1e-9 are in a strip at the foot, predicted ones are left out. Each entry has its colour;
+    its threshold is a dotted vertical line, levels are dashed horizontal ones. ``line`` names
+    predictions in the legend; ``size`` is in inches.
     """
     figure, ax = plt.subplots(figsize=size)
     for label, look, marker in _in_turn(measured):
         if label in predicted:
             expected = _rows(ranks[label], predicted[label])["median"]
-            expected = expected.where(expected >= rounding)
+            expected = expected.where(expected >= _ROUNDING)
             ax.plot(expected, color=look.color, ls=look.line, lw=1.5)
         found = _rows(ranks[label], measured[label])["median"]
         # More than twenty markers would hide the line.
@@ -98,7 +99,7 @@ def error_against_rank(
         if thresholds:
             ax.axvline(thresholds[label], **_MARK | {"color": look.color})
     _draw_guides(ax, None, levels)
-    _finish(ax, rounding, "linear", yscale, xlabel=xlabel, ylabel=ylabel)
+    _finish(ax, _ROUNDING, "linear", yscale, xlabel=xlabel, ylabel=ylabel)
     kinds: dict[str, dict[str, Any]] = {}
     if predicted:
         kinds = {"measured": {"marker": "o", "mfc": "none", "ls": ""}, line: {"ls": "-"}}
