@@ -21,7 +21,6 @@ from .transformer import (
     necessary_ranks,
     packed_rank,
     ranks_suffice,
-    transformer_error,
     transformer_ranks,
 )
 
@@ -39,6 +38,5 @@ __all__ = [
     "packed_rank",
     "ranks_suffice",
     "samples",
-    "transformer_error",
     "transformer_ranks",
 ]

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import pad
 
-from .. import _checks, lowrank
+from .. import _checks
 from ..errors import InputError
 from ..networks.alignment import savable
 from ..networks.gap import Gap
@@ -36,72 +34,6 @@ def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tens
         return torch.stack([pair.inner, pair.outer, -(-pair.together // 2)]).amax(0)
 
     return segments(frozen, target).map(least)
-
-
-def transformer_error(
-    frozen: Transformer, target: Transformer, rank: int, x: Float[Tensor, "*#batch width n"]
-) -> Float[Tensor, "*batch"]:
-    """Compute the largest error ``max_j ‖f(x)_j − f̄(x)_j‖_2`` of a token, for each sequence ``x``.
-
-    ``f`` is plain and has the segments that adapters of this rank make, ``M̂ = M − (E − LR_r(E))``;
-    it is run without any adapter. The error is infinite where nothing is known: where narrow heads
-    get less rank than they need, or a frozen product that has to change is singular [ass-regular].
-    Raises what `networks.segments` raises, and `InputError` for a rank outside 0 to the width and
-    for transformers with residual connections or norms. Source: [prop-transformer-error].
-    """
-    rank = _checks.integer("rank", rank, 0, frozen.width, limit="the width")
-    cut = segments(frozen, target)
-    if not target.is_plain:
-        allowed = "plain, without residual connections and norms"
-        raise InputError("target", allowed=allowed, given=target)
-    reached = cut.map(lambda name, gap: _reached(name, gap, rank))
-    network = _assemble(target, cut.map(lambda name, gap: gap.reached(reached[name][0])))
-    unknown = reached.map(lambda _, part: part[1]).largest()
-    largest = torch.linalg.vector_norm(network(x) - target(x), dim=-2).amax(-1)
-    return torch.where(unknown, torch.inf, largest)
-
-
-def _assemble(target: Transformer, products: Segments[Tensor]) -> Transformer:
-    """Make a transformer with these products of its segments, and all else the target's."""
-    shift, outputs = target.missing_shift, target.W_out.shape[-2]
-    identity = torch.eye(target.width).to(shift)
-    of_heads = identity.expand(products.query_key.shape)
-    of_blocks = of_heads[..., 0, :, :]
-    end = pad(products.output, (0, 0, 0, target.width - outputs))
-    constant = pad(lowrank.times(target.W_out, target.b_2[..., -1, :]), (0, target.width - outputs))
-    # The first bias has what the target's heads make of the shift and this network's do not.
-    sent = target.b_2[..., :-1, None, :]
-    for W in (target.W_V, target.W_O):
-        sent = lowrank.times(W[..., 1:, :, :, :], sent)
-    wanted = lowrank.times(target.W_1[..., 1:, :, :], sent.sum(-2))
-    missing = wanted - lowrank.times(products.value_output.sum(-3)[..., 1:, :, :], shift)
-    return Transformer(
-        {
-            "W_Q": products.query_key,
-            "W_K": of_heads,
-            "W_V": of_heads,
-            "W_O": products.value_output,
-            "W_1": of_blocks,
-            "b_1": target.b_1 + pad(missing, (0, 0, 1, 0)),
-            "W_2": torch.cat([of_blocks[..., 1:, :, :], end[..., None, :, :]], -3),
-            "b_2": torch.cat([shift, constant[..., None, :]], -2),
-            "W_out": identity[:outputs],
-        },
-        target.settings,
-    )
-
-
-def _reached(name: str, gap: Gap, rank: int) -> tuple[int, Bool[Tensor, "*batch"]]:
-    """Sum a segment's ranks; say whether its product may be out of reach."""
-    inputs, width, size = gap.frozen.widths[:3]
-    if gap.frozen.depth == 2 or size >= width:
-        limit = 1 / (max(inputs, width) * torch.finfo(gap.frozen.dtype).eps)
-        singular = lowrank.condition_number(gap.frozen.product()) > limit
-        total = [rank, rank] if gap.frozen.depth == 2 else [0, rank, rank, 0]
-        return sum(gap.ranks(total)), singular & (gap.rank > 0)
-    own, pair = min(rank, size), gap.pair_ranks
-    too_low = torch.maximum(pair.inner, pair.outer) > own
-    return width, too_low | (pair.together > 2 * own)
 
 
 class _Region(NamedTuple):

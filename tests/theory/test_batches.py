@@ -170,10 +170,6 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
         least_rank,
         [heads(**NORMED), heads(**NORMED)],
     ),
-    "transformer_error": (
-        lambda f, t, z: bounds.transformer_error(f, t, 1, z),
-        [heads(), heads(), TOKENS],
-    ),
     "attention_floor": (
         lambda f, t: bounds.attention_floor(f, t, X, 1).value,
         [heads(**NORMED), heads(**NORMED)],

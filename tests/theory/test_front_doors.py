@@ -282,11 +282,6 @@ DOORS = [
         {"target": [NARROWER, PRENORM["target"].replace(eps=1.0)]},
     ),
     Door(
-        bounds.transformer_error,
-        HEADS | {"rank": 1, "x": TOKENS[:3]},
-        {"rank": [99, -1], "x": [TOKENS * torch.nan, TOKENS[:2]]},
-    ),
-    Door(
         bounds.packed_rank,
         {"width": 2, "heads": 2, "head_size": 1, "part": "values", "norm": "layer"},
         {"groups": [3], "head_size": [2]},
