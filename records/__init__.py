@@ -93,6 +93,11 @@ def read(name: str) -> pd.DataFrame:
     - ``weights``: how many singular values of changes ``nine`` tenths of the squared norm need,
       how many are above a thousandth of the largest (``numerical``), and how many ``directions``
       there are.
+    - ``heads``, of one tuning [thm-every-network]: for ``scores`` and ``values``, by how many
+      singular values above a thousandth of the largest the heads of a block differ at least
+      (``numerical``); in all blocks, how many pairs of a head of the base and one of the tuned
+      model are ``dependent``, and may differ by less than the full rank; the largest ``cosine`` of
+      two tuned heads, and their ``shortest`` vector of scores over the median.
     - ``floors``, on tokens of sentences: the cosine by which a block, or all, ``turn`` tokens.
       ``floor`` is the share of the variance of one block's change that the other part cannot make
       up [prop-floor-attention], [prop-floor-feed-forward]; ``far floor`` that of all blocks'

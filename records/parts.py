@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lorapower import lowrank
+from lorapower import lowrank, randomness
 from lorapower.checkpoints import Adapter, Measured, Pair, Planner
 from lorapower.experiments import sweeps
 from lorapower.networks import Transformer, from_decoder
@@ -35,6 +35,8 @@ PLANNING, TEXTS = 120, 100
 SENTENCES, LENGTH, MIXED = 192, 24, 64
 # Blocks whose states give the directions of far tokens: half way, and behind the last.
 DEPTHS = (15, 30)
+# The sine of an angle below which spans meet: weights are stored in single precision.
+ROUNDING = 1e-6
 # A part of the effect of which nine tenths, as squares, are there.
 LEFT = math.sqrt(0.1)
 # Block, weight or part, quantity, value; -1 and "" stand for all.
@@ -47,7 +49,7 @@ class PartRun(sweeps.Record):
     """A tuning, and what is measured of it."""
 
     tuning: str
-    stage: Literal["weights", "floors", "effect"]
+    stage: Literal["weights", "heads", "floors", "effect"]
 
 
 class PartResults(sweeps.Results):
@@ -122,6 +124,69 @@ def place(name: str) -> tuple[int, str]:
     """Find the block and the name there of a module."""
     parts = name.split(".")
     return int(parts[2]), parts[-1].removesuffix("_proj")
+
+
+def heads(base: Transformer, tuned: Transformer) -> Iterator[Row]:
+    """Count what heads differ by [thm-every-network], and say how alike those of one model are.
+
+    Two heads, of any places, differ by the full rank if neither factor of one depends on that of
+    the other; ``dependent`` counts all other pairs.
+    """
+    ours, theirs = factors(base), factors(tuned)
+    for part in ours:
+        sides = [*zip(ours[part], theirs[part], strict=True)]
+        left, right = (torch.cat(pair, -1) for pair in sides)
+        signs = left.new_ones(left.shape[-1])
+        signs[: len(signs) // 2] = -1
+        values = spectrum(left * signs, right)
+        counts = (values > 1e-3 * values[:, :1]).sum(1).view(base.depth, -1).amin(1)
+        yield from ((l, part, "numerical", int(count)) for l, count in enumerate(counts))
+        near = dependent(*sides[0]) | dependent(*sides[1])
+        yield -1, part, "dependent", int(near.sum())
+    left, right = theirs["values"]
+    maps = (left @ right.mT).flatten(1)
+    yield -1, "values", "cosine", largest_cosine(maps)
+    # Queries of one direction, met by keys at each distance that the theorem takes.
+    keys, queries = theirs["scores"]
+    n = randomness.normal(randomness.generator(0, "direction"), tuned.width)
+    asked = queries.mT @ (tuned.width**0.5 * n / n.norm())
+    turned = tuned.rotate(asked[..., None].expand(-1, -1, asked.shape[-1] + 2))[..., 1:]
+    met = (keys @ turned).unbind(-1)
+    yield -1, "scores", "cosine", max(map(largest_cosine, met))
+    lengths = torch.stack(met).norm(dim=-1)
+    yield -1, "scores", "shortest", float(lengths.min() / lengths.median())
+
+
+def factors(network: Transformer) -> dict[str, tuple[Tensor, Tensor]]:
+    """Give ``A`` and ``M`` of all heads as factors, ``left @ right.mT``, with first gains."""
+    g = network.g_1[:, None, :, None]
+    K, V = network.each_head(network.W_K), network.each_head(network.W_V)
+    Q, K, V = ((W.mT * g).flatten(0, 1) for W in (network.W_Q, K, V))
+    return {"scores": (K, Q), "values": (network.W_O.flatten(0, 1), V)}
+
+
+def spectrum(left: Tensor, right: Tensor) -> Float[Tensor, "heads rank"]:
+    """Compute the singular values of ``left @ right.mT``."""
+    first, second = (torch.linalg.qr(side).R for side in (left, right))
+    return lowrank.spectrum(first @ second.mT)
+
+
+def dependent(one: Tensor, other: Tensor) -> Bool[Tensor, "heads heads"]:
+    """Find the pairs whose columns are dependent: their spans meet but for a sine of `ROUNDING`."""
+    first, second = (torch.linalg.qr(side).Q for side in (one, other))
+    unit = (1 - ROUNDING**2) * torch.eye(first.shape[-1]).to(first)
+    found = []
+    for U in first:
+        C = U.mT @ second
+        # Its least eigenvalue is the squared sine of the smallest angle.
+        found.append(torch.linalg.cholesky_ex(unit - C.mT @ C).info > 0)
+    return torch.stack(found)
+
+
+def largest_cosine(rows: Float[Tensor, "heads n"]) -> float:
+    """Compute the largest cosine between lines of two different rows."""
+    rows = rows / rows.norm(dim=-1, keepdim=True)
+    return float((rows @ rows.mT).abs().fill_diagonal_(0).max())
 
 
 def floors(base: Transformer, tuned: Transformer, z: States) -> Iterator[Row]:
@@ -237,15 +302,17 @@ def work(settings: list[PartRun]) -> list[PartResults]:
     (setting,) = settings
     folder, kind = plans.tuned(setting.tuning), plans.TUNINGS[setting.tuning].kind
     pair = Pair.open(models.LANGUAGE, str(folder))
+    modules = [models.decoder(name) for name in (models.LANGUAGE, str(folder))]
+    base, tuned = (from_decoder(module, final_norm=False) for module in modules)
     if setting.stage == "weights":
         found = [*weights(pair)]
+    elif setting.stage == "heads":
+        found = [*heads(base.to(torch.float64), tuned.to(torch.float64))]
     elif setting.stage == "floors":
         sentences = [s for part in ("test", "validation") for s in pairs.texts(kind, part)]
         ids = pair.tokenizer(sentences)["input_ids"]
         ids = [tokens[:LENGTH] for tokens in ids if len(tokens) >= LENGTH]
-        modules = [models.decoder(name) for name in (models.LANGUAGE, str(folder))]
         x = modules[1].get_input_embeddings()(torch.tensor(ids[:SENTENCES]))
-        base, tuned = (from_decoder(module, final_norm=False) for module in modules)
         found = [*floors(base, tuned, x.mT)]
     else:
         planning, held_out = (pairs.texts(kind, part) for part in ("validation", "test"))
@@ -268,4 +335,6 @@ if __name__ == "__main__":
     begin()
     tunings = [name for name, about in plans.TUNINGS.items() if not about.rank]
     asked = sweeps.grid(PartRun, tuning=tunings, stage=["weights", "floors", "effect"])
+    # The theorem has one answer for all tunings of all weights.
+    asked.append(PartRun(tuning="tweets", stage="heads"))
     put(unfold(sweeps.run(asked, work, "parts.sqlite", size=1)), "parts")
