@@ -91,6 +91,26 @@ def test_what_is_not_affine_is_the_floor_of_attention(llamas: tuple[str, str]) -
     assert seen == pytest.approx(24 * float(floor.value), rel=1e-3)
 
 
+def test_heads_differ_by_the_rank_of_their_changes() -> None:
+    kind: Any = {"head_size": 4, "groups": 2, "residual": True, "norm": "rms", "rotary": 1e4}
+    one = Transformer.random(2, 16, 4, hidden=16, gated=True, activation="silu", **kind)
+    A, B = (randomness.normal(randomness.generator(0, name), 16, 1) for name in "AB")
+    adapted = one.replace(W_Q=one.W_Q + (A @ B.mT).reshape(4, 4, 16))
+    other = Transformer.random(2, 16, 4, hidden=16, gated=True, activation="silu", seed=1, **kind)
+    found = {}
+    for name, tuned in {"adapted": adapted, "other": other}.items():
+        for block, part, quantity, value in parts.heads(one, tuned):
+            found[name, block, part, quantity] = value
+    for l, (W_K, W_Q, new) in enumerate(zip(one.W_K, one.W_Q, adapted.W_Q, strict=True)):
+        changes = one.each_head(W_K).mT @ (new - W_Q)
+        assert found["adapted", l, "scores", "numerical"] == lowrank.rank(changes).amin() == 1
+        assert found["other", l, "scores", "numerical"] == 8
+        assert found["other", l, "values", "numerical"] == 8
+    # Heads of a group share keys, of the tuned network too.
+    assert found["adapted", -1, "scores", "dependent"] == 2 * 2 * 4
+    assert found["other", -1, "scores", "dependent"] == 0
+
+
 def test_ways_of_one_size_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each number from networks that are put together here, without embeddings and norms."""
     wide: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128}
