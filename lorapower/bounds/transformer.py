@@ -53,7 +53,13 @@ def _region(network: Transformer) -> _Region:
     settings, sizes = network.settings, network.sizes
     if settings.norm is None or not settings.residual:
         raise InputError("network", allowed="with residual connections and norms", given=network)
-    _checks.choice("activation", settings.activation, ("relu", "gelu", "silu"))
+    if settings.activation == "gelu_tanh":
+        raise InputError(
+            "network",
+            allowed="of ReLUs, GELUs or SiLUs",
+            given="the tanh form of GELU",
+            remedy="of which nothing is proved; transformer_ranks counts for a pair of networks",
+        )
     # On a circle or two points kinks of different units meet.
     m = _checks.integer("dimension of normalized tokens", network.dimension, 3)
     # A final LayerNorm hides one direction of what is written.
@@ -65,8 +71,10 @@ def _region(network: Transformer) -> _Region:
     )
     full = {"W_1": m} | ({"W_3": m} if settings.gated else {}) | {"W_2": written}
     kinds, count = savable(settings)
-    least = max(written, 1 + sum(full[kind] - 1 for kind in kinds))
-    _checks.integer("number of hidden units", sizes["hidden"], least)
+    least, units = max(written, 1 + sum(full[kind] - 1 for kind in kinds)), sizes["hidden"]
+    if units < least:
+        allowed, remedy = f"at least {least}", "with fewer, less than these ranks may be enough"
+        raise InputError("network's hidden units", allowed=allowed, given=units, remedy=remedy)
     return _Region(pairs, full, (kinds, count))
 
 
@@ -74,8 +82,9 @@ def ranks_suffice(network: Transformer, ranks: Mapping[str, int]) -> bool:
     """Say whether adapters of these ranks make almost all pairs of networks equal [thm-needed].
 
     Both networks have the shape of ``network``, whose numbers do not matter; one adapter serves one
-    head, gains and shifts are frozen, biases are tuned. With ``S`` the width, or ``m`` under a
-    final LayerNorm, and ``F`` hidden units the ranks are enough if and only if
+    head, so packed ranks of `necessary_ranks` do not fit. Gains and shifts are frozen, but for
+    those of a final norm, and biases are tuned. With ``S`` the width, or ``m`` under a final
+    LayerNorm, and ``F`` hidden units the ranks are enough if and only if
 
     - ``R_Q + R_K ≥ min(2 d, m)``, where no rank counts for more than the head size ``d``;
     - ``R_V + R_O ≥ min(2 d, m)`` in the same way, and ``R_O ≥ min(d, max(0, S − d))``;
@@ -93,10 +102,11 @@ def ranks_suffice(network: Transformer, ranks: Mapping[str, int]) -> bool:
     region = _region(network)
     if network.settings.rotary is not None or network.groups < network.heads:
         allowed = "without rotary positions and grouped heads"
-        raise InputError("network", allowed=allowed, given=network)
-    if set(ranks) != set(network.weight_kinds):
+        remedy = "necessary_ranks has the ranks that are needed"
+        raise InputError("network", allowed=allowed, given=network, remedy=remedy)
+    if not isinstance(ranks, Mapping) or set(ranks) != set(network.weight_kinds):
         allowed = f"one rank for each of {', '.join(network.weight_kinds)}"
-        raise InputError("ranks", allowed=allowed, given=sorted(map(str, ranks)))
+        raise InputError("ranks", allowed=allowed, given=ranks)
     given = {kind: _checks.integer(f"rank of {kind}", ranks[kind], 0) for kind in ranks}
     for first, second, both, least in region.pairs:
         R, other = (min(given[k], *network.parameters[k].shape[-2:]) for k in (first, second))

@@ -17,7 +17,7 @@ from ..lowrank import LowRank
 from ..networks.alignment import align, savable
 from ..networks.gap import Gap
 from ..networks.segmentation import Segments, is_regular, segments
-from ..networks.transformer import Transformer
+from ..networks.transformer import Settings, Transformer
 from . import _heads
 from .linear import Adaptation, LinearAdaptation
 
@@ -76,10 +76,11 @@ def adapt(
     the target's as their ranks allow by `linear.adapt`, or exactly in narrow heads. A weight with a
     segment of its own gets ``LR_R(E) B⁺`` if it reads tokens, ``Sᵀ LR_R(E)`` if it writes them. If
     plain, biases are ``b̂_2 = W_2 c`` with ``W̄_2 c = b̄_2`` in all blocks but the last; otherwise
-    gains and shifts become the target's (`Transformer.with_norms` writes it with the frozen ones),
-    and biases complete what segments leave. Where feed-forward layers of an unrelated target lack
-    one rank on as many weights as scales of units can save, units are ordered and scaled for that,
-    so that every vertex of the region of [thm-needed] is exact.
+    gains and shifts become the target's (`Transformer.with_norms` writes it with the frozen ones,
+    but for those of a final norm), and biases complete what segments leave. Where ranks are full
+    but for one on as many feed-forward weights as scales of units can save, blocks that differ by
+    full rank on one of these have the target's units in another order and of other sizes, so that
+    every vertex of [thm-needed] is exact; updates can then be much larger than differences.
 
     Raises `SingularError` where a segment is not reached within ``rtol``, and `InputError` for
     ranks out of range, for transformers that do not fit, for a singular ``W_1`` or ``W_2`` if
@@ -103,7 +104,7 @@ def adapt(
     _checks.kind(Transformer, frozen=frozen, target=target)
     cut = segments(frozen, target, throw=throw)
     each = _heads.ranks_by_kind(ranks, frozen)
-    if saved := _saved(frozen, cut, each):
+    if saved := _saved(cut, each, frozen.settings):
         target = align(target, cut, saved)
         cut = segments(frozen, target)
     solutions, by_kind = {}, {}
@@ -158,21 +159,18 @@ def adapt(
     )
 
 
-def _saved(frozen: Transformer, cut: Segments[Gap], ranks: Mapping[str, int]) -> set[str]:
-    """Name the weights that lack one rank, if all others of their layers have full rank."""
-    lacking = {}
+def _saved(cut: Segments[Gap], ranks: Mapping[str, int], settings: Settings) -> set[str]:
+    """Name the feed-forward weights whose ranks lack one, where scales of units can save these."""
+    kinds, count = savable(settings)
+    saved = set()
     for name in ("inner", "up", "outer"):
         if name in cut:
-            (kind,), gap = Segments.WEIGHTS[name], cut[name]
-            full = min(gap.frozen.widths[0], gap.frozen.widths[-1])
-            # Units are kept as they are where differences have little rank.
-            if not (gap.rank == full).all() or frozen.sizes["hidden"] < full:
+            (kind,), (inputs, *_, outputs) = Segments.WEIGHTS[name], cut[name].frozen.widths
+            units, full = (inputs, outputs) if kind == "W_2" else (outputs, inputs)
+            if ranks[kind] < full - 1 or units < full or (ranks[kind] < full and kind not in kinds):
                 return set()
-            lacking[kind] = full - min(ranks[kind], full)
-    kinds, count = savable(frozen.settings)
-    saved = {kind for kind, rank in lacking.items() if rank == 1}
-    possible = saved <= {*kinds} and len(saved) <= count and max(lacking.values(), default=0) < 2
-    return saved if possible else set()
+            saved |= {kind} if ranks[kind] < full else set()
+    return saved if len(saved) <= count else set()
 
 
 def _of_one(name: str, gap: Gap, rank: int) -> LowRank:

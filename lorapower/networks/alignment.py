@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from itertools import product
 
 import torch
 from jaxtyping import Float, Int
@@ -37,19 +36,23 @@ def align(target: Transformer, cut: Segments[Gap], saved: Collection[str]) -> Tr
 
     Factors ``c_k`` with ``c_k (W̄ x)_k = (W x)_k`` for some ``x`` make the difference of a weight
     vanish on ``x``. Factors of ReLUs are positive, so units are ordered such that signs agree. A
-    block without such ``x``, as may be where units are parallel, stays as it is.
+    block stays as it is where none of these differences has full rank, and without such ``x``, as
+    may be where units are parallel.
     """
     sides: dict[str, tuple[Tensor, Tensor]] = {}
+    unrelated = torch.zeros(cut.inner.batch_shape, dtype=torch.bool)
     for name, kind in (("inner", "W_1"), ("up", "W_3"), ("outer", "W_2")):
         if name in cut:
             pair = cut[name].frozen.product(), cut[name].target.product()
             sides[kind] = (pair[0].mT, pair[1].mT) if kind == "W_2" else pair
+            if kind in saved:
+                unrelated = unrelated | (cut[name].rank == sides[kind][0].shape[-1]).cpu()
     batch = cut.inner.batch_shape[:-1]
     dims = len(target.batch_shape)
     parts = {k: p.expand(*batch, *p.shape[dims:]).clone() for k, p in target.parameters.items()}
     of_units = [kind for kind in target.kinds if SHAPES[kind][:2] == ("blocks", "hidden")]
     generator = randomness.generator(0, "alignment")
-    for place in product(*map(range, cut.inner.batch_shape)):
+    for place in map(tuple, unrelated.nonzero().tolist()):
         frozen, wanted = ({kind: pair[i][place] for kind, pair in sides.items()} for i in (0, 1))
         tries = [_match(frozen, wanted, saved, target.settings, generator) for _ in range(_TRIALS)]
         found = [each for each in tries if each is not None]
@@ -109,8 +112,10 @@ def _match(
         second = 1 / (ratio("W_2") * first)
     elif "W_2" in saved:
         first = 1 / (ratio("W_2") * second)
-    usable = all((c.isfinite() & (c != 0)).all() for c in (first, second))
-    return (order, first, second) if usable else None
+    usable = first.isfinite() & second.isfinite() & (second != 0)
+    # Between a row and its negative there may be an arc of rounding, in which signs do not agree.
+    usable &= first > 0 if is_relu else first != 0
+    return (order, first, second) if usable.all() else None
 
 
 def _balance(

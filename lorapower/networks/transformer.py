@@ -492,10 +492,12 @@ class Transformer(Network):
         """Write the same function with another network's gains ``g`` and shifts ``s``.
 
         ``W diag(ḡ/g)`` reads ``g ⊙ n + s`` as ``W`` reads ``ḡ ⊙ n + s̄``, up to a constant that
-        biases take up: ``b_O`` that of values; that of keys matters for rotary positions alone. A
-        final norm stays. Adapters for the result leave the other's gains and shifts frozen. Raises
-        `InputError` for networks that do not fit, and where ``other`` has a gain of 0.
+        biases take up: ``b_O`` that of values; that of keys matters for rotary positions alone.
+        Adapters for the result leave the other's gains and shifts frozen, but for a final norm,
+        which stays this network's. Raises `InputError` for networks that do not fit, and where
+        ``other`` has a gain of 0.
         """
+        _checks.kind(Transformer, other=other)
         self.require_like(other, ("norm",), ("blocks", "width"))
         if self.settings.norm is None:
             return self

@@ -71,6 +71,7 @@ NARROW = both(*residual_pair(0, 1, 6, 2, head_size=3))
 PRENORM = both(*residual_pair(0, 1, 6, 1, hidden=8))
 FINAL_NORM = residual_pair(0, 1, 6, 1, hidden=8, final_norm=True)[1]
 UNRELATED = residual_pair(0, 1, 6, 1, head_size=4, hidden=11)[1]
+FEW = PRENORM["frozen"]
 NARROWER = residual_pair(0, 1, 4, 1, head_size=6, hidden=8)[1]
 LLAMA = decoder("LlamaModel", 4, 4)
 READ = from_decoder(LLAMA)
@@ -289,17 +290,17 @@ DOORS = [
     Door(
         bounds.necessary_ranks,
         {"network": UNRELATED, "packed": True},
-        {"network": [HEADS["target"]]},
+        {"network": [HEADS["target"], UNRELATED.replace(activation="gelu_tanh"), FEW]},
     ),
     Door(
         bounds.ranks_suffice,
         {"network": UNRELATED, "ranks": bounds.necessary_ranks(UNRELATED)},
-        {"network": [HEADS["target"]], "ranks": [{}]},
+        {"network": [HEADS["target"]], "ranks": [{}, 3]},
     ),
     Door(
         Transformer.with_norms,
         {"self": UNRELATED, "other": UNRELATED},
-        {"other": [UNRELATED.replace(g_1=0 * UNRELATED.g_1)]},
+        {"other": [UNRELATED.replace(g_1=0 * UNRELATED.g_1), X]},
     ),
     Door(bounds.attention_floor, PRENORM | {"tokens": TOKENS}, {"frozen": [FINAL_NORM]}),
     # Matrices and regions

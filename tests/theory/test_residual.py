@@ -300,6 +300,34 @@ def test_every_vertex_is_exact_with_frozen_gains(shape: Any, data: Any) -> None:
         assert not used[kind] or not bounds.ranks_suffice(frozen, used | {kind: used[kind] - 1})
 
 
+def test_units_are_ordered_block_by_block() -> None:
+    """A block, or a member, that needs no rank takes none from the others."""
+    options: Any = {"activation": "relu", "head_size": 3, "hidden": 12}
+    frozen, drawn = residual_pair(0, 2, 6, 1, **options)
+    target = drawn.with_norms(frozen)
+    ranks, x = bounds.necessary_ranks(frozen), normal(5, 1, 6, 4)
+    same = {kind: target.parameters[kind].clone() for kind in ("W_1", "b_1", "W_2", "b_2")}
+    for kind, part in same.items():
+        part[0] = frozen.parameters[kind][0]
+    near = target.replace(**same)
+    stacks = {k: torch.stack([frozen.parameters[k], p]) for k, p in target.parameters.items()}
+    for goal in (near, target.replace(W_2=frozen.W_2), Transformer(stacks, target.settings)):
+        found = transformer.adapt(frozen, goal, ranks).adapters.merge(frozen)
+        assert relative(found, goal, x) < 1e-20
+
+
+def test_units_that_cannot_be_ordered_stay() -> None:
+    """Of as many rows and their negatives, an odd number, no two sides are equal."""
+    frozen, _ = residual_pair(0, 1, 6, 1, norm="rms", head_size=2, hidden=11, activation="relu")
+    target, x = frozen.replace(W_1=-frozen.W_1, W_2=-frozen.W_2), normal(5, 6, 4)
+    errors = []
+    for rank in (4, 5, 6):
+        ranks = {"W_Q": 2, "W_K": 2, "W_V": 2, "W_O": 2, "W_1": rank, "W_2": 6}
+        found = transformer.adapt(frozen, target, ranks)
+        errors.append(relative(found.adapters.merge(frozen), target, x))
+    assert errors[0] > errors[1] > errors[2]
+
+
 @given(shapes())
 def test_necessary_ranks_are_a_vertex(shape: Any) -> None:
     _, frozen, _ = shape
