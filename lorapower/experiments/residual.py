@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from .._records import Record
-from ..adapters import Adapters, Tuned
+from ..adapters import Adapters
 from ..bounds.floors import attention_floor, far_error, feed_forward_floor
 from ..networks.transformer import Activation, Part, Transformer
 from ..regression import variance as variance_of
-from ..training.descent import descend
 from ..training.tuning import Fresh, Tuning
 from .study import Bench, Course, Problem, Rank
 
@@ -22,17 +19,16 @@ VECTORS = {
     "free": ("b_Q", "b_O", "b_2"),
     "all": ("b_Q", "b_O", "b_2", "b_1", "g_1", "s_1", "g_2", "s_2", "g_f", "s_f"),
 }
-FIT, SELECT, TEST, DIRECTIONS = 1000, 500, 5000, 5000
+TEST, DIRECTIONS = 5000, 5000
 # How far out tokens are for what is said of the limit.
 FAR = 1e4
 
 
 class TrainedPart(Record):
-    """Train adapters of one rank on a part of the blocks, by Adam at a falling rate, then L-BFGS.
+    """Train adapters of one rank on a part of the blocks, by Adam at a falling rate.
 
     ``W_V`` and ``W_O`` have ``more`` rank than the rest. Of the vectors ``"free"`` tunes
-    ``b_Q, b_O, b_2``, ``"all"`` also ``b_1``, gains and shifts. L-BFGS takes
-    ``iterations`` on fixed inputs.
+    ``b_Q, b_O, b_2``, ``"all"`` also ``b_1``, gains and shifts.
     """
 
     kind: Literal["part"] = "part"
@@ -41,7 +37,6 @@ class TrainedPart(Record):
     more: int = Field(0, ge=0)
     vectors: Literal["free", "all"] = "all"
     learning_rate: float = Field(1e-2, gt=0)
-    iterations: int = Field(0, ge=0)
 
 
 class Residual(Problem):
@@ -112,11 +107,6 @@ class _Bench(Bench):
         self.course["seed"] = problem.seed
         self.tokens = problem.tokens
 
-        def pair(purpose: str, count: int) -> tuple[Tensor, Tensor]:
-            x = problem.data(self.target, purpose).test(count)[0].to(self.target.dtype)
-            return x, self.target(x)
-
-        self.fit, self.select = pair("fitting", FIT), pair("choosing", SELECT)
         self.pair = tuple(part.to(self.frozen.dtype) for part in self.data.test(TEST))
         far = problem.data(self.target, "directions").test(DIRECTIONS)[0][..., 0]
         self.far = far.mT.to(self.frozen.dtype)
@@ -140,13 +130,8 @@ class _Bench(Bench):
         return tuple(b if kind in ("W_V", "W_O") else a for kind, a, b in pairs)
 
     def finish(self, method: Any, network: Any, adapters: Adapters) -> tuple[Any, dict[str, Any]]:
-        """Descend further by L-BFGS, and compute the floor."""
+        """Compute the floor."""
         adapters = adapters.to(self.frozen.dtype)
-        if method.iterations:
-            biases = torch.tensor(self.tuning(method).biases)
-            tuned = Tuned(torch.tensor(adapters.ranks), biases)
-            start = Adapters(adapters.updates, adapters.bias_updates, tuned)
-            adapters = descend(self.frozen, start, self.fit, self.select, method.iterations)
         pair = self.frozen, self.target
         if method.part == "mlp":
             floor, spread = feed_forward_floor(*pair, self.far, self.tokens)
