@@ -335,6 +335,6 @@ if __name__ == "__main__":
     begin()
     tunings = [name for name, about in plans.TUNINGS.items() if not about.rank]
     asked = sweeps.grid(PartRun, tuning=tunings, stage=["weights", "floors", "effect"])
-    # The theorem has one answer for all tunings of all weights.
+    # Heads are compared for one tuning.
     asked.append(PartRun(tuning="tweets", stage="heads"))
     put(unfold(sweeps.run(asked, work, "parts.sqlite", size=1)), "parts")
