@@ -465,33 +465,25 @@ class Transformer(Network):
         W_2, b_2 = self.W_2[..., :-1, :, :], self.b_2[..., :-1, :, None]
         return lowrank.solve(W_2, b_2)[..., 0]
 
-    def vectors_like(
-        self, target: Transformer, *, paired: bool, shifts: tuple[Tensor, Tensor] | None = None
-    ) -> dict[str, Tensor]:
+    def vectors_like(self, target: Transformer, *, paired: bool) -> dict[str, Tensor]:
         """Find the vectors that complete adapted weights to the target, unless plain.
 
         Where queries and keys are ``paired`` in one segment, the bias of queries is left out.
-        ``shifts`` are those that adapted weights read, by default the target's.
         """
-        # What heads and layers of the target read, and of this network.
-        sides = [
-            (network, s_1.unsqueeze(-2), s_2)
-            for network, (s_1, s_2) in ((target, target.shifts), (self, shifts or target.shifts))
-        ]
+        s_1, s_2 = target.shifts
         vectors = {}
         for kind in target.bias_kinds:
             if kind in (*GAINS, *SHIFTS, "b_2"):
                 vectors[kind] = target.parameters[kind]
             elif kind in (("b_1", "b_3") if paired else ("b_1", "b_3", "b_Q", "b_K")):
-                weight, of_layer = kind.replace("b", "W"), kind in ("b_1", "b_3")
-                wanted, reached = (
-                    lowrank.times(network.parameters[weight], s_2 if of_layer else s_1)
-                    for network, s_1, s_2 in sides
-                )
-                vectors[kind] = target.parameters[kind] + wanted - reached
+                weight = kind.replace("b", "W")
+                s = s_2 if kind in ("b_1", "b_3") else s_1.unsqueeze(-2)
+                wanted = target.parameters[kind] + lowrank.times(target.parameters[weight], s)
+                vectors[kind] = wanted - lowrank.times(self.parameters[weight], s)
+        s = s_1.unsqueeze(-2)
         wanted, reached = (
-            lowrank.times(network.W_O, network.each_head(lowrank.times(network.W_V, s_1), -2))
-            for network, s_1, _ in sides
+            lowrank.times(network.W_O, network.each_head(lowrank.times(network.W_V, s), -2))
+            for network in (target, self)
         )
         vectors["b_O"] = target.b_O + (wanted - reached).sum(-2)
         return vectors
@@ -509,18 +501,24 @@ class Transformer(Network):
         self.require_like(other, ("norm",), ("blocks", "width"))
         if self.settings.norm is None:
             return self
-        changed = {kind: other.parameters[kind] for kind in ("g_1", "s_1", "g_2", "s_2")}
+        parts = {**self.parameters}
         for place, kinds in (("1", ("W_Q", "W_K", "W_V")), ("2", ("W_1", "W_3"))):
-            gains = changed[f"g_{place}"]
+            gains, shifts = other.parameters[f"g_{place}"], other.parameters[f"s_{place}"]
             if not gains.all():
                 raise InputError(f"g_{place} of other", allowed="without 0", given="one of 0")
-            ratio = (self.parameters[f"g_{place}"] / gains).unsqueeze(-2)
-            for kind in [kind for kind in kinds if kind in self.parameters]:
-                scale = ratio.unsqueeze(-2) if place == "1" else ratio
-                changed[kind] = self.parameters[kind] * scale
-        network = self.replace(**changed)
-        vectors = network.vectors_like(self, paired=False, shifts=other.shifts)
-        return network.replace(**{k: v for k, v in vectors.items() if k not in changed})
+            ratio = self.parameters[f"g_{place}"] / gains
+            rest = self.parameters[f"s_{place}"] - ratio * shifts
+            parts |= {f"g_{place}": gains, f"s_{place}": shifts}
+            for kind in [kind for kind in kinds if kind in parts]:
+                W, of_heads = self.parameters[kind], place == "1"
+                factor, constant = (v.unsqueeze(-2) if of_heads else v for v in (ratio, rest))
+                parts[kind] = W * factor.unsqueeze(-2)
+                moved, bias = lowrank.times(W, constant), kind.replace("W", "b")
+                if kind == "W_V":
+                    bias, moved = "b_O", lowrank.times(self.W_O, self.each_head(moved, -2)).sum(-2)
+                if bias in parts:
+                    parts[bias] = parts[bias] + moved
+        return Transformer(parts, self.settings)
 
     # Evaluation.
 
