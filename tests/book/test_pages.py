@@ -21,7 +21,7 @@ from pypdf import PdfReader
 DESK, PHONE = 1280, 390
 # Of these each has parts that no other has; the rest are made of the same parts and colours.
 KINDS = [
-    *("index", "search", "chapters/answers", "chapters/03-partitions", "chapters/15-planning"),
+    *("index", "search", "chapters/answers", "chapters/03-partitions", "chapters/14-planning"),
     *("chapters/scorecard", "chapters/statements", "chapters/whole-transformers", "api/networks"),
 ]
 OTHERS = [name for name in PAGES if name not in KINDS]
