@@ -1,6 +1,6 @@
 """Gradient training: of many adapters at once by Adam, and of single ones to high precision."""
 
-from .descent import descend, minimize, settle
+from .descent import descend, settle
 from .engine import train
 from .fused import polish, train_fused
 from .tuning import Data, Fixed, Fresh, Training, Tuning
@@ -12,7 +12,6 @@ __all__ = [
     "Training",
     "Tuning",
     "descend",
-    "minimize",
     "polish",
     "settle",
     "train",

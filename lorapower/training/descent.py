@@ -1,29 +1,23 @@
-"""Descent by L-BFGS: of any loss, of one network's adapters, and of errors of linear networks."""
+"""Descent by L-BFGS: of any loss, and of one network's adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import compress
 from typing import Any
 
 import numpy as np
 import scipy.optimize
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import _checks, randomness
+from .. import _checks
 from ..adapters import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.base import Network
-from ..networks.gap import Gap
-from ..networks.layers import LinearNetwork, product
 
-# `minimize` starts from so many random factors and takes at most so many iterations.
-STARTS, ITERATIONS = 16, 2000
 # `descend` looks at the validation error after so many iterations, and ends after so many looks
 # that did not lower it by this share.
 CHUNK, PATIENCE, PROGRESS = 25, 4, 1e-3
@@ -140,40 +134,3 @@ def _labelled(network: Network, name: str, pair: Pair) -> Pair:
     if tuple(y.shape) != shape:
         raise InputError(name, allowed=f"outputs of shape {shape}", given=tuple(y.shape))
     return x, y
-
-
-@_checks.flushing()
-def minimize(
-    frozen: LinearNetwork, target: LinearNetwork, ranks: int | Sequence[int], *, seed: int = 0
-) -> Float[Tensor, "*batch starts"]:
-    """Find Frobenius errors ``‖∏(W_l + A_l B_lᵀ) − W̄‖_F`` by L-BFGS from 16 random starts.
-
-    It competes with the constructions for linear networks and knows only the error and its
-    gradient. Factors start at ``N(0, 0.25²)``; all members and starts are minimized as one sum.
-    Raises `InputError` for a rank above a layer's smaller side and for networks that do not fit.
-    """
-    gap = Gap(frozen, target)
-    frozen, target = gap.frozen, gap.target
-    ranks = _checks.ranks_per_layer(ranks, [tuple(w.shape[-2:]) for w in frozen.weights])
-    draw = partial(randomness.normal, randomness.generator(seed, "starts"), dtype=frozen.dtype)
-    factors = [
-        0.25 * draw(*frozen.batch_shape, STARTS, size, R).to(frozen.device)
-        for weight, R in zip(frozen.weights, ranks, strict=True)
-        for size in weight.shape[-2:]
-    ]
-    goal = target.product().unsqueeze(-3)
-
-    def squared_errors(*factors: Tensor) -> Tensor:
-        triples = zip(frozen.weights, factors[::2], factors[1::2], strict=True)
-        adapted = [weight.unsqueeze(-3) + A @ B.mT for weight, A, B in triples]
-        return (product(adapted) - goal).square().sum((-2, -1))
-
-    if any(ranks):
-        end = settle(
-            lambda *factors: squared_errors(*factors).sum(),
-            *factors,
-            iterations=ITERATIONS,
-            history=50,
-        )
-        factors = end.parts
-    return squared_errors(*factors).sqrt()

@@ -26,7 +26,6 @@ from lorapower.training import (
     Fresh,
     Tuning,
     descend,
-    minimize,
     train,
     train_fused,
 )
@@ -320,7 +319,6 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("network", lambda: descend(relu(2, 3), drawn(FROZEN, 1), (Z, Z), (Z, Z))),
     ("training", lambda: descend(FROZEN, drawn(FROZEN, 1), (Z, Z[:2]), (Z, Z))),
     ("adapters", lambda: descend(relu(2, 4, batch=(2,)), drawn(FROZEN, 1), (Z, Z), (Z, Z))),
-    ("rank", lambda: minimize(CHAIN, CHAIN, 5)),
     ("ranks", lambda: train_fused(NARROW, 2, Fresh(NARROW, (4,)))),
     ("partition", lambda: train_fused(CHAIN, 2, Fresh(CHAIN, (4,)), partition=Partition([2]))),
     ("right", lambda: course(torch.eye(2), torch.ones(2, 2), torch.ones(1))),
