@@ -1,61 +1,46 @@
-"""Which rank samples pay for: least squares of limited rank, shrunk or not.
+"""Choose the total rank of a linear network's adapters from noisy samples, or shrink directions.
 
-Fixed inputs ``X`` (``n`` columns of rank ``q``) have outputs ``Y = W̄ X + Ξ`` with independent
-normal noise of standard deviation ``σ``. Least squares over adapters of total rank ``r`` turn a
-frozen linear network's product ``P = W̄ − E`` into ``P + K̂_r``, of risk ``‖(K̂_r − E) X‖²_F / n``.
-``f_d`` are the singular values of ``E X / n^{1/2}``.
+``X`` has ``n`` fixed inputs as columns, and rank ``q``. Outputs are ``Y = W̄ X + Ξ``, with normal
+noise of standard deviation ``σ``. Adapters add ``K`` to the product ``P`` of a frozen network. The
+risk ``‖(P + K − W̄) X‖²_F / n`` is estimated from the singular values ``y`` of ``(Y − P X) Π_X /
+n^{1/2}``, where ``Π_X`` projects on the rows of ``X``.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, lowrank, randomness
+from .. import _checks, lowrank
 from ..errors import InputError
 from ..lowrank import SVD, LowRank
 from ..networks.layers import LinearNetwork
 
 Spectrum = Float[Tensor, "*#batch k"]
 Risks = Float[Tensor, "*batch ranks"]
-# Exponents of `shrink`, from soft to nearly hard, and how many limits it tries with each.
+# Exponents of shrinking, from soft to nearly hard, and how many limits are tried with each.
 _EXPONENTS, _LIMITS = (1, 2, 4, 8), 60
 
 
 @dataclass(frozen=True)
-class _Observed:
-    """Hold observations of a change ``F``, in the rows of the inputs; see `Design.observe`."""
-
-    design: Design
-    change: Float[Tensor, "out span"]
-    seen: SVD
-
-    @cached_property
-    def risks(self) -> Float[Tensor, "draws ranks"]:
-        """Risks of least squares of each rank, from 0."""
-        k = self.seen.S.shape[-1]
-        kept = torch.ones(k + 1, k, dtype=self.change.dtype).tril(-1)
-        return torch.stack([self.risk(self.seen.S * part) for part in kept], -1)
-
-    def risk(self, values: Float[Tensor, "draws k"]) -> Float[Tensor, " draws"]:
-        """Compute the risk of replacing the observed singular values by these."""
-        found = (self.seen.U * values[..., None, :]) @ self.seen.V.mT
-        return (found - self.change).square().sum((-2, -1))
-
-
-@dataclass(frozen=True)
 class Design:
-    """Describe data: ``n`` samples, ``D_out`` outputs, the inputs' rank ``q`` and the noise ``σ``.
+    """Describe data, and estimate risks from observed singular values.
 
-    A spectrum is ``k = min(D_out, q)`` singular values ``[..., k]``: ``f`` of the change, or ``y``
-    observed. Risks are of ranks 0 to ``k``, ``[..., k + 1]``. Raises `InputError` for counts below
-    1, a span above ``n``, negative noise and, in its methods, another number of singular values.
+    A spectrum has ``k = min(D_out, q)`` singular values in falling order, ``[..., k]``. Raises
+    `InputError` for counts below 1, a span above the number of samples, negative noise and, in
+    methods, another number of singular values.
+
+    Parameters
+    ----------
+    samples, outputs, span : int
+        ``n``, ``D_out``, and the rank ``q`` of the inputs.
+    noise : float
+        ``σ``.
     """
 
     samples: int
@@ -71,60 +56,40 @@ class Design:
 
     @property
     def variance(self) -> float:
-        """``σ²/n``."""
+        """Compute ``σ²/n``."""
         return self.noise**2 / self.samples
 
     @property
     def edge(self) -> float:
-        """The ``f²`` from which a direction by itself pays, large sides [prop-edge].
+        """Compute the ``f²`` from which a single direction pays in large matrices [prop-edge].
 
         ``(D_out + q + (D_out² + 14 D_out q + q²)^{1/2}) σ²/2n``.
         """
         a, b = self.outputs, self.span
         return (a + b + math.sqrt(a**2 + 14 * a * b + b**2)) * self.variance / 2
 
-    def observe(self, change: Float[Tensor, "out span"], draws: int, seed: int) -> _Observed:
-        """See a change ``F = E X / n^{1/2}``, in the rows of ``X``, with draws of the noise.
+    def divergence(self, y: Spectrum) -> Risks:
+        """Compute the degrees of freedom of least squares of each rank from 0 to ``k`` [thm-risk].
 
-        ``seen`` decomposes each ``F + Ξ``, ``risks`` are those of least squares of each rank, and
-        ``risk`` is of other singular values. Source: [thm-risk].
+        ``div_r = r (r + |D_out − q|) + 2 Σ_{i≤r<j} y_i² / (y_i² − y_j²)``, which is infinite where
+        ``y_r = y_{r+1}``.
         """
-        draw = randomness.generator(seed, f"noise {self.noise}", self.samples)
-        noise = self.variance**0.5 * randomness.normal(draw, draws, *change.shape)
-        return _Observed(self, change, lowrank.svd(change + noise))
-
-    def divergence(self, f: Spectrum) -> Risks:
-        """Compute the degrees of freedom of least squares of each rank [thm-risk].
-
-        ``div_r = r (r + |D_out − q|) + 2 Σ_{i≤r<j} f_i² / (f_i² − f_j²)``; infinite where ``f_r =
-        f_{r+1}``.
-        """
-        f = self._read(f)
-        squares, r = f.square(), _ranks(f)
-        gap = squares[..., :, None] - squares[..., None, :]
-        # The approximation jumps where two values are equal, be they 0.
-        equal = 8 * f.shape[-1] * torch.finfo(f.dtype).eps * squares.amax(-1)
-        pairs = torch.where(gap > equal[..., None, None], squares[..., :, None] / gap, torch.inf)
-        shared = [2 * pairs[..., :i, i:].sum((-2, -1)) for i in range(len(r))]
-        return r * (r + abs(self.outputs - self.span)) + torch.stack(shared, -1)
-
-    def expected_risk(self, f: Spectrum) -> Risks:
-        """Compute ``τ_r² + (σ²/n) div_r``, ``τ_r² = Σ_{d>r} f_d²``, to order ``σ²`` [thm-risk]."""
-        return _missed(self._read(f)) + self._freedom(f)
-
-    def simple_risk(self, f: Spectrum) -> Risks:
-        """Compute ``τ_r² + σ² r (D_out + q − r)/n``, by the number of parameters [thm-risk]."""
-        f = self._read(f)
-        r = _ranks(f)
-        return _missed(f) + self.variance * r * (self.outputs + self.span - r)
+        y = self._read(y)
+        k, squares = y.shape[-1], y.square()
+        kept = _kept(y)
+        freedom = self._freedom(y[..., None, :], kept * y[..., None, :], kept)
+        # Rounding may tell equal values apart, be they 0.
+        equal = 1e-9 * squares[..., 1:] + 8 * k * torch.finfo(y.dtype).eps * squares[..., :1]
+        jumps = squares[..., :-1] - squares[..., 1:] <= equal
+        return torch.where(torch.nn.functional.pad(jumps, (1, 1)), torch.inf, freedom)
 
     def sure(self, y: Spectrum) -> Risks:
-        """Estimate each rank's risk from observed singular values, without bias [thm-risk].
+        """Estimate the risk of least squares of each rank, without bias [thm-risk].
 
-        ``Σ_{d>r} y_d² − D_out q σ²/n + 2 (σ²/n) div_r(y)`` (Stein), where ``y`` are of ``(Y − P X)
-        Π_X / n^{1/2}`` and ``Π_X`` projects on the rows of ``X``.
+        ``Σ_{d>r} y_d² − D_out q σ²/n + 2 (σ²/n) div_r(y)``, Stein's unbiased risk estimate.
         """
-        return _missed(self._read(y)) - self._noise + 2 * self._freedom(y)
+        y = self._read(y)
+        return self._estimate(y[..., None, :], _kept(y) * y[..., None, :], self.divergence(y))
 
     def shrunk_risk(
         self, y: Spectrum, limit: Float[Tensor, "*#batch"], exponent: float
@@ -132,22 +97,14 @@ class Design:
         """Estimate the risk of ``φ(y) = y max(0, 1 − (λ/y)^g)`` without bias [thm-shrink].
 
         ``Σ_d (φ(y_d) − y_d)² − D_out q σ²/n + 2 (σ²/n) div φ`` with ``div φ = Σ_d [φ'(y_d) +
-        |D_out − q| φ(y_d)/y_d] + 2 Σ_{i≠j} y_i φ(y_i)/(y_i² − y_j²)``.
+        |D_out − q| φ(y_d)/y_d] + 2 Σ_{i<j} (y_i φ(y_i) − y_j φ(y_j))/(y_i² − y_j²)``.
         """
         y = self._read(y)
         phi, slope = _shrunk(y, limit[..., None], exponent)
-        ratio = torch.where(y > 0, phi / y, slope)
-        gap = y[..., :, None].square() - y[..., None, :].square()
-        # Where two values agree, the derivative takes the quotient's place.
-        agree = gap.abs() <= 1e-9 * y[..., None, :].square()
-        others = torch.where(agree, 0, 1 / gap).sum(-1)
-        equal = agree.sum(-1) - 1
-        shared = 2 * y * phi * others + equal * (ratio + slope) / 2
-        freedom = (slope + abs(self.outputs - self.span) * ratio + shared).sum(-1)
-        return (phi - y).square().sum(-1) - self._noise + 2 * self.variance * freedom
+        return self._estimate(y, phi, self._freedom(y, phi, slope))
 
     def shrink_values(self, y: Spectrum) -> tuple[Spectrum, Float[Tensor, "*batch"]]:
-        """Shrink observed singular values as `shrink` does; also return the estimated risk."""
+        """Shrink singular values by the ``λ`` and ``g`` of least `shrunk_risk`; return it too."""
         y = self._read(y)
         # From all directions to none.
         limits = y[..., :1] * torch.linspace(0, 1, _LIMITS, dtype=y.dtype)
@@ -157,14 +114,21 @@ class Design:
         exponents = torch.tensor(_EXPONENTS, dtype=y.dtype)[place // _LIMITS]
         return _shrunk(y, limit, exponents[..., None])[0], best
 
-    @property
-    def _noise(self) -> float:
-        """``D_out q σ²/n``, the mean square of the noise in the rows of ``X``."""
-        return self.outputs * self.span * self.variance
+    def _estimate(self, y: Tensor, phi: Tensor, freedom: Tensor) -> Tensor:
+        risk = (phi - y).square().sum(-1) - self.outputs * self.span * self.variance
+        # Without noise, degrees of freedom cost nothing even where they are infinite.
+        return risk + 2 * self.variance * freedom if self.noise else risk
 
-    def _freedom(self, f: Tensor) -> Tensor | float:
-        """Compute ``(σ²/n) div_r``, 0 without noise even where ``div_r`` is infinite."""
-        return self.variance * self.divergence(f) if self.noise else 0.0
+    def _freedom(self, y: Tensor, phi: Tensor, slope: Tensor) -> Tensor:
+        """Compute the divergence of the map of matrices that turns each ``y_d`` into ``φ(y_d)``."""
+        ratio = torch.where(y > 0, phi / y, slope)
+        mean, square, image = (ratio + slope) / 2, y.square(), y * phi
+        gap = square[..., :, None] - square[..., None, :]
+        moved = image[..., :, None] - image[..., None, :]
+        # Where two values agree, the derivative takes the quotient's place.
+        agree = gap.abs() <= 1e-9 * square[..., None, :]
+        pairs = torch.where(agree, mean[..., None], moved / gap).sum((-2, -1))
+        return pairs + (slope - mean + abs(self.outputs - self.span) * ratio).sum(-1)
 
     def _read(self, spectrum: Tensor) -> Tensor:
         values = _checks.real_tensor("spectrum", spectrum, min_dims=1).double()
@@ -175,64 +139,63 @@ class Design:
         return values
 
 
-class _PaidRank(NamedTuple):
+class _Fit(NamedTuple):
     rank: int
     risks: Risks
-    observed: Spectrum
-    design: Design
-
-
-def paid_rank(
-    frozen: LinearNetwork,
-    inputs: Float[Tensor, "in samples"],
-    outputs: Float[Tensor, "out samples"],
-    *,
-    noise: float | None = None,
-) -> _PaidRank:
-    """Find the total rank of adapters of least estimated risk, from data [thm-risk].
-
-    Returns the ``rank`` of the least of ``risks``, `Design.sure` of each rank from 0 (of ranks that
-    differ only by rounding the lowest), the ``observed`` singular values, and the ``design`` with
-    the noise given or estimated. No statement bounds how far this rank is from the best. ``inputs``
-    are ``X``, whose rank is taken in the coarser of both types, and ``outputs`` ``Y``. By default
-    ``σ̂² = ‖(Y − P X)(I − Π_X)‖²_F / (D_out (n − q))``, the part that no linear map explains.
-
-    Raises `InputError` for data that do not fit, for layers narrower than inputs and outputs, for
-    inputs that are all 0, and for unknown noise with ``n = q``.
-    """
-    found, _, design = _observe(frozen, inputs, outputs, noise)
-    risks = design.sure(found.S)
-    rounding = 8 * len(risks) * torch.finfo(risks.dtype).eps * found.S.square().sum()
-    finite = risks.nan_to_num(torch.inf, torch.inf)
-    rank = int((finite <= finite.min() + rounding).int().argmax())
-    return _PaidRank(rank, risks, found.S, design)
-
-
-class _Shrunk(NamedTuple):
     update: LowRank
     risk: float
+    observed: Spectrum
     kept: Spectrum
     design: Design
 
 
-def shrink(
+def fit(
     frozen: LinearNetwork,
     inputs: Float[Tensor, "in samples"],
     outputs: Float[Tensor, "out samples"],
     *,
     noise: float | None = None,
-) -> _Shrunk:
-    """Find the update of least estimated risk with directions shrunk, weak ones more [thm-shrink].
+) -> _Fit:
+    """Find the total rank of adapters of least estimated risk, and a change with less, shrunk.
 
-    ``λ ≥ 0`` and ``g`` in 1, 2, 4, 8 have the least `Design.shrunk_risk`. Returns the ``update``
-    ``K`` of the frozen network's product, its estimated ``risk``, what is ``kept`` of each observed
-    singular value, and the ``design``. Parameters and errors are those of `paid_rank`.
+    No statement bounds how far they are from the best. Raises `InputError` for data that do not
+    fit, layers narrower than inputs and outputs, inputs that are all 0, and unknown noise with
+    ``n = q``.
+
+    Parameters
+    ----------
+    frozen : LinearNetwork
+        Its product is ``P``.
+    inputs, outputs : Tensor
+        ``X`` and ``Y``. The rank of ``X`` is taken in the coarser type of inputs and network.
+    noise : float, optional
+        ``σ``. By default it is estimated from what no linear map explains:
+        ``σ̂² = ‖(Y − P X)(I − Π_X)‖²_F / (D_out (n − q))``.
+
+    Returns
+    -------
+    rank, risks
+        The rank of least `Design.sure`, of those that differ by rounding the lowest; and the
+        estimates of all ranks from 0 [thm-risk].
+    update, risk
+        The change ``K`` with singular values shrunk, and its estimated risk [thm-shrink].
+    observed, kept, design
+        The singular values ``y``, what `Design.shrink_values` leaves of them, and the data.
     """
     found, whitened, design = _observe(frozen, inputs, outputs, noise)
+    risks = design.sure(found.S).nan_to_num(torch.inf, torch.inf)
+    rounding = 8 * len(risks) * torch.finfo(risks.dtype).eps * found.S.square().sum()
+    rank = int((risks <= risks.min() + rounding).int().argmax())
     kept, risk = design.shrink_values(found.S)
-    rank = int((kept > 0).sum())
-    left = found.U[:, :rank] * kept[:rank] * math.sqrt(design.samples)
-    return _Shrunk(LowRank(left, whitened @ found.V[:, :rank]), float(risk), kept, design)
+    used = int((kept > 0).sum())
+    left = found.U[:, :used] * kept[:used] * math.sqrt(design.samples)
+    update = LowRank(left, whitened @ found.V[:, :used])
+    return _Fit(rank, risks, update, float(risk), found.S, kept, design)
+
+
+def _kept(y: Tensor) -> Tensor:
+    """Give the part of each singular value that each rank keeps, 0 or 1: ``[k + 1, k]``."""
+    return torch.ones(y.shape[-1] + 1, y.shape[-1], dtype=y.dtype).tril(-1)
 
 
 def _shrunk(y: Tensor, limit: Tensor, exponent: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -272,13 +235,3 @@ def _observe(
         noise = math.sqrt(float(rest) / (len(y) * (samples - span)))
     design = Design(samples, len(y), span, noise)
     return lowrank.svd(explained / math.sqrt(samples)), left / sizes, design
-
-
-def _ranks(spectrum: Tensor) -> Tensor:
-    return torch.arange(spectrum.shape[-1] + 1, dtype=spectrum.dtype)
-
-
-def _missed(spectrum: Tensor) -> Tensor:
-    """Compute ``τ_r²`` for each rank from 0 on."""
-    squares = spectrum.square()
-    return torch.nn.functional.pad(squares.flip(-1).cumsum(-1).flip(-1), (0, 1))
