@@ -76,20 +76,22 @@ class Design:
         """
         y = self._read(y)
         k, squares = y.shape[-1], y.square()
-        kept = _kept(y)
-        freedom = self._freedom(y[..., None, :], kept * y[..., None, :], kept)
-        # Rounding may tell equal values apart, be they 0.
-        equal = 1e-9 * squares[..., 1:] + 8 * k * torch.finfo(y.dtype).eps * squares[..., :1]
-        jumps = squares[..., :-1] - squares[..., 1:] <= equal
-        return torch.where(torch.nn.functional.pad(jumps, (1, 1)), torch.inf, freedom)
+        gap = squares[..., :, None] - squares[..., None, :]
+        # The approximation jumps where two values are equal, be they 0.
+        equal = 8 * k * torch.finfo(y.dtype).eps * squares.amax(-1)[..., None, None]
+        pairs = torch.where(gap > equal, squares[..., :, None] / gap, torch.inf)
+        shared = [2 * pairs[..., :r, r:].sum((-2, -1)) for r in range(k + 1)]
+        r = torch.arange(k + 1, dtype=y.dtype)
+        return r * (r + abs(self.outputs - self.span)) + torch.stack(shared, -1)
 
     def sure(self, y: Spectrum) -> Risks:
         """Estimate the risk of least squares of each rank, without bias [thm-risk].
 
         ``Σ_{d>r} y_d² − D_out q σ²/n + 2 (σ²/n) div_r(y)``, Stein's unbiased risk estimate.
         """
-        y = self._read(y)
-        return self._estimate(y[..., None, :], _kept(y) * y[..., None, :], self.divergence(y))
+        y = self._read(y)[..., None, :]
+        kept = torch.ones(y.shape[-1] + 1, y.shape[-1], dtype=y.dtype).tril(-1)
+        return self._estimate(y, kept * y, self.divergence(y[..., 0, :]))
 
     def shrunk_risk(
         self, y: Spectrum, limit: Float[Tensor, "*#batch"], exponent: float
@@ -101,7 +103,14 @@ class Design:
         """
         y = self._read(y)
         phi, slope = _shrunk(y, limit[..., None], exponent)
-        return self._estimate(y, phi, self._freedom(y, phi, slope))
+        ratio, square = torch.where(y > 0, phi / y, slope), y.square()
+        gap = square[..., :, None] - square[..., None, :]
+        # Where two values agree, the derivative takes the quotient's place.
+        agree = gap.abs() <= 1e-9 * square[..., None, :]
+        others = torch.where(agree, 0, 1 / gap).sum(-1)
+        shared = 2 * y * phi * others + (agree.sum(-1) - 1) * (ratio + slope) / 2
+        freedom = slope + abs(self.outputs - self.span) * ratio + shared
+        return self._estimate(y, phi, freedom.sum(-1))
 
     def shrink_values(self, y: Spectrum) -> tuple[Spectrum, Float[Tensor, "*batch"]]:
         """Shrink singular values by the ``λ`` and ``g`` of least `shrunk_risk`; return it too."""
@@ -118,17 +127,6 @@ class Design:
         risk = (phi - y).square().sum(-1) - self.outputs * self.span * self.variance
         # Without noise, degrees of freedom cost nothing even where they are infinite.
         return risk + 2 * self.variance * freedom if self.noise else risk
-
-    def _freedom(self, y: Tensor, phi: Tensor, slope: Tensor) -> Tensor:
-        """Compute the divergence of the map of matrices that turns each ``y_d`` into ``φ(y_d)``."""
-        ratio = torch.where(y > 0, phi / y, slope)
-        mean, square, image = (ratio + slope) / 2, y.square(), y * phi
-        gap = square[..., :, None] - square[..., None, :]
-        moved = image[..., :, None] - image[..., None, :]
-        # Where two values agree, the derivative takes the quotient's place.
-        agree = gap.abs() <= 1e-9 * square[..., None, :]
-        pairs = torch.where(agree, mean[..., None], moved / gap).sum((-2, -1))
-        return pairs + (slope - mean + abs(self.outputs - self.span) * ratio).sum(-1)
 
     def _read(self, spectrum: Tensor) -> Tensor:
         values = _checks.real_tensor("spectrum", spectrum, min_dims=1).double()
@@ -191,11 +189,6 @@ def fit(
     left = found.U[:, :used] * kept[:used] * math.sqrt(design.samples)
     update = LowRank(left, whitened @ found.V[:, :used])
     return _Fit(rank, risks, update, float(risk), found.S, kept, design)
-
-
-def _kept(y: Tensor) -> Tensor:
-    """Give the part of each singular value that each rank keeps, 0 or 1: ``[k + 1, k]``."""
-    return torch.ones(y.shape[-1] + 1, y.shape[-1], dtype=y.dtype).tril(-1)
 
 
 def _shrunk(y: Tensor, limit: Tensor, exponent: Tensor | float) -> tuple[Tensor, Tensor]:
