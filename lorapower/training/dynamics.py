@@ -1,9 +1,8 @@
-"""Gradient flow of one layer in closed form: its course, and where it ends."""
+"""Gradient flow of one adapted linear layer in closed form."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -12,8 +11,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..lowrank import LowRank
 
-Rates = tuple[float, float]
-# What is so much smaller than the start counts as 0.
+# What is so much smaller than the initialization counts as 0.
 NEGLIGIBLE = 1e-12
 
 
@@ -23,7 +21,7 @@ def course(
     right: Float[Tensor, "in rank"],
     times: Float[Tensor, " times"],
     *,
-    rates: Rates = (1.0, 1.0),
+    rates: tuple[float, float] = (1.0, 1.0),
 ) -> LowRank:
     """Follow gradient flow of one layer from ``A = 0`` and ``B₀`` in closed form, at given times.
 
@@ -34,100 +32,58 @@ def course(
 
     Raises `InputError` for other columns. Source: [thm-flow].
     """
-    start = _start(error, right, rates)
-    values, t = start.eigenvalues, times.to(start.eigenvalues)[:, None]
+    E, B = error.to(torch.float64), right.to(torch.float64)
+    # At rates 1 the same flow has √η_B A and √η_A B, and √(η_A η_B) E.
+    root_A, root_B = (math.sqrt(rate) for rate in rates)
+    beta = root_A * _length(B, E.shape[1])
+    values, left, into = _eigenvectors(root_A * root_B * E, beta**2 / 2)
+    echelon, pivots = _echelon(into.mT @ B * root_A)
+    t = times.to(values)[:, None]
     fading, growing = -2 * values.abs() * t, values.clamp(min=0) * t
     # Squared, what the integral of e^{2λs} and the start come to, over e^{2λt} if λ > 0.
-    size = torch.exp(-2 * growing) / start.beta**2 + torch.expm1(fading) / (-2 * values.abs())
+    size = torch.exp(-2 * growing) / beta**2 + torch.expm1(fading) / (-2 * values.abs())
     logs = growing + size.log() / 2
-    first = logs[:, start.pivots]
     # No exponent is positive where the echelon form is not 0.
-    scaled = start.echelon * torch.exp((logs[:, :, None] - first[:, None, :]).clamp(max=0))
+    scaled = echelon * torch.exp((logs[:, :, None] - logs[:, None, pivots]).clamp(max=0))
     basis, _ = torch.linalg.qr(scaled)
     S = (values.clamp(max=0) * t - size.log() / 2).exp()[..., None] * basis
-    eta_A, eta_B = rates
-    return LowRank(start.left @ S / math.sqrt(eta_B), start.right @ S / math.sqrt(eta_A))
+    return LowRank(left @ S / root_B, into @ S / root_A)
 
 
-@torch.no_grad()
-def limit(
-    error: Float[Tensor, "out in"],
-    right: Float[Tensor, "in rank"],
-    *,
-    rates: Rates = (1.0, 1.0),
-) -> tuple[tuple[int, ...], Float[Tensor, "out in"], float]:
-    """Say where the flow of `course` ends: for almost every start at the best product of the rank.
-
-    Returns the singular triplets ``d`` of the error that are learned, counted from 0: those for
-    which ``v_dᵀ B₀`` is no combination of the earlier ones; their ``Σ σ_d u_d v_dᵀ``; and the rate:
-    ``A Bᵀ`` comes near that product like ``e^{−rate·t}``. Raises `InputError` as `course` does.
-    Source: [thm-flow].
-    """
-    start = _start(error, right, rates)
-    # Rows of the directions of E, largest first, come before all others.
-    U, S, Vh = torch.linalg.svd(error.to(start.eigenvalues), full_matrices=False)
-    count = int((S > S[0] * NEGLIGIBLE).sum())
-    kept = tuple(p for p in start.pivots if p < count)
-    values = start.eigenvalues
-    speeds = [2 * values[p] for p in kept]
-    for column, p in enumerate(start.pivots):
-        met = (start.echelon[:, column].abs() > NEGLIGIBLE * start.beta) & (values < values[p])
-        met[list(start.pivots)] = False
-        if p >= count:
-            # Among directions that E does not have nothing is learned.
-            met[count : len(right)] = False
-        speeds += [values[p] - value for value in values[met]]
-    product = (U[:, list(kept)] * S[list(kept)]) @ Vh[list(kept)]
-    return kept, product, float(min(speeds, default=torch.tensor(math.inf)))
-
-
-class _Start(NamedTuple):
-    """LoRA's start in the eigenvectors of the flow, largest eigenvalue ``λ`` first.
-
-    ``left`` and ``right`` are the eigenvectors' parts for ``A`` and ``B``. ``echelon`` are the
-    start's coordinates after a rotation of columns: column ``j`` is 0 before row ``pivots[j]``.
-    """
-
-    eigenvalues: Tensor
-    left: Tensor
-    right: Tensor
-    echelon: Tensor
-    pivots: tuple[int, ...]
-    beta: float
-
-
-def _start(error: Tensor, right: Tensor, rates: Rates) -> _Start:
-    E, B = error.to(torch.float64), right.to(torch.float64)
+def _length(B: Tensor, into: int) -> float:
+    """Return the length of the columns of ``B₀``, or refuse columns that `course` does not take."""
     rank = B.shape[-1]
-    if B.shape != (E.shape[1], rank) or not 0 < rank <= E.shape[1]:
-        allowed = f"of {E.shape[1]} rows and at least a column, but no more columns than rows"
+    if B.shape != (into, rank) or not 0 < rank <= into:
+        allowed = f"of {into} rows and at least a column, but no more columns than rows"
         raise InputError("right", allowed=allowed, given=f"shape {tuple(B.shape)}")
     gram = B.mT @ B
     square = float(gram.diagonal().mean())
-    eye = torch.eye(rank, dtype=B.dtype, device=B.device)
-    if not 0 < square or (gram / square - eye).abs().max() > 1e-8:
+    if not 0 < square or (gram / square - torch.eye(rank).to(B)).abs().max() > 1e-8:
         raise InputError("right", allowed="of orthogonal columns of one length", given="others")
-    eta_A, eta_B = rates
-    # At rates 1 the same flow has √η_B A and √η_A B, and √(η_A η_B) E.
-    beta = math.sqrt(eta_A * square)
-    U, sigma, Vh = torch.linalg.svd(E * math.sqrt(eta_A * eta_B))
-    least, into, b = len(sigma), E.shape[1], beta**2 / 2
+    return math.sqrt(square)
+
+
+def _eigenvectors(E: Tensor, half: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Diagonalize ``((−h I, E), (Eᵀ, h I))`` but for eigenvectors that have no part for ``B``.
+
+    Returns the eigenvalues, largest first, and the parts of their eigenvectors for ``A`` and ``B``.
+    """
+    U, sigma, Vh = torch.linalg.svd(E)
+    least, into = len(sigma), E.shape[1]
     sigma = torch.cat([sigma, sigma.new_zeros(into - least)])
-    values = torch.hypot(sigma, sigma.new_tensor(b))
-    length = torch.hypot(sigma, values + b)
-    cos, sin = sigma / length, (values + b) / length
+    values = torch.hypot(sigma, sigma.new_tensor(half))
+    length = torch.hypot(sigma, values + half)
+    cos, sin = sigma / length, (values + half) / length
     # Eigenvectors (cos u_d; sin v_d) of λ_d, then (−sin u_d; cos v_d) of −λ_d, least λ_d first.
-    # Those of A alone have no part in the start.
     back = torch.arange(least - 1, -1, -1)
-    left = torch.cat([U[:, :least] * cos[:least], U.new_zeros(len(U), into - least)], 1)
-    left = torch.cat([left, -U[:, back] * sin[back]], 1)
-    turned = torch.cat([Vh.mT * sin, Vh.mT[:, back] * cos[back]], 1)
-    echelon, pivots = _echelon(turned.mT @ B * math.sqrt(eta_A))
-    return _Start(torch.cat([values, -values[back]]), left, turned, echelon, pivots, beta)
+    ahead = torch.cat([U[:, :least] * cos[:least], U.new_zeros(len(U), into - least)], 1)
+    left = torch.cat([ahead, -U[:, back] * sin[back]], 1)
+    right = torch.cat([Vh.mT * sin, Vh.mT[:, back] * cos[back]], 1)
+    return torch.cat([values, -values[back]]), left, right
 
 
-def _echelon(rows: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """A matrix after the rotation of its columns that makes its first rows triangular."""
+def _echelon(rows: Tensor) -> tuple[Tensor, list[int]]:
+    """Rotate columns so that column ``j`` is 0 before row ``pivots[j]``."""
     axes: list[Tensor] = []
     pivots: list[int] = []
     for index, row in enumerate(rows):
@@ -143,4 +99,4 @@ def _echelon(rows: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     found = rows @ torch.stack(axes, 1)
     for column, pivot in enumerate(pivots):
         found[:pivot, column] = 0
-    return found, tuple(pivots)
+    return found, pivots

@@ -30,7 +30,7 @@ from lorapower.training import (
     train_fused,
 )
 from lorapower.training._task import Task
-from lorapower.training.dynamics import course, limit
+from lorapower.training.dynamics import course
 
 
 def relu(depth: int, width: int, seed: int = 0, batch: tuple[int, ...] = ()) -> FNN:
@@ -181,6 +181,20 @@ def aligned(size: tuple[int, int, int], beta: float, *, seed: int = 0) -> tuple[
     return E, beta * torch.linalg.qr(normal(into, rank, seed=seed + 1))[0]
 
 
+def best(E: Tensor, rank: int) -> Tensor:
+    """The best product of that rank, from the singular values."""
+    U, S, Vh = torch.linalg.svd(E, full_matrices=False)
+    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
+
+
+def rate_of(E: Tensor, rank: int, beta: float, rates: tuple[float, float]) -> float:
+    """Half of ``μ_R − μ_{R+1}``; where no direction is left over, ``μ_R``."""
+    S, into = torch.linalg.svdvals(E), E.shape[1]
+    S, size = torch.cat([S, S.new_zeros(into)])[:into], min(rank, len(S))
+    mu = torch.sqrt(4 * rates[0] * rates[1] * S.square() + rates[0] ** 2 * beta**4)
+    return float(mu[size - 1] - (mu[size] if rank < into else -mu[size - 1])) / 2
+
+
 @pytest.mark.parametrize("rates", [(1.0, 1.0), (2.0, 0.3)])
 @pytest.mark.parametrize(
     ("size", "beta"),
@@ -198,9 +212,8 @@ def test_the_closed_course_is_that_of_an_integration(size: Any, beta: float, rat
         (found.right, found.right, by.right @ by.right.mT),
     ):
         np.testing.assert_allclose(left @ right.mT, expected, rtol=0, atol=1e-10)
-    _, product, rate = limit(E, B, rates=rates)
-    grid = torch.arange(1, 201, dtype=E.dtype) / rate
-    missing = (course(E, B, grid, rates=rates).matrix() - product).norm(dim=(1, 2))
+    grid = torch.arange(1, 201, dtype=E.dtype) / rate_of(E, size[2], beta, rates)
+    missing = (course(E, B, grid, rates=rates).matrix() - best(E, size[2])).norm(dim=(1, 2))
     late = int((missing < 1e-8).nonzero()[0])
     # Other modes, a little faster, may still be larger.
     assert 0.99 < float(torch.log(missing[late - 3] / missing[late])) / 3 < 1.25
@@ -210,34 +223,22 @@ def test_the_closed_course_is_that_of_an_integration(size: Any, beta: float, rat
 def test_the_limit_is_the_best_product_whatever_the_sizes(
     out: int, into: int, rank: int, seed: int
 ) -> None:
-    rank = min(rank, into)
+    rank, rates = min(rank, into), (1.0, 0.5)
     E, B = aligned((out, into, rank), 0.8, seed=seed)
-    rates = (1.0, 0.5)
-    kept, product, rate = limit(E, B, rates=rates)
-    U, S, Vh = torch.linalg.svd(E, full_matrices=False)
-    size = min(rank, len(S))
-    assert kept == (*range(size),)
-    torch.testing.assert_close(product, (U[:, :size] * S[:size]) @ Vh[:size])
-    # Half of Δ_R − Δ_{R+1}; with as many columns as inputs every start is aligned.
-    speeds = torch.sqrt(2 * torch.cat([S, S.new_zeros(into)])[:into].square() + 0.64**2)
-    expected = speeds[size - 1] - (speeds[size] if rank < into else -speeds[size - 1])
-    assert rate == pytest.approx(float(expected) / 2, rel=1e-9)
-    late = torch.tensor([1e4], dtype=E.dtype) / rate
-    torch.testing.assert_close(course(E, B, late, rates=rates).matrix()[0], product)
+    late = torch.tensor([1e4], dtype=E.dtype) / rate_of(E, rank, 0.8, rates)
+    torch.testing.assert_close(course(E, B, late, rates=rates).matrix()[0], best(E, rank))
 
 
-def test_a_start_that_misses_a_direction_never_learns_it() -> None:
+def test_an_initialization_that_misses_a_direction_never_learns_it() -> None:
     """The other half of "if and only if": the limit is what the rows of ``VᵀB₀`` say, greedily."""
     S = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
     U, V = (torch.linalg.qr(normal(4, 4, seed=s))[0] for s in (0, 1))
     E, h = (U * S) @ V.mT, 0.5**0.5
     rows = torch.tensor([[0, 0], [1, 0], [0, h], [0, h]], dtype=torch.float64)
     both = torch.tensor([[h, 0], [h, 0], [0, h], [0, -h]], dtype=torch.float64)
-    for coordinates, kept in ((rows, (1, 2)), (both, (0, 2))):
+    for coordinates, kept in ((rows, [1, 2]), (both, [0, 2])):
         B = V @ coordinates
-        found, product, _ = limit(E, B)
-        assert found == kept
-        torch.testing.assert_close(product, (U[:, kept] * S[list(kept)]) @ V[:, kept].mT)
+        product = (U[:, kept] * S[kept]) @ V[:, kept].mT
         # Not longer: rounding of what is missed grows like all else.
         times = np.array([0.0, 4.0])
         by = integrate(E, B, times, (1.0, 1.0)).matrix()
@@ -245,9 +246,9 @@ def test_a_start_that_misses_a_direction_never_learns_it() -> None:
         np.testing.assert_allclose(far[0], by[1], rtol=0, atol=1e-9)
         torch.testing.assert_close(far[1], product, rtol=0, atol=1e-12)
     # What is missed by a little is learned late.
-    turned = both + 1e-5 * normal(4, 2)
-    B = V @ torch.linalg.qr(turned)[0]
-    assert limit(E, B)[0] == (0, 1)
+    B = V @ torch.linalg.qr(both + 1e-5 * normal(4, 2))[0]
+    late = torch.tensor([1000.0], dtype=torch.float64)
+    torch.testing.assert_close(course(E, B, late).matrix()[0], best(E, 2))
 
 
 @pytest.mark.parametrize("rates", [(1.0, 1.0), (1e-3, 10.0)])
@@ -322,7 +323,7 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("ranks", lambda: train_fused(NARROW, 2, Fresh(NARROW, (4,)))),
     ("partition", lambda: train_fused(CHAIN, 2, Fresh(CHAIN, (4,)), partition=Partition([2]))),
     ("right", lambda: course(torch.eye(2), torch.ones(2, 2), torch.ones(1))),
-    ("right", lambda: limit(torch.eye(2), torch.ones(3, 1))),
+    ("right", lambda: course(torch.eye(2), torch.ones(3, 1), torch.ones(1))),
     ("ranks", lambda: Setting(problem=Synthetic(), method=Trained(ranks=17))),
 ]
 
