@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from .._records import Record
 from ..adapters import Adapters
-from ..bounds.floors import attention_floor, far_error, feed_forward_floor
-from ..networks.transformer import Activation, Part, Transformer
+from ..bounds.floors import attention_floor, far_error
+from ..networks.transformer import Part, Transformer
 from ..regression import variance as variance_of
 from ..training.tuning import Fresh, Tuning
 from .study import Bench, Course, Problem, Rank
@@ -40,10 +41,10 @@ class TrainedPart(Record):
 
 
 class Residual(Problem):
-    """Draw a frozen network and a target of one kind, with LayerNorms, and inputs ``N(0, c² I)``.
+    """Draw two networks of one ReLU block with LayerNorms, a frozen one and a target, and inputs.
 
-    ``width, hidden, heads, head_size, depth, tokens, size`` are ``D, F, H, d, L, N, c``; a head
-    size of 0 is the width. Adam takes ``steps`` of ``samples`` sequences.
+    ``width, hidden, heads, tokens`` are ``D, F, H, N``, and ``d = D // H``. Inputs have entries of
+    standard deviation ``size``. Adam takes ``steps`` of ``samples`` sequences.
     """
 
     methods: ClassVar[tuple[type[Record], ...]] = (TrainedPart,)
@@ -51,9 +52,6 @@ class Residual(Problem):
     width: int = Field(8, ge=2)
     hidden: int = Field(16, ge=1)
     heads: int = Field(1, ge=1)
-    head_size: int = Field(0, ge=0)
-    depth: int = Field(1, ge=1)
-    activation: Activation = "relu"
     tokens: int = Field(1, ge=1)
     size: float = Field(1.0, gt=0)
     steps: int = Field(2000, ge=1)
@@ -62,11 +60,10 @@ class Residual(Problem):
 
     def networks(self) -> tuple[Transformer, Transformer]:
         """Draw the frozen network and the target."""
-        options: Any = self.model_dump(include={"hidden", "activation", "seed"})
-        options |= {"head_size": self.head_size or self.width, "norm": "layer", "residual": True}
-        sizes = self.depth, self.width, self.heads
+        options: Any = self.model_dump(include={"hidden", "seed"})
+        options |= {"head_size": self.width // self.heads, "norm": "layer", "residual": True}
         frozen, target = (
-            Transformer.random(*sizes, purpose=purpose, **options)
+            Transformer.random(1, self.width, self.heads, purpose=purpose, **options)
             for purpose in ("frozen", "target")
         )
         return frozen, target
@@ -86,16 +83,13 @@ class Remainder(Course):
 
     ``relative`` is the error over the variance of what the target adds to its inputs, ``far_error``
     the error at sequences far out. ``floor`` is the `bounds.attention_floor` of the adapters' ranks
-    at single tokens, or the `bounds.feed_forward_floor` if the part is ``"mlp"``. ``factors``
-    counts the adapters' numbers.
+    at single tokens, NaN unless attention alone is adapted. ``factors`` counts the adapters'
+    numbers.
     """
 
-    error: float
     relative: float
     far_error: float
-    far_standard_error: float
     floor: float
-    floor_standard_error: float
     factors: int
 
 
@@ -106,7 +100,6 @@ class _Bench(Bench):
         self.course = {"steps": problem.steps, "every": max(1, problem.steps // 40)}
         self.course["seed"] = problem.seed
         self.tokens = problem.tokens
-
         self.pair = tuple(part.to(self.frozen.dtype) for part in self.data.test(TEST))
         far = problem.data(self.target, "directions").test(DIRECTIONS)[0][..., 0]
         self.far = far.mT.to(self.frozen.dtype)
@@ -132,18 +125,15 @@ class _Bench(Bench):
     def finish(self, method: Any, network: Any, adapters: Adapters) -> tuple[Any, dict[str, Any]]:
         """Compute the floor."""
         adapters = adapters.to(self.frozen.dtype)
-        pair = self.frozen, self.target
-        if method.part == "mlp":
-            floor, spread = feed_forward_floor(*pair, self.far, self.tokens)
-        else:
-            floor, spread, *_ = attention_floor(*pair, self.far, self._ranks(method))
-        known = {"floor": float(floor), "floor_standard_error": float(spread)}
-        known["factors"] = sum(u.parameter_count for u in adapters.updates)
-        return adapters.merge(self.frozen), known
+        floor = math.nan
+        if method.part == "attention":
+            ranks = self._ranks(method)
+            floor = float(attention_floor(self.frozen, self.target, self.far, ranks).value)
+        factors = sum(u.parameter_count for u in adapters.updates)
+        return adapters.merge(self.frozen), {"floor": floor, "factors": factors}
 
     def test(self, network: Any, **known: Any) -> Remainder:
         x, y = self.pair
-        error = float((network(x) - y).square().mean())
-        far, spread = far_error(network, self.target, self.far, FAR, self.tokens)
-        known |= {"far_error": float(far), "far_standard_error": float(spread)}
-        return Remainder(error=error, relative=error / float(variance_of(y - x)), **known)
+        relative = float((network(x) - y).square().mean() / variance_of(y - x))
+        far, _ = far_error(network, self.target, self.far, FAR, self.tokens)
+        return Remainder(relative=relative, far_error=float(far), **known)
