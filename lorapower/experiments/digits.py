@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -29,9 +29,8 @@ from .study import Bench, Course, Fitted, Problem
 
 SIDE, CLASSES = 8, 10
 PIXELS = SIDE**2
-SIZES = {"training": 1000, "validation": 297, "test": 500}
-
-Start = Literal["pretrained", "random"]
+# Images for training, validation and test.
+SIZES = 1000, 297, 500
 # Layers of a target.
 DEPTH = 2
 # Added to the logits at the start: a logit that is 0 for all images gets no gradient.
@@ -56,17 +55,9 @@ def _turn(
     return (256 * found[:, 0]).round().clamp(0, 256) / 256
 
 
-class _Split(NamedTuple):
-    """Labelled images as a network takes them; no image is in two of the three."""
-
-    training: Labelled
-    validation: Labelled
-    test: Labelled
-
-
 @functools.cache
-def _task(angle: float, seed: int) -> _Split:
-    """The digits turned by an angle, split by the seed alone; inputs are the 64 pixels."""
+def _task(angle: float, seed: int) -> list[Labelled]:
+    """The digits turned by an angle, split in three by the seed alone; inputs are the pixels."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -74,8 +65,7 @@ def _task(angle: float, seed: int) -> _Split:
     pictures = _turn(torch.from_numpy(found.images / 16).to(torch.float32), angle)
     classes = torch.from_numpy(found.target)
     order = torch.randperm(len(classes), generator=generator(seed, "split"))
-    parts = order.split([*SIZES.values()])
-    return _Split(*((pictures[part].flatten(1).mT, classes[part]) for part in parts))
+    return [(pictures[part].flatten(1).mT, classes[part]) for part in order.split([*SIZES])]
 
 
 class Digits(Problem):
@@ -87,8 +77,10 @@ class Digits(Problem):
     ``pretraining`` steps, those of adapters have ``steps``. Fits are to the training images.
     """
 
+    width: ClassVar[int] = PIXELS
+
     depth: int = Field(2, ge=DEPTH, le=16)
-    start: Start = "pretrained"
+    start: Literal["pretrained", "random"] = "pretrained"
     angle: float = Field(90.0, ge=-360, le=360)
     pretraining: int = Field(500, ge=EVERY)
     steps: int = Field(1000, ge=EVERY)
@@ -99,11 +91,6 @@ class Digits(Problem):
         if isinstance(method, Fitted):
             usual = method == Fitted(ranks=method.ranks)
             method.require("inputs", usual, "left out, as all options of a fit to images")
-
-    @property
-    def width(self) -> int:
-        """Width of the layers, which no rank exceeds."""
-        return PIXELS
 
     def networks(self) -> tuple[FNN, FNN]:
         """Make the frozen network and the target, in double precision."""
@@ -138,7 +125,7 @@ def _drawn(depth: int, seed: int, purpose: str) -> FNN:
     return FNN([*weights, last[:CLASSES]], [*biases, last_bias[:CLASSES] + LIFT])
 
 
-def _train(network: FNN, task: _Split, seed: int, steps: int, purpose: str) -> FNN:
+def _train(network: FNN, task: list[Labelled], seed: int, steps: int, purpose: str) -> FNN:
     """Train all weights of a network."""
     data = Fixed(*task[:2], samples=BATCH, seed=seed, purpose=(purpose,))
     tuning = Tuning(final=network.depth, learning_rate=3e-3)
@@ -157,7 +144,6 @@ class Readings(Course):
     accuracy: float
     error: float
     target_accuracy: float
-    frozen_accuracy: float
     threshold: int
 
 
@@ -166,11 +152,11 @@ class _Bench(Bench):
 
     def __init__(self, problem: Digits) -> None:
         self.frozen, self.target = problem.networks()
-        self.task = _task(problem.angle, problem.seed)
-        self.data = Fixed(*self.task[:2], samples=BATCH, seed=problem.seed)
+        self.images, validation, (x, self.y) = _task(problem.angle, problem.seed)
+        self.data = Fixed(self.images, validation, samples=BATCH, seed=problem.seed)
         self.course = {"steps": problem.steps, "every": EVERY, "classes": range(CLASSES)}
         self.course["seed"] = problem.seed
-        self.x, self.y = self.task.test[0].to(torch.float64), self.task.test[1]
+        self.x = x.to(torch.float64)
         self.wanted = self.target(self.x)
         self.variance = variance_of(self.wanted)
         self.threshold = int(fnn_threshold(self.frozen, self.target))
@@ -180,7 +166,7 @@ class _Bench(Bench):
         if not isinstance(method, Fitted):
             return super().adapt(method)
         fused = fuse(self.frozen, self.target, method.ranks)
-        adapters = nearest(fused, self.task.training[0])
+        adapters = nearest(fused, self.images[0])
         return fused.carry_back(adapters, self.region, throw=False).adapters, {}
 
     def test(self, network: Any, **known: Any) -> Readings:
@@ -190,7 +176,6 @@ class _Bench(Bench):
             accuracy=self._accuracy(logits),
             error=error,
             target_accuracy=self._accuracy(self.wanted),
-            frozen_accuracy=self._accuracy(self.frozen(self.x)),
             threshold=self.threshold,
             **known,
         )

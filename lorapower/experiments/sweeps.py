@@ -41,7 +41,7 @@ from .. import _code
 from .._records import Record, Results
 from ..errors import InputError, ResultsError
 
-__all__ = ["Record", "Results", "grid", "read", "recorded", "run"]
+__all__ = ["Record", "Results", "grid", "recorded", "run"]
 
 R = TypeVar("R", bound=Record)
 _ROOT = Path(__file__).parent.parent
@@ -200,20 +200,6 @@ def _say_repeated(number: int, others: int) -> str:
     if not number:
         return "none can be repeated here"
     return f"{number} of them, repeated now, {'is' if number == 1 else 'are'} equal"
-
-
-def read(path: Path | str) -> pd.DataFrame:
-    """Read the table of each setting's newest run in a file, in the order of finishing.
-
-    Any code may have made them, and a sweep may be at work. Raises `ResultsError` for a file that
-    is damaged or no file of runs.
-    """
-    if not Path(path).is_file():
-        raise ResultsError(Path(path), "is no file", remedy="name a file that a sweep has written")
-    with _opened(path) as file:
-        # With max(), SQLite takes the other columns from the row that has it.
-        query = f"SELECT {_COLUMNS}, max(id) FROM runs GROUP BY setting"
-        return _table([row[:-1] for row in file.execute(f"{query} ORDER BY max(id)")])
 
 
 def _write_record(file: Path, rows: Sequence[tuple[Any, ...]], protocol: str) -> None:
