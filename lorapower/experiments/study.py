@@ -19,10 +19,8 @@ from ..adapters import Adapters
 from ..constructions.general import adapt
 from ..errors import InputError
 from ..networks.layers import FNN
-from ..networks.partition import Partition
 from ..regions import Region
 from ..training.engine import train
-from ..training.fused import train_fused
 from ..training.tuning import LARGEST, Data, Loss, Schedule, Tuning
 
 Rank = Annotated[int, Field(ge=0)]
@@ -71,15 +69,6 @@ class Trained(Record):
     def tuning(self) -> Tuning:
         """Make the settings that `training.train` takes."""
         return Tuning(**self.model_dump(exclude={"kind"}))
-
-
-class TrainedFused(Record):
-    """Train the fused network and carry it back (`training.train_fused`), for regressions."""
-
-    kind: Literal["fused"] = "fused"
-    ranks: Rank = 1
-    starts: int = Field(4, ge=1)
-    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = (1e-2,)
 
 
 class Problem(Record, ABC):
@@ -141,14 +130,7 @@ class Bench(ABC):
 
     def adapt(self, method: Any) -> tuple[Adapters, dict[str, Any]]:
         """Make adapters by a method without gradients."""
-        relu = isinstance(self.frozen, FNN)
-        if isinstance(method, TrainedFused):
-            options = method.model_dump(exclude={"kind", "ranks"}) | self.course
-            blocks = self.frozen.depth, self.target.depth
-            options["partition"] = Partition.uniform(*blocks) if relu else None
-            found = train_fused(self.frozen, method.ranks, self.data, throw=False, **options)
-            return found.adapters, {"validation_loss": float(found.validation_loss.min())}
-        region = self.region if relu else None
+        region = self.region if isinstance(self.frozen, FNN) else None
         return adapt(self.frozen, self.target, method.ranks, region, throw=False).adapters, {}
 
     def finish(self, method: Any, network: Any, adapters: Adapters) -> tuple[Any, dict[str, Any]]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .._records import Record
 from ..adapters import Adapters
 from ..constructions import fitted
 from ..constructions.fitted import FittedAdaptation
@@ -19,7 +18,7 @@ from ..regression import variance as variance_of
 from ..training.engine import train
 from ..training.fused import polish
 from ..training.tuning import Data, Fresh, Tuning
-from .study import Bench, Construction, Course, Fitted, Problem, Trained, TrainedFused
+from .study import Bench, Course, Fitted, Problem
 
 # The parts of the initial loss at which pretraining stops: of none, and of the study's.
 RANDOM, PRETRAINED = 1.0, 1 / 3
@@ -36,8 +35,6 @@ class Synthetic(Problem):
     steps. ``samples`` are in each fresh batch. Raises `InputError` for values that do not fit each
     other.
     """
-
-    methods: ClassVar[tuple[type[Record], ...]] = Construction, Fitted, Trained, TrainedFused
 
     model: Literal["linear", "fnn"] = "fnn"
     width: int = Field(16, ge=1)

@@ -14,7 +14,6 @@ from .. import _checks, randomness
 from ..adapters import Adapters
 from ..constructions.fitted import FittedAdaptation
 from ..constructions.fused import Fused, fuse
-from ..constructions.linear import Adaptation
 from ..errors import InputError
 from ..networks.base import Network
 from ..networks.layers import FNN
@@ -34,7 +33,6 @@ class _FusedTraining(NamedTuple):
     adapters: Adapters
     validation_loss: Float[Tensor, "rates starts"]
     chosen: tuple[int, int]
-    adaptation: Adaptation
     fused: Fused
     training: Training[Any]
 
@@ -91,8 +89,6 @@ def train_fused(
         The least of each run, ``[rates, starts]``.
     chosen : tuple of int
         Indices of the rate and the start with the least validation loss.
-    adaptation : Adaptation
-        The adapters with the evidence of the construction that split the changes.
     fused : Fused
         The fused network.
     training : Training
@@ -126,8 +122,8 @@ def train_fused(
         seed=[randomness.number(seed, "fused training", k) for k in range(starts)],
     )
     chosen = divmod(int(runs.best_loss.nan_to_num(torch.inf).argmin()), starts)
-    found = fused.carry_back(runs.adapters[chosen].to(frozen.dtype), region, throw=throw)
-    return _FusedTraining(found.adapters, runs.best_loss, chosen, found, fused, runs)
+    split = fused.carry_back(runs.adapters[chosen].to(frozen.dtype), region, throw=throw)
+    return _FusedTraining(split.adapters, runs.best_loss, chosen, fused, runs)
 
 
 @torch.no_grad()

@@ -16,9 +16,6 @@ from torch import Tensor
 
 from lorapower import InputError, randomness
 from lorapower.adapters import Adapters
-from lorapower.experiments import sweeps, synthetic
-from lorapower.experiments.study import Setting, Trained, TrainedFused, measure
-from lorapower.experiments.synthetic import Synthetic
 from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, LinearNetwork, Partition, Transformer
 from lorapower.training import (
@@ -275,27 +272,6 @@ def test_an_aligned_direction_is_learned_as_the_proposition_says(
             assert error.max() <= 1e-12 * sigma
 
 
-# --- Recipes --------------------------------------------------------------------------------------
-
-
-def test_recipes_measure_what_training_gives() -> None:
-    problem = Synthetic(width=6, steps=200, every=10, seed=3)
-    ways = [
-        Trained(ranks=3, learning_rate=1e-2),
-        Trained(ranks=3, learning_rate=1e-2, loss="one-sided", schedule="cosine"),
-        TrainedFused(ranks=3, starts=2),
-        Trained(final=2, loss="one-sided", learning_rate=1e-2),
-    ]
-    table = sweeps.run(sweeps.grid(Setting, problem=problem, method=ways), measure, progress=False)
-    assert list(table.method) == ["trained"] * 2 + ["fused", "trained"]
-    frozen, target = problem.networks()
-    data, fresh = problem.data(target)
-    runs = train(frozen, [Tuning(3, learning_rate=1e-2)], data, steps=200, every=10, seed=3)
-    x, y = fresh.test(synthetic.TEST_SAMPLES)
-    error = (runs.network[0](x) - y).square().mean()
-    assert table.error[0] == pytest.approx(float(error), rel=1e-3)
-
-
 # --- Bad input ------------------------------------------------------------------------------------
 
 FROZEN, CHAIN, LINEAR_END = (
@@ -324,7 +300,6 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("partition", lambda: train_fused(CHAIN, 2, Fresh(CHAIN, (4,)), partition=Partition([2]))),
     ("right", lambda: course(torch.eye(2), torch.ones(2, 2), torch.ones(1))),
     ("right", lambda: course(torch.eye(2), torch.ones(3, 1), torch.ones(1))),
-    ("ranks", lambda: Setting(problem=Synthetic(), method=Trained(ranks=17))),
 ]
 
 

@@ -19,12 +19,12 @@ from lorapower.experiments.study import (
     Problem,
     Setting,
     Trained,
-    TrainedFused,
     keep_best,
     measure,
 )
 from lorapower.experiments.sweeps import grid
 from lorapower.experiments.synthetic import PRETRAINED, TEST_SAMPLES, Errors, Synthetic
+from lorapower.training import train
 
 SMALL = {
     "linear": Synthetic(model="linear", width=6, steps=20, samples=30),
@@ -53,9 +53,8 @@ def reached(problem: Any, *methods: Any) -> list[Any]:
         ("problem", lambda: Setting(problem=UNTUNED, method=UNTUNED)),  # type: ignore[arg-type]
         ("method", lambda: Setting(problem=Residual(), method=UNTUNED)),
         ("method", lambda: Setting(problem=Synthetic(), method=TrainedPart())),
-        ("method", lambda: Setting(problem=Digits(), method=TrainedFused())),
-        ("ranks", lambda: Setting(problem=Synthetic(), method=TrainedFused(ranks=17))),
         ("ranks", lambda: Setting(problem=Residual(), method=TrainedPart(ranks=9))),
+        ("ranks", lambda: Setting(problem=Synthetic(), method=Trained(ranks=17))),
         ("inputs", lambda: Setting(problem=Digits(), method=Fitted(inputs=9))),
         ("settings", lambda: measure([])),
         ("settings", lambda: measure([Setting(problem=p, method=UNTUNED) for p in SMALL.values()])),
@@ -139,6 +138,17 @@ def test_errors_are_mean_squares_over_fresh_inputs(model: str) -> None:
     assert row.validation_loss == pytest.approx(wanted, rel=1e-5)
     assert (row.best_step, row.diverged) == (0, False)
     assert math.isnan(row.predicted)
+
+
+def test_a_row_has_what_training_gives() -> None:
+    problem, tuning = SMALL["fnn"], Trained(ranks=3, loss="one-sided", schedule="cosine")
+    frozen, target = problem.networks()
+    data, fresh = problem.data(target)
+    runs = train(frozen, [tuning.tuning()], data, steps=problem.steps, seed=problem.seed)
+    x, y = fresh.test(TEST_SAMPLES)
+    (row,) = reached(problem, tuning)
+    wanted = float((runs.network[0](x) - y).square().mean())
+    assert row.error == pytest.approx(wanted, rel=1e-5)
 
 
 @each_model
