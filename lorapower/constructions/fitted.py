@@ -43,8 +43,6 @@ class FittedAdaptation(Adaptation):
     ----------
     error : Tensor
         On the test inputs, by which nothing was chosen.
-    predicted : Tensor
-        By [prop-first-order], on the inputs of the fit.
     fused : Fused
         The networks with one matrix for each segment.
     fused_adapters : Adapters
@@ -52,7 +50,6 @@ class FittedAdaptation(Adaptation):
     """
 
     error: Float[Tensor, ""]
-    predicted: Float[Tensor, ""]
     fused: Fused
     fused_adapters: Adapters
     region: Region | None
@@ -69,10 +66,9 @@ class FittedAdaptation(Adaptation):
     ) -> FittedAdaptation:
         """Carry adapters of a fused network back, and measure them on the test inputs."""
         carried = fused.carry_back(adapters, region, throw=throw)
-        predicted = _first_order(adapters.merge(fused.network), fused.fused_target, data.fit)
         merged = carried.adapters.merge(fused.frozen)
         error = relative_error(merged, fused.target, data.test)
-        return cls(carried.adapters, carried.success, error, predicted, fused, adapters, region)
+        return cls(carried.adapters, carried.success, error, fused, adapters, region)
 
 
 @torch.no_grad()
@@ -244,28 +240,3 @@ def _metrics(target: FNN, x: Tensor) -> list[Tensor]:
     for W, before in zip(target.weights[:0:-1], inner[::-1], strict=True):
         slopes.append(torch.einsum("opn,pq->oqn", slopes[-1], W) * (before > 0))
     return [second_moment_root(slope.movedim(0, 1).flatten(1), _RIDGE) for slope in slopes[::-1]]
-
-
-def _first_order(adapted: Network, target: Network, inputs: Tensor) -> Float[Tensor, ""]:
-    """Compute ``E‖Σ_s J_s δ_s‖²`` over the variance of the target's outputs [prop-first-order].
-
-    ``δ_s`` is the difference of layer ``s`` of two fused networks at the target's activations, and
-    ``J_s`` the derivative of what follows ``s`` in the adapted network.
-    """
-    depth, relus = len(target.weights), target.relus
-
-    def layer(network: Network, l: int, before: Tensor) -> Tensor:
-        z = network.weights[l] @ (before.relu() if 0 < l <= relus else before)
-        return z + network.biases[l][:, None] if network.biases else z
-
-    before, moved = inputs, torch.zeros(()).to(inputs)
-    for s in range(depth):
-        reached, before = layer(adapted, s, before), layer(target, s, before)
-        at, change = before, reached - before
-        for l in range(s + 1, depth + 1):
-            change = change * (at > 0) if l <= relus else change
-            if l < depth:
-                at, change = layer(adapted, l, at), adapted.weights[l] @ change
-        moved = moved + change
-    outputs = before.relu() if relus == depth else before
-    return moved.square().mean() / variance(outputs)

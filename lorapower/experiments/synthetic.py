@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, Self
 
 import torch
@@ -87,12 +86,11 @@ class Errors(Course):
     """Hold what a run reaches on 5000 test inputs.
 
     ``error`` is the mean squared error, ``variance`` that of the target's outputs about the mean of
-    each. ``predicted`` is the error of a fit to first order over that variance, NaN for others.
+    each.
     """
 
     error: float
     variance: float
-    predicted: float = math.nan
 
 
 class _Bench(Bench):
@@ -121,7 +119,7 @@ class _Bench(Bench):
         fit = self.fits[plain]
         if method.polished:
             fit = polish(fit, *x, iterations=method.iterations, throw=False)
-        return fit.adapters, {"predicted": float(fit.predicted)}
+        return fit.adapters, {}
 
     def _sample(self, purpose: str, count: int) -> Tensor:
         """Inputs that are drawn for one purpose."""

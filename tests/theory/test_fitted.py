@@ -12,9 +12,7 @@ from strategies import dtypes, normal, seeds
 from torch import Tensor
 
 from lorapower import bounds
-from lorapower.adapters import Adapters
 from lorapower.constructions import fitted, fnn, fused
-from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, LinearNetwork, Partition
 from lorapower.regions import Ball
 from lorapower.training import Fresh, Tuning, polish, train
@@ -143,26 +141,3 @@ def test_a_threshold_on_data() -> None:
     assert bounds.fnn_threshold(frozen, target) == 4
     shallow = relu(2, 1, 8)
     assert fitted.adapt(*shallow, 1, x, others).error < 1e-20
-
-
-def test_small_errors_are_predicted_and_those_of_linear_networks_exactly() -> None:
-    # As many that sampling alone is off by less than a percent.
-    x, others = normal(6, 160_000), normal(6, 320_000, seed=1)
-    for linear_last in (False, True):
-        frozen, _ = relu(3, 3, 6, linear_last=linear_last)
-        near = [w + 1e-5 * normal(6, 6, seed=i) for i, w in enumerate(frozen.weights)]
-        goal = frozen.with_parameters(near)
-        pair = fused.fuse(frozen, goal, 0)
-        data = pair.split(x, others)
-        found = fitted.FittedAdaptation.measure(
-            pair,
-            Adapters(tuple(LowRank(w[:, :0], w[:0].mT) for w in near)),
-            Ball(30.0),
-            data,
-            throw=False,
-        )
-        assert float(found.predicted) == pytest.approx(float(found.error), rel=0.02)
-    linear, other = LinearNetwork.random(1, 6), LinearNetwork.random(1, 6, seed=1)
-    found = fitted.adapt(linear, other, 1, x, others)
-    error = fitted.relative_error(found.adapters.merge(linear), other, x)
-    assert float(found.predicted) == pytest.approx(float(error))
