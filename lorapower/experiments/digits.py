@@ -161,13 +161,13 @@ class _Bench(Bench):
         self.variance = variance_of(self.wanted)
         self.threshold = int(fnn_threshold(self.frozen, self.target))
 
-    def adapt(self, method: Any) -> tuple[Adapters, dict[str, Any]]:
+    def adapt(self, method: Any) -> Adapters:
         """Make adapters by a method without gradients."""
         if not isinstance(method, Fitted):
             return super().adapt(method)
         fused = fuse(self.frozen, self.target, method.ranks)
         adapters = nearest(fused, self.images[0])
-        return fused.carry_back(adapters, self.region, throw=False).adapters, {}
+        return fused.carry_back(adapters, self.region, throw=False).adapters
 
     def test(self, network: Any, **known: Any) -> Readings:
         logits = network(self.x)

@@ -1,4 +1,4 @@
-"""The frame of all experiments: problems, methods, their measurement, and the best run of a grid.
+"""The frame of all experiments: problems, methods and their measurement.
 
 A kind of problem is a module with a `Problem`, its `Bench`, and what a run reaches, a `Course`.
 """
@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import pandas as pd
 import torch
 from pydantic import Field, model_validator
 
@@ -115,7 +114,7 @@ class Bench(ABC):
     """Hold the networks and data of a problem, adapt by its methods, and test the outcome.
 
     ``course`` are further arguments of `training.train`. ReLU networks are adapted on the
-    ``region``. Methods return results that they know beside what they make.
+    ``region``.
     """
 
     frozen: Any
@@ -128,10 +127,10 @@ class Bench(ABC):
         """Make the settings of a training; None for methods without gradients."""
         return method.tuning() if isinstance(method, Trained) else None
 
-    def adapt(self, method: Any) -> tuple[Adapters, dict[str, Any]]:
+    def adapt(self, method: Any) -> Adapters:
         """Make adapters by a method without gradients."""
         region = self.region if isinstance(self.frozen, FNN) else None
-        return adapt(self.frozen, self.target, method.ranks, region, throw=False).adapters, {}
+        return adapt(self.frozen, self.target, method.ranks, region, throw=False).adapters
 
     def finish(self, method: Any, network: Any, adapters: Adapters) -> tuple[Any, dict[str, Any]]:
         """Make the outcome of a training, in double precision."""
@@ -159,8 +158,7 @@ def _measured(bench: Bench, methods: Iterable[Any]) -> Iterator[tuple[Any, Cours
     trained = {method: tuning for method, tuning in tunings.items() if tuning}
     for method, tuning in tunings.items():
         if tuning is None:
-            adapters, known = bench.adapt(method)
-            yield method, bench.test(adapters.merge(bench.frozen), **known)
+            yield method, bench.test(bench.adapt(method).merge(bench.frozen))
     if trained:
         runs = train(bench.frozen, [*trained.values()], bench.data, **bench.course)
         courses = runs.best_loss, runs.best_step, runs.diverged
@@ -171,15 +169,3 @@ def _measured(bench: Bench, methods: Iterable[Any]) -> Iterator[tuple[Any, Cours
             outcome, known = bench.finish(method, network, adapters)
             known |= dict(zip(Course.model_fields, course, strict=True))
             yield method, bench.test(outcome, **known)
-
-
-def keep_best(table: pd.DataFrame) -> pd.DataFrame:
-    """Keep the row of least validation loss of each setting, rate and weight decay aside.
-
-    Columns before ``validation_loss`` are of settings, as `sweeps.run` writes them. A run that
-    diverged counts by its loss before that.
-    """
-    of_settings = table.columns[: table.columns.get_loc("validation_loss")]
-    same = [*of_settings.difference(["learning_rate", "weight_decay"], sort=False)]
-    ordered = table.sort_values("validation_loss", kind="stable", na_position="last")
-    return ordered.groupby(same, sort=False, dropna=False).head(1).sort_index()

@@ -16,7 +16,7 @@ from ..regions import Ball
 from ..regression import variance as variance_of
 from ..training.engine import train
 from ..training.fused import polish
-from ..training.tuning import Data, Fresh, Tuning
+from ..training.tuning import Fresh, Tuning
 from .study import Bench, Course, Fitted, Problem
 
 # The parts of the initial loss at which pretraining stops: of none, and of the study's.
@@ -63,19 +63,17 @@ class Synthetic(Problem):
         """Draw the frozen network, pretrained if the problem says so, and the target."""
         frozen, target = self.networks()
         if self.pretraining < 1:
-            plain = self.replace(samples=256)
-            data, _ = plain.data(target, "pretraining")
+            data = self.data(target, "pretraining")
             tuning = Tuning(final=self.depth, learning_rate=1e-3)
             options: Any = {"until": self.pretraining, "seed": self.seed}
             trained = train(frozen, [tuning], data, steps=1000, **options)
             frozen = trained.network[0].to(torch.float64)
         return frozen, target
 
-    def data(self, target: Any, *purpose: str) -> tuple[Data, Fresh]:
-        """Draw data to train on and fresh inputs to test on, others for each purpose."""
+    def data(self, target: Any, *purpose: str) -> Fresh:
+        """Draw inputs to train and to test on, others for each purpose."""
         options: Any = {"samples": self.samples, "seed": self.seed, "purpose": purpose}
-        fresh = Fresh(target, (self.width,), **options)
-        return fresh, fresh
+        return Fresh(target, (self.width,), **options)
 
     def bench(self) -> Bench:
         """Make the networks and the data."""
@@ -97,15 +95,15 @@ class _Bench(Bench):
     def __init__(self, problem: Synthetic) -> None:
         self.problem = problem
         self.frozen, self.target = problem.start()
-        self.data, fresh = problem.data(self.target)
+        self.data = problem.data(self.target)
         self.course = problem.model_dump(include={"steps", "every", "seed"})
         # Nearly all of the normal inputs are inside.
         self.region = Ball(problem.width**0.5 + 4)
         self.fits: dict[Fitted, FittedAdaptation] = {}
-        self.x = fresh.test(TEST_SAMPLES)[0].to(torch.float64)
+        self.x = self.data.test(TEST_SAMPLES)[0].to(torch.float64)
         self.y = self.target(self.x)
 
-    def adapt(self, method: Any) -> tuple[Adapters, dict[str, Any]]:
+    def adapt(self, method: Any) -> Adapters:
         """Make adapters by a method without gradients; polished ones start at a fit."""
         if not isinstance(method, Fitted):
             return super().adapt(method)
@@ -119,11 +117,11 @@ class _Bench(Bench):
         fit = self.fits[plain]
         if method.polished:
             fit = polish(fit, *x, iterations=method.iterations, throw=False)
-        return fit.adapters, {}
+        return fit.adapters
 
     def _sample(self, purpose: str, count: int) -> Tensor:
         """Inputs that are drawn for one purpose."""
-        return self.problem.data(self.target, purpose)[1].test(count)[0].to(torch.float64)
+        return self.problem.data(self.target, purpose).test(count)[0].to(torch.float64)
 
     def test(self, network: Any, **known: Any) -> Errors:
         error = (network(self.x) - self.y).square().mean()

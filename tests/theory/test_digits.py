@@ -89,7 +89,7 @@ def test_fitted_adapters_are_nearer_with_the_same_rank() -> None:
 def test_rows_say_what_a_network_does_on_the_test_images() -> None:
     frozen, target = SHORT.networks()
     # No adapters; the biases alone are those of the construction.
-    adapted = SHORT.bench().adapt(Construction())[0].merge(frozen)
+    adapted = SHORT.bench().adapt(Construction()).merge(frozen)
     (row,) = reached(SHORT, Construction())
     x, y = digits._task(SHORT.angle, SHORT.seed)[-1]
     got, wanted = adapted(x), target(x)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 
@@ -19,7 +18,6 @@ from lorapower.experiments.study import (
     Problem,
     Setting,
     Trained,
-    keep_best,
     measure,
 )
 from lorapower.experiments.sweeps import grid
@@ -86,18 +84,6 @@ def test_a_row_does_not_depend_on_the_others(model: str) -> None:
     assert repr(twice[::-1]) == repr([together[0], *together])
 
 
-def test_the_best_grid_point_has_the_least_validation_loss() -> None:
-    adam = grid(Trained, ranks=[1, 2], learning_rate=[1e-2, 1e-3, 1e-4], weight_decay=[0.0, 0.1])
-    methods = [*adam, Construction(ranks=1)]
-    losses = [5, 2, math.nan, 3, 2.5, 9, math.inf, math.nan, 1, 1, 4, 7, math.nan]
-    rows = [
-        {**dict(method), "validation_loss": loss, "error": loss}
-        for method, loss in zip(methods, losses, strict=True)
-    ]
-    # Of two that are equal, the first.
-    assert keep_best(pd.DataFrame(rows)).index.tolist() == [1, 8, 12]
-
-
 def test_runs_that_diverge_are_rows_like_others() -> None:
     problem = SMALL["fnn"].replace(depth=4)
     good, bad = reached(problem, *grid(Trained, ranks=2, learning_rate=[1e-3, 1e6]))
@@ -116,10 +102,10 @@ def test_problems_of_one_seed_have_the_same_networks_and_data(model: str) -> Non
     for a, b in zip(one.networks(), other.networks(), strict=True):
         assert all(torch.equal(v, w) for v, w in zip(a.weights, b.weights, strict=True))
     target = one.networks()[1]
-    found = [problem.data(target)[0].block(1)[0] for problem in (one, other)]
+    found = [problem.data(target).block(1)[0] for problem in (one, other)]
     assert torch.equal(*found)
     again = one.replace(seed=1)
-    assert not torch.equal(found[0], again.data(again.networks()[1])[0].block(1)[0])
+    assert not torch.equal(found[0], again.data(again.networks()[1]).block(1)[0])
 
 
 @each_model
@@ -127,7 +113,7 @@ def test_errors_are_mean_squares_over_fresh_inputs(model: str) -> None:
     problem = SMALL[model].replace(every=10)
     frozen, target = problem.networks()
     (row,) = reached(problem, UNTUNED)
-    fresh = problem.data(target)[1]
+    fresh = problem.data(target)
     x = fresh.test(TEST_SAMPLES)[0].double()
     # The network went through training, in single precision, and nothing of it was tuned.
     assert row.error == pytest.approx(float((frozen(x) - target(x)).square().mean()), rel=1e-5)
@@ -142,9 +128,9 @@ def test_errors_are_mean_squares_over_fresh_inputs(model: str) -> None:
 def test_a_row_has_what_training_gives() -> None:
     problem, tuning = SMALL["fnn"], Trained(ranks=3, loss="one-sided", schedule="cosine")
     frozen, target = problem.networks()
-    data, fresh = problem.data(target)
+    data = problem.data(target)
     runs = train(frozen, [tuning.tuning()], data, steps=problem.steps, seed=problem.seed)
-    x, y = fresh.test(TEST_SAMPLES)
+    x, y = data.test(TEST_SAMPLES)
     (row,) = reached(problem, tuning)
     wanted = float((runs.network[0](x) - y).square().mean())
     assert row.error == pytest.approx(wanted, rel=1e-5)
@@ -172,7 +158,7 @@ def test_pretrained_networks_have_this_part_of_the_loss(model: str, part: float)
         problem = SMALL[model].replace(samples=256, pretraining=pretraining)
         frozen, target = problem.start()
         # The inputs by which pretraining goes.
-        x, y = (part.double() for part in problem.data(target, "pretraining")[0].validation)
+        x, y = (part.double() for part in problem.data(target, "pretraining").validation)
         losses.append(float((frozen(x) - y).square().mean()))
     # Pretraining stops at the first step that reaches it, within what that many steps can do.
     assert 0.9 * part < losses[1] / losses[0] <= part * (1 + 1e-5)
