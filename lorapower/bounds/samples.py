@@ -32,8 +32,8 @@ class Design:
     """Describe data, and estimate risks from observed singular values.
 
     A spectrum has ``k = min(D_out, q)`` singular values in falling order, ``[..., k]``. Raises
-    `InputError` for counts below 1, a span above the number of samples, negative noise and, in
-    methods, another number of singular values.
+    `InputError` for counts below 1, a span above the number of samples, noise that is negative or
+    has no finite square and, in methods, another number of singular values.
 
     Parameters
     ----------
@@ -52,7 +52,8 @@ class Design:
         _checks.integer("samples", self.samples, 1)
         _checks.integer("outputs", self.outputs, 1)
         _checks.integer("span", self.span, 1, self.samples, limit="the samples")
-        _checks.tolerance("noise", self.noise)
+        _checks.finite("noise", self.noise, 0)
+        _checks.finite("noise squared", self.noise * self.noise)
 
     @property
     def variance(self) -> float:
@@ -157,8 +158,8 @@ def fit(
     """Find the total rank of adapters of least estimated risk, and a change with less, shrunk.
 
     No statement bounds how far they are from the best. Raises `InputError` for data that do not
-    fit, layers narrower than inputs and outputs, inputs that are all 0, and unknown noise with
-    ``n = q``.
+    fit, layers of less rank than inputs and outputs, inputs that are all 0, outputs that are too
+    large to be squared, and unknown noise with ``n = q``.
 
     Parameters
     ----------
@@ -176,7 +177,8 @@ def fit(
         The rank of least `Design.sure`, of those that differ by rounding the lowest; and the
         estimates of all ranks from 0 [thm-risk].
     update, risk
-        The change ``K`` with singular values shrunk, and its estimated risk [thm-shrink].
+        The change ``K`` with singular values shrunk, and its estimated risk [thm-shrink]. With
+        noise 0 it keeps rounding errors too, so its rank can be above ``rank``.
     observed, kept, design
         The singular values ``y``, what `Design.shrink_values` leaves of them, and the data.
     """
@@ -205,8 +207,8 @@ def _observe(
     """Compute ``(Y − P X) Π_X / n^{1/2}`` in the basis of the rows of ``X``, and ``X⁺`` there."""
     _checks.kind(LinearNetwork, frozen=frozen)
     _checks.single(frozen=frozen)
-    if min(frozen.widths) < min(frozen.widths[0], frozen.widths[-1]):
-        allowed = "a network with no layer narrower than inputs and outputs"
+    if min(int(lowrank.rank(W)) for W in frozen.weights) < min(frozen.widths[0], frozen.widths[-1]):
+        allowed = "a network with no layer of less rank than inputs and outputs"
         raise InputError("frozen", allowed=allowed, given=frozen)
     x = frozen.as_inputs(inputs, "inputs").double()
     y = _checks.real_tensor("outputs", outputs, min_dims=2).to(x)
@@ -218,6 +220,8 @@ def _observe(
     if not span:
         raise InputError("inputs", allowed="not all 0", given="zeros")
     missing = y - frozen.product().double() @ x
+    if not missing.square().sum().isfinite():
+        raise InputError("outputs", allowed="of finite squared error", given="larger ones")
     left, sizes, rows = (part[..., :span] for part in lowrank.svd(x))
     explained = missing @ rows
     if noise is None:

@@ -89,19 +89,44 @@ def test_span_and_noise_are_found() -> None:
     assert samples.fit(frozen, x, y).design.noise == pytest.approx(1e-3, rel=0.1)
 
 
+def test_noise_is_estimated_without_bias() -> None:
+    frozen, x = LinearNetwork.random(1, 8), normal(8, 16)
+    fits = [samples.fit(frozen, x, normal(8, 16, seed=s)) for s in range(200)]
+    assert sum(fit.design.noise**2 for fit in fits) / 200 == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize(("outputs", "span", "edge"), [(5, 5, 15), (1, 6, 9), (6, 1, 9)])
+def test_edge_of_a_single_direction(outputs: int, span: int, edge: float) -> None:
+    assert samples.Design(100, outputs, span, 10.0).edge == pytest.approx(edge)
+
+
+def test_equal_singular_values_are_kept_or_dropped_together() -> None:
+    frozen, x = LinearNetwork.random(1, 4), 3 * torch.eye(4, dtype=torch.float64)
+    for noise, rank in ((1.0, 4), (9.0, 0)):
+        found = samples.fit(frozen, x, (frozen.product() + torch.eye(4)) @ x, noise=noise)
+        assert found.rank == rank
+        assert found.risks[1:4].isinf().all()
+
+
 def test_what_leaves_the_rank_open_is_refused() -> None:
     frozen, x = LinearNetwork.random(1, 4), normal(4, 9)
     narrow = LinearNetwork([normal(2, 4), normal(4, 2)])
+    singular = LinearNetwork([narrow.product(), normal(4, 4)])
     for name, network, inputs, outputs in (
         ("noise", frozen, x[:, :4], x[:, :4]),
         ("frozen", narrow, x, x),
+        ("frozen", singular, x, x),
         ("inputs", frozen, 0 * x, x),
         ("outputs", frozen, x, x[:, 1:]),
+        ("outputs", frozen, x, 1e200 * x),
     ):
         with pytest.raises(InputError, match=f"^{name}"):
             samples.fit(network, inputs, outputs)
     with pytest.raises(InputError, match=r"^spectrum"):
         samples.Design(9, 2, 3, 1.0).sure(torch.ones(3))
+    for noise in (-1.0, torch.inf, 1e200):
+        with pytest.raises(InputError, match=r"^noise"):
+            samples.Design(9, 2, 3, noise)
 
 
 # --- Shrinking ------------------------------------------------------------------------------------
