@@ -78,6 +78,8 @@ def test_claims_and_figures_are_folded(notebook: NotebookNode) -> None:
         if "mystnb" in cell.metadata or re.search(r"\b(claims|figures)\.\w+\(", cell.source):
             folded = FOLDED & {*cell.metadata.get("tags", [])}
             assert folded, f"fold cell {cell.id} by the tag hide-input"
+        # What a cell shows, and so what counts, is the value of its last line.
+        assert len(re.findall(r"\bclaims\.\w+\(", cell.source)) < 2, f"split cell {cell.id}"
 
 
 def assert_described(cell: NotebookNode, after: NotebookNode) -> None:
