@@ -446,9 +446,10 @@ def _search(planner: Planner, aim: float, estimate: bool) -> Plan:
         lost = _limits.ratio(squares, planner.test.effect)
         if not estimate:
             lost = max(lost, _limits.quantile_limit(planner.test.losses(squares)))
-        if found is None or lost <= aim:
+        passes = lost <= aim  # A loss that is no number ends the search.
+        if found is None or passes:
             found = adapter, squares
-        if lost > aim:
+        if not passes:
             break
     planner.report("certifying", 1, 1)
     assert found is not None  # The sequence is not empty.

@@ -174,6 +174,18 @@ class Scaled:
         self.error, self.parameters = error, round(1000 / error)
 
 
+def test_a_loss_that_is_no_number_ends_the_search() -> None:
+    planner: Any = Drawn(np.random.default_rng(4))
+    last: Any = workflow._search(planner, 0.1, False).adapter
+    measure = planner.squares
+    planner.squares = lambda network: measure(network) * [1.0, math.nan][planner.at == 2]
+    planner.put = lambda adapter: vars(planner).update(adapter=adapter, at=planner.at + 1)
+    planner.at = -1
+    found: Any = workflow._search(planner, 0.1, False).adapter
+    assert found.error < last.error
+    assert found.error == 0.1 / 3 * 1.05
+
+
 @pytest.mark.nightly
 def test_what_is_certified_is_missed_once_in_twenty_at_most() -> None:
     missed, smaller, draw = 0, [], np.random.default_rng(4)
