@@ -87,7 +87,7 @@ class Prepared:
     def __init__(self, example: Example) -> None:
         """Pass the texts through both networks; embeddings are carried row by row."""
         folder, number = pairs.example(example.seed), example.sentences
-        given = [*checkpoints.read_texts(folder / "texts.jsonl")]
+        given = checkpoints.read_texts(folder / "texts.jsonl")
         pair = Pair.open(str(folder / "base"), str(folder / "tuned"))
         modules = f"^({'|'.join(map(re.escape, pair.modules))})$"
         self.planner = Planner(

@@ -12,7 +12,8 @@ A base and what was tuned from it, both of transformers, and some texts are enou
 from ._export import save_peft
 from ._limits import mean_limit, quantile_limit
 from ._measuring import Measured
-from ._texts import LEAST_TEXTS, read_texts
+from ._reading import Text, read_texts
+from ._texts import LEAST_TEXTS
 from .pair import Adapter, Module, Pair
 from .planner import Planner
 from .workflow import Plan, check, extract, plan, prices
@@ -25,6 +26,7 @@ __all__ = [
     "Pair",
     "Plan",
     "Planner",
+    "Text",
     "check",
     "extract",
     "mean_limit",

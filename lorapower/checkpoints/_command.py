@@ -24,7 +24,7 @@ from . import _example, workflow
 from ._export import least, measure_peft, megabytes, most, percent, without_nan
 from ._folders import require_apart
 from ._measuring import Measured
-from ._texts import read_texts
+from ._reading import read_texts
 from .planner import Report
 from .workflow import Plan
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .. import _checks, randomness
 from ..errors import InputError
 from ._models import quiet
+from ._reading import Text
 from .pair import COUNTED_FROM_PADDING, Pair
 
 #: Texts that each part needs. If two models agree on 59, the lower limit of their agreement is .95
@@ -84,7 +82,7 @@ class Texts(NamedTuple):
     used: list[str]
 
 
-class _Text(NamedTuple):
+class _Encoded(NamedTuple):
     """A text, its tokens, how many it had before it was cut off, and when it was drawn."""
 
     text: str
@@ -103,43 +101,10 @@ def count_tokens(batches: Sequence[Batch]) -> int:
     return sum(int(batch.attention_mask.sum()) for batch in batches)
 
 
-def read_texts(path: Path | str) -> list[str] | dict[str, Any]:
-    """Read the texts of a file: one a line, or of ``.jsonl`` the field ``text`` of each line.
-
-    If all lines of JSON have a field ``label`` too, the texts are returned with their labels.
-    Raises `InputError` for a file that is not in UTF-8 and for lines of JSON without a text.
-    """
-    file = Path(path)
-    try:
-        # Some editors begin files with a mark of their order of bytes.
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else error
-        allowed = "a text file in UTF-8, one text per line"
-        raise InputError("texts", allowed=allowed, given=f"{path} ({reason})") from error
-    if file.suffix != ".jsonl":
-        return [line for line in lines if line.strip()]
-    entries = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        entry = None
-        with suppress(ValueError):
-            entry = json.loads(line)
-        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-            allowed, given = "lines of JSON with a field text", f"{path}, line {number}: {line}"
-            remedy = "write what the model is given (for chats apply_chat_template makes it)"
-            raise InputError("texts", allowed=allowed, given=given, remedy=remedy)
-        entries.append(entry)
-    if entries and all("label" in entry for entry in entries):
-        return {entry["text"]: entry["label"] for entry in entries}
-    return [entry["text"] for entry in entries]
-
-
 def prepare(
     pair: Pair,
-    texts: Sequence[str] | Mapping[str, Any],
-    held_out: Sequence[str] | Mapping[str, Any] | None,
+    texts: Sequence[str | Text],
+    held_out: Sequence[str | Text] | None,
     *,
     tokens: int,
     thorough: bool = False,
@@ -187,7 +152,7 @@ def prepare(
 
 def prepare_all(
     pair: Pair,
-    texts: Sequence[str] | Mapping[str, Any],
+    texts: Sequence[str | Text],
     *,
     tokens: int,
     seed: int,
@@ -207,7 +172,7 @@ def _digest(text: str) -> str:
 
 def _shuffle(
     name: str,
-    given: Sequence[str] | Mapping[str, Any],
+    given: Sequence[str | Text],
     order: np.random.Generator,
     needed: int,
     used: Collection[str] = (),
@@ -215,10 +180,11 @@ def _shuffle(
     """The different texts that are not empty or used, in random order; refuses too few."""
     if isinstance(given, str):
         raise InputError(name, allowed="a list of texts", given="one text")
-    if broken := next((text for text in given if _SURROGATE.search(text)), None):
+    plain = [text if isinstance(text, str) else text.text for text in given]
+    if broken := next(filter(_SURROGATE.search, plain), None):
         allowed = "of whole characters, not of halves of surrogate pairs"
         raise InputError(name, allowed=allowed, value=broken)
-    different = list(dict.fromkeys(text.strip() for text in given if text.strip()))
+    different = list(dict.fromkeys(text.strip() for text in plain if text.strip()))
     if used:
         different = [text for text in different if _digest(text) not in used]
     if len(different) < needed:
@@ -230,15 +196,16 @@ def _shuffle(
     return [different[i] for i in order.permutation(len(different))]
 
 
-def _classes(pair: Pair, texts: Sequence[str] | Mapping[str, Any]) -> dict[str, int] | None:
-    """The classes of labelled texts; ``None`` without labels, and for models without classes."""
-    if not isinstance(texts, Mapping) or pair.task != "classification":
+def _classes(pair: Pair, texts: Sequence[str | Text]) -> dict[str, int] | None:
+    """The classes of texts if all are labelled; ``None`` for models without classes."""
+    labelled = [t for t in texts if isinstance(t, Text) and t.label is not None]
+    if len(labelled) < len(texts) or pair.task != "classification":
         return None
     number, names = pair.tuned.config.num_labels, pair.tuned.config.label2id
     if number < 2:
         return None
     found = {}
-    for text, label in texts.items():
+    for text, label, _ in labelled:
         place = names.get(label) if isinstance(label, str) else label
         if type(place) is not int or not 0 <= place < number:
             allowed = f"a class, 0 to {number - 1}, or its name ({', '.join(map(str, names))})"
@@ -249,14 +216,14 @@ def _classes(pair: Pair, texts: Sequence[str] | Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def _encode(pair: Pair, texts: Sequence[str], limit: int) -> list[_Text]:
+def _encode(pair: Pair, texts: Sequence[str], limit: int) -> list[_Encoded]:
     """The first texts, at most 256, as tokens; those without any have no output."""
     texts = texts[:MOST_TEXTS]
     with quiet():
         tokenized = pair.tokenizer(list(texts))["input_ids"]
         kept = pair.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
     each = zip(texts, kept, map(len, tokenized), range(len(texts)), strict=True)
-    encoded = [text for text in map(_Text._make, each) if text.ids]
+    encoded = [text for text in map(_Encoded._make, each) if text.ids]
     if not encoded:
         allowed = "texts that the model's tokenizer makes tokens of"
         raise InputError("texts", allowed=allowed, given="none")
@@ -274,7 +241,7 @@ def _limit(pair: Pair, tokens: int) -> int:
 
 def _batches(
     pair: Pair,
-    texts: Iterable[_Text],
+    texts: Iterable[_Encoded],
     classes: Mapping[str, int] | None = None,
     *,
     tight: bool = False,

@@ -7,7 +7,7 @@ import functools
 import math
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -23,6 +23,7 @@ from ._limits import quantile, ratio
 from ._measuring import Compared, Measured, Readout, Reference
 from ._metrics import Directions, Moments
 from ._models import listed, require_device, require_memory
+from ._reading import Text
 from ._texts import LOAD, TOKENS, count_tokens, prepare
 from .pair import KINDS, Adapter, Module, Pair
 
@@ -53,7 +54,7 @@ class Planner:
     ----------
     pair, texts, held_out
         The base and what was tuned from it; at least 120 texts, or 60 and as many others, held out,
-        to state errors with. Texts may be a mapping to their classes.
+        to state errors with.
     modules : str
         The modules that get factors: ``"all"``, ``"attention"``, ``"mlp"``, or a regular expression
         that is searched for in names. Other linear ones stay the base's, and other ``words`` of the
@@ -85,9 +86,9 @@ class Planner:
     def __init__(
         self,
         pair: Pair,
-        texts: Sequence[str] | Mapping[str, Any],
+        texts: Sequence[str | Text],
         *,
-        held_out: Sequence[str] | Mapping[str, Any] | None = None,
+        held_out: Sequence[str | Text] | None = None,
         modules: str = "all",
         leave: Collection[str] = (),
         tokens: int = TOKENS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ from . import _export, _limits, _texts
 from ._folders import require_apart, require_free, write_folder
 from ._measuring import Measured, Readout, Reference, outputs
 from ._models import is_dequantized, require_device, require_memory
+from ._reading import Text
 from ._texts import Batch
 from .pair import KINDS, Adapter, Pair
 from .planner import Planner, Report
@@ -166,7 +167,7 @@ class Plan:
 def plan(
     base: str,
     tuned: str | Path,
-    texts: Sequence[str] | Mapping[str, Any],
+    texts: Sequence[str | Text],
     *,
     error: float | None = None,
     parameters: int | None = None,
@@ -187,8 +188,8 @@ def plan(
     ----------
     base, tuned
         See `Pair.open`.
-    texts : sequence of str, or mapping
-        At least 120 like those that the model is for; or their classes by text.
+    texts : sequence of str or Text
+        At least 120 like those that the model is for, maybe with their labels (`Text`).
     error : float, optional
         The part of the tuning's effect that may be lost (`Measured`), 0.1 if nothing else is asked
         for.
@@ -227,7 +228,7 @@ def plan(
 def prices(
     base: str,
     tuned: str | Path,
-    texts: Sequence[str] | Mapping[str, Any],
+    texts: Sequence[str | Text],
     **options: Any,
 ) -> pd.DataFrame:
     """Estimate what adapters of several sizes lose, on the texts for choosing.
@@ -269,7 +270,7 @@ def prices(
 def extract(
     base: str,
     tuned: str | Path,
-    texts: Sequence[str] | Mapping[str, Any],
+    texts: Sequence[str | Text],
     out: Path | str,
     *,
     merged: Path | str | None = None,
@@ -344,7 +345,7 @@ def check(
     base: str,
     adapter: str,
     tuned: str | Path,
-    texts: Sequence[str] | Mapping[str, Any],
+    texts: Sequence[str | Text],
     *,
     tokens: int | None = None,
     seed: int = 0,
@@ -354,8 +355,8 @@ def check(
 ) -> Measured:
     """Measure what anybody's adapter of peft, in a folder, loses against the tuned model.
 
-    Of the texts, or their classes by text, those that the plan has used are left out, as the
-    adapter's ``report.json`` knows them; 60 others are needed, and at most 256 taken, drawn by
+    Of the texts those that the plan has used are left out, as the adapter's ``report.json`` knows
+    them; 60 others are needed, and at most 256 taken, drawn by
     ``seed``. They are cut off after ``tokens``: by default as in ``report.json``, with whose
     certificate they are then compared, or else after 128. Other arguments are those of `plan` and
     `Planner`. Raises `InputError` for unusable arguments, and for an adapter that peft does not
@@ -416,7 +417,7 @@ def _read_aim(
 def _prepare(
     base: str,
     tuned: str | Path,
-    texts: Sequence[str] | Mapping[str, Any],
+    texts: Sequence[str | Text],
     *,
     serving: bool = False,
     any_base: bool = False,

@@ -169,7 +169,7 @@ def test_labels_give_accuracies(own: Path, call: Call) -> None:
     assert report(lambda i: f"LABEL_{i % 2}")["accuracy"] == parts["accuracy"]
     # What is right half of the time is wrong the other half.
     assert report(lambda i: 1 - i % 2)["accuracy"] == pytest.approx(1 - parts["accuracy"])
-    for wrong in (2, -1, "good", 0.5, None, True):
+    for wrong in (2, -1, "good", 0.5, True):
         write(lambda i, wrong=wrong: wrong if i == 3 else 0)  # type: ignore[misc]
         err = call(f"plan {options}", 2)[1]
         assert "label must be a class, 0 to 1, or its name (LABEL_0, LABEL_1)" in err

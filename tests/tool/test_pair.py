@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorapower import randomness
-from lorapower.checkpoints import Pair, _texts, read_texts
+from lorapower.checkpoints import Pair, Text, _texts, read_texts
 from lorapower.errors import InputError
 
 
@@ -369,20 +369,33 @@ def test_too_few_or_wrong_texts_are_refused(given: Any, held_out: Any, name: str
 
 def test_files_of_texts(tmp_path: Path) -> None:
     plain, lines = tmp_path / "texts.txt", tmp_path / "texts.jsonl"
-    for content, read in {
-        '{"text": "one"}\n\n{"text": "two ü"}\n': ["one", "two ü"],
-        '{"text": "one", "label": 1}\n{"text": "two", "label": "no"}\n': {"one": 1, "two": "no"},
-        '{"text": "one", "label": 1}\n{"text": "two"}\n': ["one", "two"],
-        '\ufeff{"text": "one"}\r\n{"text": "two"}\r\n': ["one", "two"],
+    for content, labels in {
+        '{"text": "one"}\n\n{"text": "two ü"}\n': (None, None),
+        '{"text": "one", "label": 1}\n{"text": "two ü", "label": "no"}\n': (1, "no"),
+        '{"text": "one", "label": 1}\n{"text": "two ü"}\n': (1, None),
+        '\ufeff{"text": "one"}\r\n{"text": "two ü"}\r\n': (None, None),
     }.items():
         lines.write_bytes(content.encode())
-        assert read_texts(lines) == read
-    for content in ("one\ntwo ü\n", "one\rtwo ü\r", "\ufeffone\r\n\r\ntwo ü"):
+        assert read_texts(lines) == [*map(Text, ["one", "two ü"], labels)]
+    for content in ("one\ntwo ü\n", "one\rtwo ü\r", "\ufeffone\r\n\r\ntwo ü", "\none\ntwo ü\n\n"):
         plain.write_bytes(content.encode())
-        assert read_texts(plain) == ["one", "two ü"]
+        assert read_texts(plain) == [Text("one"), Text("two ü")]
     lines.write_text('{"messages": [{"role": "user", "content": "one"}]}\n')
     plain.write_bytes(b"\xff\xfe")
     for wrong in (plain, lines, tmp_path / "nowhere"):
         said = ", line 1: .*: write what the model is given" if wrong == lines else ""
         with pytest.raises(InputError, match=f"^texts must be .*{wrong.name}{said}"):
             read_texts(wrong)
+
+
+def test_texts_have_groups(tmp_path: Path) -> None:
+    plain, lines = tmp_path / "texts.txt", tmp_path / "texts.jsonl"
+    plain.write_text("one\ntwo\n \n\nthree\n\n")
+    groups = [text.group for text in read_texts(plain)]
+    assert groups == [f"document {number} of {plain}" for number in (1, 1, 2)]
+    with pytest.raises(InputError, match=r"^group must be .*: separate documents by blank lines"):
+        read_texts(plain, group="of")
+    lines.write_text('{"text": "one", "of": 3}\n{"text": "two", "of": "a"}\n')
+    assert read_texts(lines, group="of") == [Text("one", None, "3"), Text("two", None, "a")]
+    with pytest.raises(InputError, match=r"^texts must be lines of JSON with a field by.*line 1"):
+        read_texts(lines, group="by")
