@@ -71,6 +71,11 @@ class _Options:
     tokens: int | None = _flag("Each text is cut to this many tokens; 128, or as in the plan.")
     any_base: bool = _flag("Take adapters that name another base.", False, "--any-base")
     seed: int = _flag("Draws texts and probes.", 0)
+    dtype: Literal["float32", "bfloat16"] = _flag(
+        "bfloat16: say too what is lost with weights and values of that. Certificates are for "
+        "float32.",
+        "float32",
+    )
     device: str = _flag("Where networks run: cpu, cuda, cuda:1, mps.", "cpu")
     as_json: bool = _flag("Print the report as JSON and nothing else.", False, "--json")
     quiet: bool = _flag("Report no progress.", False, "--quiet")
@@ -392,6 +397,12 @@ def _measured(measured: Measured, *, limits: bool = True) -> list[tuple[str, str
         parts = measured.base_accuracy, measured.tuned_accuracy, measured.accuracy
         base, tuned, adapted = map(percent, parts)
         rows.append(("Accuracy", f"{adapted}; the tuned model {tuned}, the base {base}"))
+    if math.isfinite(measured.tuned_bfloat16):
+        merged, tuned = map(percent, (measured.bfloat16, measured.tuned_bfloat16))
+        parts = f"{merged} lost with the adapter merged, {tuned} by the tuned model itself"
+        rows.append(("bfloat16", f"{parts}; all else is of float32"))
+    if entries := ", ".join(measured.differing):
+        rows.append(("Note", f"The loss counts that adapters have the base's {entries}."))
     return rows
 
 

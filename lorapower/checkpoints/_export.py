@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import re
@@ -183,7 +182,7 @@ def save(folder: Path, pair: Pair, network: Any, adapter: Adapter) -> None:
 
 def save_merged(folder: Path, pair: Pair, adapter: Adapter) -> Any:
     """Write the base with an adapter merged into it, and the tokenizer; return the network."""
-    merged = pair.network()
+    merged = pair.network("base")
     # peft would add what embeddings and a tied head share twice.
     pair.put(merged, adapter)
     with quiet():
@@ -200,32 +199,40 @@ def load(folder: Path | str, pair: Pair, device: torch.device | str = "cpu") -> 
 
     if not (Path(folder) / PEFT_CONFIG).is_file():
         raise InputError("adapter", allowed="a folder with an adapter of peft", given=str(folder))
-    network = pair.network()
-    nothing = {
-        name: functools.partial(torch.full_like, parameter, torch.nan)
-        for name, parameter in network.named_parameters()
-        if not pair.base.has(name)
-    }
-    pair.fill(network, "base", updates=dict(nothing))
+    network = pair.network("base")
+    for name, parameter in network.named_parameters():
+        if not pair.base.has(name):
+            parameter.fill_(torch.nan)
     with quiet(), warnings.catch_warnings(action="ignore"):
+        # Else an adapter of which it finds nothing would be none.
+        warnings.filterwarnings("error", "Found missing adapter keys")
         try:
             adapted = PeftModel.from_pretrained(network, str(folder))
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever peft raises for a folder like any other
             given = f"{folder} ({' '.join(str(error).split())})"
             allowed = "one that peft reads into the base"
             raise InputError("adapter", allowed=allowed, given=given) from error
     about: Any = adapted.peft_config["default"]
-    if about.is_prompt_learning and pair.task != "classification":
+    if about.is_prompt_learning:
         given = f"{folder}, of type {about.peft_type.value}, whose prompts have own outputs"
         raise InputError("adapter", allowed="one that changes weights", given=given)
     return adapted.eval().requires_grad_(False).to(device)
+
+
+def merge(adapted: Any) -> Any:
+    """Merge what `load` has read; ``None`` where peft cannot, or would add what is tied twice."""
+    if getattr(adapted.peft_config["default"], "ensure_weight_tying", False):
+        return None
+    with suppress(AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return adapted.merge_and_unload()
+    return None
 
 
 def estimate(pair: Pair, adapter: Adapter) -> tuple[int, int]:
     """Count the numbers that `save` would write, and about how many bytes they take."""
     from peft import get_peft_model_state_dict
 
-    network = build(pair.tuned.config, pair.architecture, "meta")
+    network = build(pair.config, pair.architecture, "meta")
     wrapped = _wrap(network, adapter.ranks, **_peft_options(pair, network, adapter))
     with warnings.catch_warnings(action="ignore"):
         tensors = get_peft_model_state_dict(wrapped, save_embedding_layers=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -64,6 +64,13 @@ class Measured(NamedTuple):
         were it true, this would happen in at most 5% of cases, and otherwise ``"consistent"``.
     exceeding : int
         How many of these texts lose more than that certificate says.
+    bfloat16, tuned_bfloat16 : float
+        The error of the adapter, merged, and of the tuned network with weights and values in
+        bfloat16, against the tuned outputs in float32; NaN unless asked for, and where peft cannot
+        merge the adapter.
+    differing : dict
+        Entries of the configuration, which an adapted network has from the base, of which the tuned
+        model has others, with both values: the loss counts them.
     """
 
     error: float
@@ -80,6 +87,9 @@ class Measured(NamedTuple):
     tuned_accuracy: float = math.nan
     verdict: str = ""
     exceeding: int = 0
+    bfloat16: float = math.nan
+    tuned_bfloat16: float = math.nan
+    differing: Mapping[str, tuple[Any, Any]] = {}
 
 
 class Compared(NamedTuple):
@@ -262,6 +272,19 @@ class Reference:
                 parts.append(sum_by_text(column, batch, self.readout.task)[:, 0].numpy())
         return np.concatenate(parts)
 
+    def rounded(self, network: Any) -> NDArray[np.float64]:
+        """Measure squared distances in bfloat16, to which a network's weights are rounded.
+
+        Frequencies of rotations are no weights, and stay in float32 as servers have them.
+        """
+        for parameter in network.parameters():
+            parameter.data = parameter.data.bfloat16()
+        try:
+            return self.compare(network).squares
+        finally:
+            for parameter in network.parameters():
+                parameter.data = parameter.data.float()
+
     def compare(self, network: Any) -> Compared:
         """Compare a network, of transformers or peft, with the tuned one on each text."""
         task = self.readout.task
@@ -304,8 +327,8 @@ def outputs(network: Any, batch: Batch, task: Task) -> Float[Tensor, "rows colum
     """A row for each text, or each token, minus its mean; hidden states as they are."""
     result = network(**batch.on(network.device))
     if task == "encoder":
-        return batch.rows(result.last_hidden_state)
-    return _centre(batch.rows(result.logits))
+        return batch.rows(result.last_hidden_state).float()
+    return _centre(batch.rows(result.logits).float())
 
 
 def _centre(logits: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:

@@ -88,8 +88,9 @@ def require_libraries() -> None:
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().partition("\n")[0]
+    """The first line of an error's message, and the next where that announces it."""
+    first, _, rest = str(error).strip().partition("\n")
+    return f"{first} {rest.strip().partition(chr(10))[0]}" if first.endswith(":") else first
 
 
 @contextlib.contextmanager

@@ -233,7 +233,8 @@ def _encode(pair: Pair, texts: Sequence[str], limit: int) -> list[_Encoded]:
 def _limit(pair: Pair, tokens: int) -> int:
     """Tokens of a text at most: so many, or as many as the model takes."""
     config = pair.tuned.config
-    places = int(getattr(config, "max_position_embeddings", 0))
+    both = config, pair.config
+    places = min(int(getattr(each, "max_position_embeddings", 0)) for each in both)
     if config.model_type in COUNTED_FROM_PADDING:
         places -= int(config.pad_token_id) + 1
     return min(_checks.integer("tokens", tokens, 8), places)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import re
@@ -57,6 +58,15 @@ _HARMLESS = re.compile(
     "|return_dict|output_attentions|output_hidden_states|pretraining_tp|max_window_layers"
     r"|transformers\.js_config|sentence_transformers"
 )
+# Entries that say where tokens are and how far they see. A tuned model may have others than the
+# base, with which adapters are served: networks are computed so, and what that loses counts.
+_SERVED = re.compile(
+    "rope_.*|(global|local)_rope_theta|partial_rotary_factor|no_rope_layer(s|_interval)"
+    "|layer_types|_?(use_)?sliding_window(_pattern)?|local_attention|global_attn_every_n_layers"
+    "|(original_)?max_position_embeddings"
+)
+# Entries that an adapted network has from the tuned model, as it has the head and the tokenizer.
+_HEAD = re.compile("architectures|id2label|label2id|problem_type|vocab_size|.*_token_id")
 # What networks take an entry for where a configuration lacks it, as those of other releases do.
 _IMPLIED = {"position_embedding_type": "absolute"}
 # Bytes of memory that a process takes with all libraries.
@@ -130,7 +140,9 @@ class Pair:
     values for kinds in ``leave``. Of these, ``words`` could be modules too (`with_words`): word
     embeddings and a language model's head, where what differs is more than an adapter of rank 1
     has; tied ones are one, by the embeddings' name. ``prefix`` begins names in the model without
-    its head, such as ``"bert."``.
+    its head, such as ``"bert."``. The base and adapted networks have the base's own ``config``,
+    with which adapters are served; ``differing`` are its entries of which the tuned model has
+    others, with both values.
     """
 
     base: Checkpoint
@@ -138,6 +150,8 @@ class Pair:
     architecture: str
     task: Task
     prefix: str
+    config: Any
+    differing: dict[str, tuple[Any, Any]]
     modules: dict[str, Module]
     others: tuple[_Other, ...] = ()
     words: dict[str, Module] = field(default_factory=dict)
@@ -163,8 +177,9 @@ class Pair:
         kind, tuned_kind = base_files.config.model_type, tuned_files.config.model_type
         if kind != tuned_kind:
             raise InputError("tuned", allowed=f"of type {kind!r}, like the base", given=tuned_kind)
-        _require_one_function(base_files.config, tuned_files.config, task)
-        network = build(tuned_files.config, architecture, "meta")
+        differing = _compare_configurations(base_files.config, tuned_files.config, task)
+        config = _with_head(base_files.config, tuned_files.config)
+        network = build(config, architecture, "meta")
         sizes = {name: tuple(value.shape) for name, value in network.named_parameters()}
         head = network.get_output_embeddings() if task == "language" else None
         kept = sum(map(math.prod, sizes.values())) + (0 if head is None else head.weight.numel())
@@ -195,7 +210,8 @@ class Pair:
             for module in _linear_modules(body, prefix, blocks, task)
             if not new & {f"{module.name}.weight", f"{module.name}.bias"}
         }
-        pair = cls(base_files, tuned_files, architecture, task, prefix, modules, memory=memory)
+        about = architecture, task, prefix, config, differing, modules
+        pair = cls(base_files, tuned_files, *about, memory=memory)
         others = tuple(pair._compare(network, new))
         words = {module.name: module for module in pair._words(network, others, new)}
         return replace(pair, others=others, words=words)
@@ -247,18 +263,32 @@ class Pair:
         weight = checkpoint.read(f"{module.name}.weight")
         return weight.mT if module.transposed else weight
 
-    def network(self) -> Any:
-        """Make a network of transformers with the tuned weights, which `fill` can replace."""
+    def network(self, which: str = "tuned") -> Any:
+        """Make a network of transformers, ``"base"`` or ``"tuned"``, whose weights `fill` replaces.
+
+        Each has its own configuration, and adapted networks have the base's.
+        """
+        config = self.tuned.config if which == "tuned" else self.config
         with quiet():
-            network = build(self.tuned.config, self.architecture, "cpu")
+            network = build(config, self.architecture, "cpu")
         network.eval().requires_grad_(False)
         if network.config.pad_token_id is None:
             # A classifier on a decoder needs it to find where texts end.
             network.config.pad_token_id = self.tokenizer.pad_token_id
         # Each text is passed once, and keys of one pass must not get into another.
         network.config.use_cache = False
-        self.fill(network, "tuned")
+        self.fill(network, which)
         return network
+
+    def to_base(self, network: Any) -> Any:
+        """Replace a tuned network by the base's, which is another where configurations differ."""
+        if not self.differing:
+            self.fill(network, "base")
+            return network
+        device = network.device
+        # Which frees its memory, whoever still holds it: one network at a time.
+        network.to("meta")
+        return self.network("base").to(device)
 
     def fill(
         self, network: Any, which: str, *, updates: Mapping[str, Callable[[], Tensor]] = {}
@@ -355,19 +385,20 @@ def _describe(config: Any) -> tuple[str, Task]:
     return architecture, task
 
 
-def _require_one_function(base: Any, tuned: Any, task: Task) -> None:
-    """Refuse a base whose weights are another function with its own configuration.
+def _compare_configurations(base: Any, tuned: Any, task: Task) -> dict[str, tuple[Any, Any]]:
+    """Find what an adapted network is served with and the tuned one is not, with both values.
 
-    Adapters carry weights alone: they are served with the configuration of the base.
+    Adapters carry weights alone, and are served with the configuration of the base. Raises
+    `InputError` for entries with which the base's weights are another function altogether.
     """
     own, other = (
         _IMPLIED | {n: v for n, v in c.to_dict().items() if v is not None} for c in (base, tuned)
     )
     counted = {name for name in own.keys() | other.keys() if not _HARMLESS.fullmatch(name)}
-    rope = getattr(tuned, "rope_parameters", None) or {}
-    if {each["rope_type"] for each in ([rope] if "rope_type" in rope else rope.values())} == {
-        "default"
-    }:
+    rotary = any(name.startswith("rope_") for name in own)
+    ropes = [c.get(name, {}) for c in (own, other) for name in ("rope_parameters", "rope_scaling")]
+    parts = [part for rope in ropes for part in (rope, *rope.values()) if isinstance(part, dict)]
+    if rotary and all(part.get("rope_type", "default") == "default" for part in parts):
         # Angles do not depend on it.
         counted -= {"max_position_embeddings"}
     if task != "language":
@@ -376,7 +407,9 @@ def _require_one_function(base: Any, tuned: Any, task: Task) -> None:
     if task == "classification" or tuned.model_type in COUNTED_FROM_PADDING:
         # Classifiers of decoders look for the last token by it. Without one they take one text.
         counted |= own.keys() & other.keys() & {"pad_token_id"}
-    if differing := sorted(name for name in counted if own.get(name) != other.get(name)):
+    unequal = sorted(name for name in counted if own.get(name) != other.get(name))
+    served = [name for name in unequal if rotary and _SERVED.fullmatch(name)]
+    if differing := [name for name in unequal if name not in served]:
         raise InputError(
             "tuned",
             allowed="with the base's configuration, as adapters are served with that",
@@ -384,6 +417,16 @@ def _require_one_function(base: Any, tuned: Any, task: Task) -> None:
             remedy="if the tuned model needs these, save the base with them and name that, to plan "
             "with and to serve; if not, correct its config.json",
         )
+    return {name: (own.get(name), other.get(name)) for name in served}
+
+
+def _with_head(base: Any, tuned: Any) -> Any:
+    """The base's configuration, with what belongs to the tuned model's head and tokenizer."""
+    config = copy.deepcopy(base)
+    for name, value in tuned.to_dict().items():
+        if _HEAD.fullmatch(name) and value is not None:
+            setattr(config, name, getattr(tuned, name))
+    return config
 
 
 def _require_used(checkpoint: Checkpoint, network: Any, blocks: str) -> None:

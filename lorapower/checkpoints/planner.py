@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,8 @@ from ._reading import Text
 from ._texts import LOAD, TOKENS, count_tokens, prepare
 from .pair import KINDS, Adapter, Module, Pair
 
+#: Types of weights in which errors can be stated.
+DTYPES = "float32", "bfloat16"
 #: Receives progress: the stage in words, the steps done, and their number.
 Report: TypeAlias = Callable[[str, int, int], None]
 # Sizes that are tried first, in units of the smallest one that should be certified; each later one
@@ -71,6 +74,8 @@ class Planner:
     serving : bool
         Whether all factors of `candidate` have the rank ``max_rank``, where need be by zeros, and
         modules that servers compute as one (`Module.fused`) get them together.
+    dtype : str
+        ``"bfloat16"`` for errors with weights in that too (`rounded`), or ``"float32"``.
     device, report
         Where the network is, and what receives progress: the stage, the steps done, their number.
 
@@ -96,11 +101,13 @@ class Planner:
         max_rank: int = 64,
         serving: bool = False,
         seed: int = 0,
+        dtype: str = "float32",
         device: str = "cpu",
         report: Report | None = None,
     ) -> None:
         """Pass texts through both networks."""
         _require_leave(pair, leave)
+        _checks.choice("dtype", dtype, DTYPES)
         self.options = {
             "modules": modules,
             "leave": sorted(leave),
@@ -109,6 +116,7 @@ class Planner:
             "max_rank": max_rank,
             "serving": serving,
             "seed": seed,
+            "dtype": dtype,
         }
         self.serving, self.max_rank = serving, _checks.integer("max_rank", max_rank, 1)
         self.device = require_device(device)
@@ -125,6 +133,8 @@ class Planner:
         said = require_memory(pair.memory + 4 * kept)
         self.network = pair.network().to(self.device)
         self.readout = Readout(self.network, pair.task)
+        # Squared distances of the tuned network in bfloat16, if they are asked for.
+        self._floor = np.full(1, math.nan)
         parts = self.texts[:3]
         self.fit, self.select, self.test = (Reference(part, self.readout) for part in parts)
         self._pass_texts(f"passing texts ({said})")
@@ -258,6 +268,17 @@ class Planner:
         """Measure what an adapter loses on the texts for stating."""
         return self.test.summarize(self.compare(adapter))
 
+    def rounded(self, adapter: Adapter) -> tuple[float, float]:
+        """Measure ``η`` in bfloat16 on the texts for stating, merged, and of the tuned network.
+
+        NaN unless the planner has this ``dtype``.
+        """
+        if self.options["dtype"] == "float32":
+            return math.nan, math.nan
+        self.put(adapter)
+        squares = self.test.rounded(self.network), self._floor
+        return ratio(squares[0], self.test.effect), ratio(squares[1], self.test.effect)
+
     def losses(self, adapter: Adapter) -> dict[str, float]:
         """Predict for each module the part of the effect that its missing directions would cost.
 
@@ -319,8 +340,10 @@ class Planner:
         stage = f"passing texts, of about {passes * seconds / select:.0f} s in all"
         self.report(stage, 1, 4)
         self.test.record_tuned(self.network)
+        if self.options["dtype"] == "bfloat16":
+            self._floor = self.test.rounded(self.network)
         self.report(stage, 2, 4)
-        self.pair.fill(self.network, "base")
+        self.network = self.pair.to_base(self.network)
         for done, reference in enumerate((self.select, self.test), 3):
             reference.record_base(self.network)
             self.report(stage, done, 4)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from .. import _checks
@@ -19,11 +20,11 @@ from ..errors import InputError, LorapowerError, ResultsError
 from . import _export, _limits, _texts
 from ._folders import require_apart, require_free, write_folder
 from ._measuring import Measured, Readout, Reference, outputs
-from ._models import is_dequantized, require_device, require_memory
+from ._models import is_dequantized, reason, require_device, require_memory
 from ._reading import Text
 from ._texts import Batch
 from .pair import KINDS, Adapter, Pair
-from .planner import Planner, Report
+from .planner import DTYPES, Planner, Report
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -213,6 +214,8 @@ def plan(
         found = _state(planner, planner.candidate(number), aim, estimate)
     else:
         found = _search(planner, aim, estimate)
+    some = dict(zip(("bfloat16", "tuned_bfloat16"), planner.rounded(found.adapter), strict=True))
+    found = replace(found, measured=found.measured._replace(**some))
     if not planner.equal:
         planner.report("comparing", 0, 1)
         alike = planner.uniform(found.adapter.parameters)
@@ -349,6 +352,7 @@ def check(
     *,
     tokens: int | None = None,
     seed: int = 0,
+    dtype: str = "float32",
     device: str = "cpu",
     any_base: bool = False,
     report: Report | None = None,
@@ -363,6 +367,7 @@ def check(
     read into the base.
     """
     where = require_device(device)
+    _checks.choice("dtype", dtype, DTYPES)
     pair = Pair.open(base, tuned, any_base=any_base)
     planned = _export.read_report(adapter)
     if tokens not in (None, planned.tokens):
@@ -371,27 +376,44 @@ def check(
     batches = _texts.prepare_all(pair, texts, tokens=planned.tokens, seed=seed, used=planned.used)
     one = Batch._make(part[:1] for part in batches[0])
     # Before all texts are passed, and let go of: one network at a time is kept.
-    if outputs(_export.load(adapter, pair, where), one, pair.task).isnan().any():
-        allowed = "one that brings the head that the base lacks"
-        raise InputError("adapter", allowed=allowed, given=f"{adapter}, with which outputs are NaN")
+    _require_runs(adapter, pair, where, one)
     tell = functools.partial(report or (lambda *_: None), f"passing texts ({said})")
     tell(0, 3)
     network = pair.network().to(where)
     reference = Reference(batches, Readout(network, pair.task))
     reference.record_tuned(network)
+    floor = reference.rounded(network) if dtype == "bfloat16" else None
     tell(1, 3)
-    pair.fill(network, "base")
+    network = pair.to_base(network)
     reference.record_base(network)
     tell(2, 3)
     del network
-    reference.typical = planned.typical
-    compared = reference.compare(_export.load(adapter, pair, where))
-    measured = reference.summarize(compared)
+    effect, reference.typical = reference.effect, planned.typical
+    network = _export.load(adapter, pair, where)
+    compared = reference.compare(network)
+    measured = reference.summarize(compared)._replace(differing=pair.differing)
+    if floor is not None:
+        network = _export.merge(network)
+        off = math.nan if network is None else _limits.ratio(reference.rounded(network), effect)
+        measured = measured._replace(bfloat16=off, tuned_bfloat16=_limits.ratio(floor, effect))
     if not math.isnan(planned.limit):
         verdict, exceeding = _limits.judge(reference.losses(compared.squares), planned.limit)
         measured = measured._replace(verdict=verdict, exceeding=exceeding)
     tell(3, 3)
     return measured
+
+
+def _require_runs(adapter: str, pair: Pair, where: torch.device, one: Batch) -> None:
+    """Refuse an adapter that peft does not run on one text, or that lacks a head."""
+    network = _export.load(adapter, pair, where)
+    try:
+        finite = not outputs(network, one, pair.task).isnan().any()
+    except Exception as error:  # whatever peft raises for what it cannot do
+        given = f"{adapter} ({reason(error)})"
+        raise InputError("adapter", allowed="one that peft runs on texts", given=given) from error
+    if not finite:
+        allowed = "one that brings the head that the base lacks"
+        raise InputError("adapter", allowed=allowed, given=f"{adapter}, with which outputs are NaN")
 
 
 def _read_aim(
@@ -468,4 +490,5 @@ def _state(
     compared = planner.compare(adapter)
     if squares is not None:
         compared = compared._replace(squares=squares)
-    return Plan(planner, adapter, planner.test.summarize(compared), aim, estimate)
+    measured = planner.test.summarize(compared)._replace(differing=planner.pair.differing)
+    return Plan(planner, adapter, measured, aim, estimate)

@@ -151,14 +151,17 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("GPT2LMHeadModel", {"scale_attn_weights": False}),
     ("LlamaForCausalLM", {"rms_norm_eps": 0.1}),
     ("LlamaForCausalLM", {"num_attention_heads": 2}),
-    ("LlamaForCausalLM", {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}),
     ("LlamaForCausalLM", {"tie_word_embeddings": True}),
     ("Gemma2ForCausalLM", {"final_logit_softcapping": 9.0}),
-    ("Gemma2ForCausalLM", {"sliding_window": 2}),
+    ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 9}),
+    ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}),
+    ("Qwen3ForCausalLM", {"head_dim": 4}),
+    ("StableLmForCausalLM", {"use_parallel_residual": True}),
+    ("BertModel", {"max_position_embeddings": 32}),
     ("ModernBertForSequenceClassification", {"classifier_pooling": "mean"}),
     ("GPT2ForSequenceClassification", {"pad_token_id": 7}),
     ("RobertaModel", {"pad_token_id": 1}),
-    ("Qwen2ForCausalLM", {"num_hidden_layers": 1, "layer_types": ["full_attention"]}),
+    ("BertModel", {"num_hidden_layers": 1}),
 ]
 
 

@@ -116,6 +116,96 @@ def by_peft(base: str, folder: Path) -> dict[str, Tensor]:
     }
 
 
+# What is served is the base's configuration
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+ROPE = {"rope_theta": 1e4, "rope_type": "default"}
+YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LONG = {"short_factor": [2.0] * 3, "long_factor": [3.0] * 3, "partial_rotary_factor": 1.0}
+# Entries that tuned models have others of than their base.
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    ("LlamaForCausalLM", {"rope_parameters": ROPE | {"rope_theta": 500.0}}),
+    ("LlamaForCausalLM", {"rope_parameters": YARN, "max_position_embeddings": 256}),
+    ("LlamaForCausalLM", {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 4.0}}),
+    (
+        "LlamaForCausalLM",
+        {"rope_parameters": ROPE | BANDS | {"rope_type": "llama3", "factor": 4.0}},
+    ),
+    (
+        "Phi3ForCausalLM",
+        {"rope_parameters": ROPE | LONG | {"rope_type": "longrope"}}
+        | {"max_position_embeddings": 256, "original_max_position_embeddings": 64},
+    ),
+    ("MistralForCausalLM", {"sliding_window": 3}),
+    (
+        "Qwen2ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": 3, "layer_types": [SLIDING, FULL]},
+    ),
+    ("Gemma2ForSequenceClassification", {"layer_types": [FULL, FULL]}),
+    ("Gemma2ForCausalLM", {"sliding_window": 2}),
+    ("Gemma3ForCausalLM", {"rope_parameters": {SLIDING: ROPE, FULL: YARN}}),
+    ("ModernBertForSequenceClassification", {"local_attention": 2}),
+    ("ModernBertModel", {"layer_types": [SLIDING, FULL]}),
+    ("Olmo3ForCausalLM", {"layer_types": [FULL, SLIDING], "sliding_window": 3}),
+    ("SmolLM3ForCausalLM", {"no_rope_layers": [0, 1]}),
+    ("StableLmForCausalLM", {"rope_parameters": ROPE | {"partial_rotary_factor": 1.0}}),
+    ("Starcoder2ForCausalLM", {"sliding_window": 2}),
+]
+
+
+def plain(network: Any, texts: list[Tensor]) -> Tensor:
+    """Outputs for texts, one at a time, minus their mean where they are logits."""
+    rows = []
+    for ids in texts:
+        with torch.no_grad():
+            found = network(input_ids=ids[None])
+        if "logits" in found:
+            logits = found.logits.reshape(-1, found.logits.shape[-1]).double()
+            rows.append(logits - logits.mean(-1, keepdim=True))
+        else:
+            rows.append(found.last_hidden_state[0].double())
+    return torch.cat(rows)
+
+
+def lost(adapted: Tensor, tuned: Tensor, base: Tensor) -> float:
+    return float((adapted - tuned).norm() / (base - tuned).norm())
+
+
+def given_texts(batches: list[Any]) -> list[Tensor]:
+    pairs = (zip(batch.input_ids, batch.is_token, strict=True) for batch in batches)
+    return [ids[there] for pair in pairs for ids, there in pair]
+
+
+@pytest.mark.parametrize(("architecture", "entries"), files.usually(OTHERS), ids=str)
+def test_what_is_lost_is_lost_where_it_is_served(
+    architecture: str, entries: dict[str, Any], tmp_path: Path
+) -> None:
+    """Networks that transformers and peft load afresh lose what is stated."""
+    base, tuned = files.pair(tmp_path, architecture, pad_token_id=0)
+    files.configure(Path(tuned), **entries)
+    out, full = tmp_path / "out", tmp_path / "full"
+    plan = checkpoints.extract(base, tuned, TEXTS, out, rank=2, merged=full)
+    planner, kind = plan.planner, getattr(transformers, architecture)
+    texts = given_texts(planner.texts.test)
+    with quiet():
+        networks = [kind.from_pretrained(place).eval() for place in (tuned, base, full)]
+        adapted = peft.PeftModel.from_pretrained(kind.from_pretrained(base), str(out)).eval()
+    wanted, before, *found = (plain(network, texts) for network in (*networks, adapted))
+    for rows in found:
+        assert lost(rows, wanted, before) == pytest.approx(plan.measured.error, rel=1e-3)
+    # All of the change in weights is not all of the effect.
+    assert planner.measure(planner.candidate(planner.most)).error > 0.02
+    values = networks[1].config.to_dict(), networks[0].config.to_dict()
+    assert plan.report()["differing"] == {
+        name: tuple(config[name] for config in values) for name in entries
+    }
+    # Of a check too.
+    checked = checkpoints.check(base, str(out), tuned, files.texts(140, 1))
+    assert checked.differing == plan.measured.differing
+    assert 0.02 < checked.error < 1
+
+
 @pytest.mark.parametrize("rank", [4, 16, 64])
 @pytest.mark.parametrize("which", ["llama", "values"])
 def test_all_readers_read_the_same(
