@@ -65,7 +65,8 @@ class _Options:
         help="The base: a folder, a name on the hub, or 'packaged'.", metavar="BASE"
     )
     texts: Path = _flag(
-        "Texts like those the model is for: one a line, or .jsonl with 'text', maybe 'label'.",
+        "Texts like those the model is for: .txt, one a line; .jsonl or .csv with 'text', maybe "
+        "'label'; or .jsonl of chats ('messages').",
         ...,
     )
     tokens: int | None = _flag("Each text is cut to this many tokens; 128, or as in the plan.")
@@ -249,7 +250,8 @@ def _call(function: Callable[..., Any], options: _Options) -> Any:
     files = {name: given[name] for name in ("texts", "held_out") if name in given}
     for name in given.keys() & {"out", "merged"}:
         require_apart(name, given[name], files.values())
-    given |= {name: read_texts(file) for name, file in files.items()}
+    models = given["tuned"], given["base"]
+    given |= {name: read_texts(file, models=models) for name, file in files.items()}
     if options.quiet or options.as_json:
         return function(**given)
     with _stages() as report:
@@ -398,9 +400,9 @@ def _measured(measured: Measured, *, limits: bool = True) -> list[tuple[str, str
         base, tuned, adapted = map(percent, parts)
         rows.append(("Accuracy", f"{adapted}; the tuned model {tuned}, the base {base}"))
     if math.isfinite(measured.tuned_bfloat16):
-        merged, tuned = map(percent, (measured.bfloat16, measured.tuned_bfloat16))
-        parts = f"{merged} lost with the adapter merged, {tuned} by the tuned model itself"
-        rows.append(("bfloat16", f"{parts}; all else is of float32"))
+        merged, floor = map(percent, (measured.bfloat16, measured.tuned_bfloat16))
+        lost = f"{merged} lost with the adapter merged, {floor} by the tuned model itself"
+        rows.append(("bfloat16", f"{lost}; all else is of float32"))
     if entries := ", ".join(measured.differing):
         rows.append(("Note", f"The loss counts that adapters have the base's {entries}."))
     return rows

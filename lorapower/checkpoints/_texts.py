@@ -206,7 +206,10 @@ def _classes(pair: Pair, texts: Sequence[str | Text]) -> dict[str, int] | None:
         return None
     found = {}
     for text, label, _ in labelled:
-        place = names.get(label) if isinstance(label, str) else label
+        place = label
+        if isinstance(label, str):
+            # In .csv all labels are words.
+            place = names.get(label, int(label) if label.isdecimal() else None)
         if type(place) is not int or not 0 <= place < number:
             allowed = f"a class, 0 to {number - 1}, or its name ({', '.join(map(str, names))})"
             remedy = "leave labels out, or correct this one"

@@ -214,8 +214,9 @@ def plan(
         found = _state(planner, planner.candidate(number), aim, estimate)
     else:
         found = _search(planner, aim, estimate)
-    some = dict(zip(("bfloat16", "tuned_bfloat16"), planner.rounded(found.adapter), strict=True))
-    found = replace(found, measured=found.measured._replace(**some))
+    off, floor = planner.rounded(found.adapter)
+    measured = found.measured._replace(bfloat16=off, tuned_bfloat16=floor)
+    found = replace(found, measured=measured)
     if not planner.equal:
         planner.report("comparing", 0, 1)
         alike = planner.uniform(found.adapter.parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
@@ -16,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 
 from lorapower import randomness
-from lorapower.checkpoints import Pair, Text, _texts, read_texts
+from lorapower.checkpoints import Pair, Text, _models, _texts, read_texts
 from lorapower.errors import InputError
 
 
@@ -383,12 +385,37 @@ def test_files_of_texts(tmp_path: Path) -> None:
     for content in ("one\ntwo ü\n", "one\rtwo ü\r", "\ufeffone\r\n\r\ntwo ü", "\none\ntwo ü\n\n"):
         plain.write_bytes(content.encode())
         assert read_texts(plain) == [Text("one"), Text("two ü")]
-    lines.write_text('{"messages": [{"role": "user", "content": "one"}]}\n')
-    plain.write_bytes(b"\xff\xfe")
-    for wrong in (plain, lines, tmp_path / "nowhere"):
-        said = ", line 1: .*: write what the model is given" if wrong == lines else ""
-        with pytest.raises(InputError, match=f"^texts must be .*{wrong.name}{said}"):
-            read_texts(wrong)
+    for content in (
+        "label,text\n1,one\n,two ü\n",
+        '\ufeffof,text,label\r\n,"one",1\r\n,two ü,\r\n',
+    ):
+        (tmp_path / "texts.csv").write_bytes(content.encode())
+        assert read_texts(tmp_path / "texts.csv") == [Text("one", "1"), Text("two ü")]
+
+
+def test_chats_are_what_their_template_makes(tmp_path: Path) -> None:
+    """Tokens of the text are those of the template, with one mark of the beginning."""
+    file, adapter = tmp_path / "chats.JSONL", tmp_path / "adapter"
+    chat = [{"role": "user", "content": "w1\nw2"}, {"role": "assistant", "content": "w3"}]
+    file.write_text(json.dumps({"messages": chat, "label": 1, "of": "a"}) + "\r\n")
+    adapter.mkdir()
+    for begins in (False, True):
+        made = copy.deepcopy(files.byte_words())
+        made.bos_token = "<s>"
+        made.chat_template = (
+            "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+        )
+        if begins:
+            pieces = {"single": "<s> $A", "special_tokens": [("<s>", 1)]}
+            made._tokenizer.post_processor = processors.TemplateProcessing(**pieces)
+        made.save_pretrained(tmp_path / "base")
+        models = [str(adapter), str(tmp_path / "base")]
+        ((text, *rest),) = read_texts(file, group="of", models=models)
+        assert rest == [1, "a"]
+        found = _models.tokenizer(models[1])
+        wanted = found.apply_chat_template(chat, tokenize=True, return_dict=False)
+        assert found(text).input_ids == wanted
+        assert text.startswith("<s>") != begins
 
 
 def test_texts_have_groups(tmp_path: Path) -> None:
@@ -400,5 +427,5 @@ def test_texts_have_groups(tmp_path: Path) -> None:
         read_texts(plain, group="of")
     lines.write_text('{"text": "one", "of": 3}\n{"text": "two", "of": "a"}\n')
     assert read_texts(lines, group="of") == [Text("one", None, "3"), Text("two", None, "a")]
-    with pytest.raises(InputError, match=r"^texts must be lines of JSON with a field by.*line 1"):
+    with pytest.raises(InputError, match=r"^texts must be entries with a field by.*line 1"):
         read_texts(lines, group="by")
