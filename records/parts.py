@@ -13,9 +13,9 @@ import itertools
 import json
 import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import pandas as pd
 import torch
@@ -23,8 +23,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lorapower import lowrank, randomness
-from lorapower.checkpoints import Adapter, Measured, Pair, Planner
+from lorapower.checkpoints import Adapter, Pair, Planner
+from lorapower.checkpoints._effect import choose
+from lorapower.checkpoints._measuring import watch
+from lorapower.checkpoints._texts import Batch
 from lorapower.experiments import sweeps
+from lorapower.lowrank import SVD, LowRank
 from lorapower.networks import Transformer, from_decoder
 from records import models, pairs, plans
 from records.tables import begin, put
@@ -39,8 +43,14 @@ DEPTHS = (15, 30)
 ROUNDING = 1e-6
 # A part of the effect of which nine tenths, as squares, are there.
 LEFT = math.sqrt(0.1)
-# Block, weight or part, quantity, value; -1 and "" stand for all.
-Row = tuple[int, str, str, float]
+# Numbers of directions of adapters, and ranks of those of one rank everywhere.
+DIRECTIONS, RANKS = (5, 10, 20, 40, 80, 210, 420, 840), (1, 2, 4)
+# A uniform rank whose parameters pay for as many directions by effect.
+MOST = 6
+# Random outputs of each text by which products are estimated.
+PROBES = 8
+# Block, weight or part, quantity, value, and an adapter's directions; -1 and "" stand for all.
+Row: TypeAlias = tuple[int, str, str, float] | tuple[int, str, str, float, int]
 # Tokens are columns, those of a text side by side.
 States = Float[Tensor, "texts width tokens"]
 
@@ -53,9 +63,10 @@ class PartRun(sweeps.Record):
 
 
 class PartResults(sweeps.Results):
-    """Rows of ``"parts"`` of `records.read`, in JSON, and versions."""
+    """Rows of ``"parts"`` of `records.read`, in JSON, how tunings are made, and versions."""
 
     rows: str
+    precision: str
     torch: str
     transformers: str
 
@@ -259,41 +270,146 @@ def not_affine(change: States, n: States) -> float:
     return float(left.square().sum() / (len(x) - x.shape[1]))
 
 
+class Distances:
+    """Distances of outputs from the tuned network's on some of a plan's texts.
+
+    A network misses a vector of logits at each token. The mean of these over all tokens is one
+    shift; the second of two squares leaves it out.
+    """
+
+    def __init__(self, planner: Planner, batches: list[Batch]) -> None:
+        """Pass the texts through the tuned network and the base."""
+        self.planner, self.batches = planner, batches
+        planner.pair.fill(planner.network, "tuned")
+        self.tuned = self._states()
+        planner.pair.fill(planner.network, "base")
+        self.whole = self._squares(self._states())
+
+    @torch.no_grad()
+    def _states(self) -> list[Tensor]:
+        network, readout = self.planner.network, self.planner.readout
+        return [readout.states(network, batch) for batch in self.batches]
+
+    @torch.no_grad()
+    def _squares(self, states: list[Tensor]) -> tuple[float, float]:
+        missed = self.planner.readout.missed(self.planner.network)
+        assert missed is not None
+        rows = torch.cat([*map(missed, states, self.tuned)]).double()
+        mean, squares = rows.mean(0), float(rows.square().sum())
+        return squares, squares - len(rows) * float(mean.square().sum())
+
+    def errors(self, states: list[Tensor] | None = None) -> tuple[float, float]:
+        """Measure ``η`` of the network as it is, and without the shift of loss and of effect."""
+        squares = self._squares(self._states() if states is None else states)
+        return tuple(math.sqrt(a / b) for a, b in zip(squares, self.whole, strict=True))  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def rows(self, part: str, directions: int) -> Iterator[Row]:
+        """Measure the network as it is, the tuned one but for modules: errors, equal tokens."""
+        states, head = self._states(), self.planner.readout.outputs
+        pairs = zip(states, self.tuned, strict=True)
+        equal = torch.cat([head(x).argmax(-1) == head(y).argmax(-1) for x, y in pairs])
+        error, rest = self.errors(states)
+        found = {"error": error, "unshifted": rest, "agreement": float(equal.double().mean())}
+        yield from ((-1, part, quantity, value, directions) for quantity, value in found.items())
+
+
 def effect(planner: Planner) -> Iterator[Row]:
-    """Measure what one part's change alone leaves of the effect, and directions for nine tenths."""
-    pair, network, test, nothing = planner.pair, planner.network, planner.test, Adapter({}, {})
-    yield from measured("none", planner.measure(nothing))
+    """Measure what adapters of a few directions lose, and halves, and what blocks lose together."""
+    test, select = (Distances(planner, part.batches) for part in (planner.test, planner.select))
+
+    def measured(part: str, adapter: Adapter) -> Iterator[Row]:
+        planner.put(adapter)
+        yield from test.rows(part, sum(adapter.ranks.values()))
+
+    def unshifted(adapter: Adapter) -> float:
+        planner.put(adapter)
+        return select.errors()[1]
+
+    yield -1, "", "alike", 1 - test.whole[1] / test.whole[0]
     for part in ("attention", "mlp"):
-        yield -1, part, "error", planner.only(part)
-    rows = {}
-    for which in ("tuned", "base"):
-        pair.fill(network, which)
-        with torch.no_grad():
-            states = (test.readout.states(network, batch) for batch in test.batches)
-            rows[which] = torch.cat([*map(test.readout.rows, states)])
-    off = rows["base"] - rows["tuned"]
-    yield -1, "", "alike", float(off.mean(0).square().sum() / off.square().sum(1).mean())
-    adapter = planner.smallest(LEFT)
-    yield from measured("few", planner.measure(adapter))
-    yield -1, "", "taken", sum(adapter.ranks.values())
-    for name in planner.modules:
-        yield *place(name), "taken", adapter.ranks.get(name, 0)
-    known = planner.weighted
-    whole, missing = planner.losses(nothing), {*planner.modules}
+        planner.only(part)
+        yield -1, part, "error", test.errors()[0]
+    yield from measured("none", Adapter({}, {}))
+    changes = {name: lowrank.svd(planner.pair.change(name)) for name in planner.modules}
+    for number in DIRECTIONS:
+        yield from measured("norm", leading(changes, number))
+        yield from measured("effect", by_effect(planner, number))
+    for rank in RANKS:
+        yield from measured("rank", planner.uniform(planner.parameters(rank)))
+    for part, lost in {"smallest": None, "smallest unshifted": unshifted}.items():
+        adapter = planner.smallest(LEFT, lost)
+        yield from measured(part, adapter)
+        if lost is None:
+            for name, rank in adapter.ranks.items():
+                yield *place(name), "taken", rank
+    # Blocks lose together what a rule by modules adds up.
+    adapter = planner.uniform(planner.parameters(1))
+    blocks, apart = products(planner, adapter)
+    whole = float(planner.test.effect.sum())
+    yield -1, "", "apart", apart / whole
+    for l, row in enumerate((blocks / whole).tolist()):
+        yield from ((l, str(k), "product", value) for k, value in enumerate(row))
+    nothing, known = Adapter({}, {}), planner.weighted
+    total, missing = planner.losses(nothing), {*planner.modules}
     for rank in range(1, planner.max_rank + 1):
-        leading = {name: known[name].update.leading(rank) for name in missing}
-        left = planner.losses(Adapter(leading, {}))
-        for name in [name for name in missing if left[name] <= LEFT * whole[name]]:
+        best = {name: known[name].update.leading(rank) for name in missing}
+        left = planner.losses(Adapter(best, {}))
+        for name in [name for name in missing if left[name] <= LEFT * total[name]]:
             yield *place(name), "alone", rank
             missing.remove(name)
         if not missing:
             break
 
 
-def measured(name: str, found: Measured) -> Iterator[Row]:
-    """Give what a network loses."""
-    for quantity in ("error", "agreement"):
-        yield -1, "", f"{name} {quantity}", getattr(found, quantity)
+def leading(changes: Mapping[str, SVD], number: int) -> Adapter:
+    """Make the adapter of the largest singular values over all modules."""
+    least = torch.cat([change.S for change in changes.values()]).sort(descending=True).values
+    ranks = {name: int((c.S >= least[number - 1]).sum()) for name, c in changes.items()}
+    factors = {}
+    for name, rank in ranks.items():
+        if rank:
+            U, S, V = changes[name]
+            factors[name] = LowRank(U[:, :rank] * S[:rank], V[:, :rank])
+    return Adapter(factors, {})
+
+
+def by_effect(planner: Planner, number: int) -> Adapter:
+    """Make the adapter of so many directions that a plan takes first, with its multipliers."""
+    choice = choose(planner._pool, *planner._sketches, planner.parameters(MOST))
+    costs = planner._pool.costs[choice.order].cumsum(0)
+    return planner._with_gains(choice.gains(float(costs[number - 1])))
+
+
+def products(planner: Planner, adapter: Adapter) -> tuple[Tensor, float]:
+    """Estimate the products of what blocks lose, and the sum of squares over modules.
+
+    They are to first order at the tuned network, summed over texts for measuring, from products
+    with random outputs [prop-sketch].
+    """
+    pair, network, readout = planner.pair, planner.network, planner.readout
+    missing = {name: pair.change(name) for name in planner.modules}
+    for name, factors in adapter.factors.items():
+        missing[name] = missing[name] - factors.matrix()
+    pair.fill(network, "tuned")
+    draw = randomness.generator(0, "products")
+    number = 1 + max(place(name)[0] for name in missing)
+    blocks, apart = torch.zeros(number, number), 0.0
+    for batch in planner.test.batches:
+        with torch.enable_grad(), watch(network, missing) as seen:
+            values = readout.rows(readout.states(network, batch))
+        after = [output for _, output in seen.values()]
+        moved = {name: given @ missing[name].mT for name, (given, _) in seen.items()}
+        for _ in range(PROBES):
+            along = randomness.normal(draw, *values.shape).to(values)
+            slopes = torch.autograd.grad(values, after, along, retain_graph=True)
+            lost = torch.zeros(len(batch.input_ids), number)
+            for (name, move), slope in zip(moved.items(), slopes, strict=True):
+                part = (slope * move).sum((1, 2))
+                lost[:, place(name)[0]] += part
+                apart += float(part.square().sum()) / PROBES
+            blocks += lost.mT @ lost / PROBES
+    return blocks, apart
 
 
 @torch.no_grad()
@@ -318,15 +434,16 @@ def work(settings: list[PartRun]) -> list[PartResults]:
         planning, held_out = (pairs.texts(kind, part) for part in ("validation", "test"))
         limits: Any = {"held_out": held_out[:TEXTS], "modules": plans.BLOCKS}
         found = [*effect(Planner(pair, planning[:PLANNING], **limits))]
-    versions = {name: metadata.version(name) for name in ("torch", "transformers")}
-    return [PartResults(rows=json.dumps(found), **versions)]
+    about = {name: metadata.version(name) for name in ("torch", "transformers")}
+    about["precision"] = "bfloat16" if models.precision() else "float32"
+    return [PartResults(rows=json.dumps(found), **about)]
 
 
 def unfold(runs: pd.DataFrame) -> pd.DataFrame:
     """Give each of a run's rows a row of the table."""
-    before, after = ["tuning", "stage"], ["torch", "transformers"]
+    before, after = ["tuning", "stage"], ["precision", "torch", "transformers"]
     table = runs.assign(rows=runs.rows.map(json.loads)).explode("rows", ignore_index=True)
-    names = ["block", "part", "quantity", "value"]
+    names = ["block", "part", "quantity", "value", "directions"]
     found = pd.DataFrame(table.rows.tolist(), columns=names)
     return pd.concat([table[before], found, table[after]], axis=1)
 
