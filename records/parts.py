@@ -34,7 +34,7 @@ from records import models, pairs, plans
 from records.tables import begin, put
 
 # Texts for planning and for measuring.
-PLANNING, TEXTS = 120, 100
+PLANNING, TEXTS = 120, 60
 # Of the floors: sentences, the tokens that each is cut to, and how many attention is measured on.
 SENTENCES, LENGTH, MIXED = 192, 24, 64
 # Blocks whose states give the directions of far tokens: half way, and behind the last.
@@ -48,7 +48,7 @@ DIRECTIONS, RANKS = (5, 10, 20, 40, 80, 210, 420, 840), (1, 2, 4)
 # A uniform rank whose parameters pay for as many directions by effect.
 MOST = 6
 # Random outputs of each text by which products are estimated.
-PROBES = 8
+PROBES = 4
 # Block, weight or part, quantity, value, and an adapter's directions; -1 and "" stand for all.
 Row: TypeAlias = tuple[int, str, str, float] | tuple[int, str, str, float, int]
 # Tokens are columns, those of a text side by side.
@@ -271,7 +271,7 @@ def not_affine(change: States, n: States) -> float:
 
 
 class Distances:
-    """Distances of outputs from the tuned network's on some of a plan's texts.
+    """Measure distances of outputs from the tuned network's on some of a plan's texts.
 
     A network misses a vector of logits at each token. The mean of these over all tokens is one
     shift; the second of two squares leaves it out.
@@ -332,9 +332,12 @@ def effect(planner: Planner) -> Iterator[Row]:
         yield -1, part, "error", test.errors()[0]
     yield from measured("none", Adapter({}, {}))
     changes = {name: lowrank.svd(planner.pair.change(name)) for name in planner.modules}
+    choice = choose(planner._pool, *planner._sketches, planner.parameters(MOST))
+    costs = planner._pool.costs[choice.order].cumsum(0)
     for number in DIRECTIONS:
         yield from measured("norm", leading(changes, number))
-        yield from measured("effect", by_effect(planner, number))
+        gains = choice.gains(float(costs[number - 1]))
+        yield from measured("effect", planner._with_gains(gains))
     for rank in RANKS:
         yield from measured("rank", planner.uniform(planner.parameters(rank)))
     for part, lost in {"smallest": None, "smallest unshifted": unshifted}.items():
@@ -372,13 +375,6 @@ def leading(changes: Mapping[str, SVD], number: int) -> Adapter:
             U, S, V = changes[name]
             factors[name] = LowRank(U[:, :rank] * S[:rank], V[:, :rank])
     return Adapter(factors, {})
-
-
-def by_effect(planner: Planner, number: int) -> Adapter:
-    """Make the adapter of so many directions that a plan takes first, with its multipliers."""
-    choice = choose(planner._pool, *planner._sketches, planner.parameters(MOST))
-    costs = planner._pool.costs[choice.order].cumsum(0)
-    return planner._with_gains(choice.gains(float(costs[number - 1])))
 
 
 def products(planner: Planner, adapter: Adapter) -> tuple[Tensor, float]:
