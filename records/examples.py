@@ -8,10 +8,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 import records
 from lorapower import checkpoints, lowrank
@@ -26,21 +24,11 @@ PROTOCOL = (
 )
 #: Ways to spend as many parameters as one rank for all modules.
 WAYS = ("same rank", "same share", "largest values", "by module", "by effect")
-#: What is varied of three of them, at the smallest size.
-VARIED = (
-    "same rank, multiplied",
-    "same rank, biases corrected",
-    "by module, multiplied",
-    "by module, biases as tuned",
-    "by effect, multipliers 1",
-)
 #: Which modules are as tuned, all others the base's; there are none of the kind ``none``.
 HALVES = ("attention", "mlp", "none")
 #: Errors for which the smallest adapter is looked for.
 AIMS = (0.2, 0.05)
 _RULES = {"same share": "peft, energy", "largest values": "PARA"}
-# Common multipliers, of which the texts for choosing take the best.
-_GAINS = np.linspace(0.8, 1.8, 6)
 # The part of the way from the tuned to the adapted weights over which derivatives are taken.
 _STEP = 0.05
 
@@ -61,20 +49,21 @@ class Adapted(sweeps.Record):
 
 
 class Lost(sweeps.Results):
-    """What an adapter loses, as parts of the effect.
+    """What an adapter loses on held-out texts, with the names of `Measured`.
 
-    On held-out texts it loses ``along`` the effect and ``across`` it, and has an ``agreement`` of
-    decisions. An adapter by module loses ``chosen`` on the texts for choosing, where one
-    ``derivative`` and a sum over modules (``apart``) predict it. ``kept`` is the share of the
-    squared norm of the changes, and ``gain`` a common multiplier.
+    An adapter by module loses ``chosen`` on the texts for choosing, where one ``derivative`` and a
+    sum over modules (``apart``) predict it. ``kept`` is the share of the squared norm of the
+    changes.
     """
 
-    along: float
-    across: float
+    error: float
+    agreement: float
+    kl: float
+    accuracy: float
+    base_accuracy: float
+    tuned_accuracy: float
     parameters: int
     ranks: tuple[int, ...]
-    agreement: float
-    gain: float = math.nan
     kept: float = math.nan
     chosen: float = math.nan
     derivative: float = math.nan
@@ -98,10 +87,6 @@ class Prepared:
             seed=example.seed,
         )
         self.pair, self.modules = self.planner.pair, self.planner.modules
-        self.pair.fill(self.planner.network, "tuned")
-        self.tuned = self._outputs()
-        self.pair.fill(self.planner.network, "base")
-        self.effect = self.tuned - self._outputs()
 
     @functools.cached_property
     def changes(self) -> dict[str, lowrank.SVD]:
@@ -125,22 +110,6 @@ class Prepared:
             return self.corrected({m: weighted[m].update.leading(r) for m, r in taken.items()})
         return neighbours.choose(_RULES[way], self.changes, self.modules, number)[1]
 
-    def vary(self, varied: str, number: int) -> tuple[Adapter, float]:
-        """Make one of the `VARIED`, and find its common multiplier."""
-        way, _, change = varied.partition(", ")
-        adapter = self.make(way, number)
-        if change == "multiplied":
-            tried = {float(gain): _multiplied(adapter, gain) for gain in _GAINS}
-            gain = min(tried, key=lambda gain: self.planner.error(tried[gain]))
-            return tried[gain], gain
-        if change == "multipliers 1":
-            adapter = self.corrected(self._directions(adapter))
-        elif change == "biases corrected":
-            adapter = self.corrected(adapter.factors)
-        else:
-            adapter = Adapter(adapter.factors, {})
-        return adapter, math.nan
-
     def corrected(self, factors: dict[str, LowRank]) -> Adapter:
         """Add biases that make up on average for what factors lack."""
         biases = {}
@@ -151,40 +120,6 @@ class Prepared:
             tuned = self.pair.tuned.read(f"{name}.bias")
             biases[name] = (tuned + found.shift - kept).float()
         return Adapter(factors, biases)
-
-    def _directions(self, adapter: Adapter) -> dict[str, LowRank]:
-        """The directions that an adapter by effect keeps, without multipliers."""
-        factors = {}
-        for name, kept in adapter.factors.items():
-            found = self.planner.weighted[name].update
-            left, right = found.left.double(), found.right.double()
-            products = (left.mT @ left) * (right.mT @ right)
-            sides = left.mT @ kept.left.double(), right.mT @ kept.right.double()
-            wanted = (sides[0] * sides[1]).sum(1, keepdim=True)
-            solved = torch.linalg.lstsq(products, wanted, rcond=1e-8, driver="gelsd")[0]
-            taken = solved[:, 0].abs() > 0.01
-            factors[name] = LowRank(*(side[:, taken].float() for side in (left, right)))
-        return factors
-
-    @torch.no_grad()
-    def _outputs(self) -> Tensor:
-        """Outputs on the held-out texts, with the weights that are in place."""
-        planner = self.planner
-        rows = [planner.readout.states(planner.network, one) for one in planner.test.batches]
-        return planner.readout.rows(torch.cat(rows)).double()
-
-    def measure(self) -> dict[str, float]:
-        """Measure what the weights in place lose: the fields of `Lost` that all adapters have."""
-        found = self._outputs()
-        missed, whole = self.tuned - found, self.effect.square().sum()
-        along = (missed * self.effect).sum() / whole
-        across = (missed - along * self.effect).norm() / whole.sqrt()
-        equal = found.argmax(-1) == self.tuned.argmax(-1)
-        return {
-            "along": float(along),
-            "across": float(across),
-            "agreement": float(equal.double().mean()),
-        }
 
     def predict(self, adapter: Adapter) -> dict[str, float]:
         """Predict what an adapter by module loses on the texts for choosing, and measure it."""
@@ -246,31 +181,24 @@ def _measure(example: Prepared, setting: Adapted) -> Lost:
         planner.put(adapter)
     else:
         number = planner.parameters(int(setting.asked))
-        if way in VARIED:
-            adapter, more["gain"] = example.vary(way, number)
-        else:
-            adapter = example.make(way, number)
+        adapter = example.make(way, number)
         if way == "by module":
             more |= example.predict(adapter)
         if way == "same rank":
             more["kept"] = example.kept(int(setting.asked))
         planner.put(adapter)
     ranks = tuple(adapter.ranks.get(name, 0) for name in example.modules)
-    return Lost(parameters=adapter.parameters, ranks=ranks, **example.measure(), **more)
-
-
-def _multiplied(adapter: Adapter, gain: float) -> Adapter:
-    """The adapter with one multiplier on all it keeps."""
-    factors = {n: LowRank(gain * up.left, up.right) for n, up in adapter.factors.items()}
-    return Adapter(factors, adapter.biases)
+    found = planner.test.summarize(planner.test.compare(planner.network))._asdict()
+    more |= {name: found[name] for name in Lost.model_fields.keys() & found.keys()}
+    return Lost(parameters=adapter.parameters, ranks=ranks, **more)
 
 
 def sweep(settings: list[Adapted], results: Path | None, profile: str) -> pd.DataFrame:
-    """Give the runs of a page, with the ``error`` that an adapter has on held-out texts."""
+    """Give the runs of a page."""
     # One without factors and one with; those that need derivatives take long.
     ways = [setting.way for setting in settings]
     repeat = [ways.index(way) for way in ("attention", "same share") if way in ways]
-    table = records.sweep(
+    return records.sweep(
         "planning-tunings",
         settings,
         measure,
@@ -279,7 +207,6 @@ def sweep(settings: list[Adapted], results: Path | None, profile: str) -> pd.Dat
         protocol=PROTOCOL,
         repeat=repeat if pairs.is_recorded(0) else (),
     )
-    return table.assign(error=np.hypot(table.along, table.across))
 
 
 def every(seeds: int, ranks: Sequence[int], sentences: int = 120) -> list[Adapted]:
@@ -289,6 +216,5 @@ def every(seeds: int, ranks: Sequence[int], sentences: int = 120) -> list[Adapte
     for problem in sweeps.grid(Example, seed=range(seeds), sentences=sentences):
         settings += sweeps.grid(Adapted, problem=problem, way=[*HALVES])
         settings += sweeps.grid(Adapted, problem=problem, way=[*WAYS], asked=asked)
-        settings += sweeps.grid(Adapted, problem=problem, way=[*VARIED], asked=asked[:1])
         settings += sweeps.grid(Adapted, problem=problem, way="least", asked=[*AIMS])
     return settings
