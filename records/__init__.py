@@ -25,10 +25,8 @@ from lorapower.experiments import sweeps
 
 _HERE = Path(__file__).parent
 TABLES = sorted(file.name.removesuffix(".csv.gz") for file in _HERE.glob("*.csv.gz"))
-# What is compared on each text, with ``_64`` against the adapter of rank 64; others are single.
-_COMPARED = ("squares", "effect", "equal", "divergence")
-_ARRAYS = [*(name + end for name in _COMPARED for end in ("", "_64"))]
-_ARRAYS += ["decisions", "variation", "losses"]
+# What is compared on each text.
+_COMPARED = ("squares", "effect", "equal", "divergence", "decisions")
 
 
 def read(name: str) -> pd.DataFrame:
@@ -62,29 +60,9 @@ def read(name: str) -> pd.DataFrame:
     texts were passed. Arrays over held-out texts are ``squares``, ``‖f̂ − f̄‖²``; ``effect``,
     ``‖f_0 − f̄‖²``; ``equal`` next tokens, their ``divergence``, and their number, ``decisions``.
     Where ``variation`` is recorded, it is their total variation. ``error``, ``agreement`` and
-    ``kl``, as in `Measured`, are computed from these. Adapters by effect of the tuning of rank 64,
-    of ``"sizes"`` and of ``"parts"`` were chosen among singular directions, the others among those
-    in the metrics of inputs and outputs, each thoroughly.
-
-    ``"sizes"`` has adapters of equal size of the packaged language model, tuned on the next tokens
-    of movie snippets with ``seed`` 0, 3 and 4. All but one way are factors of the blocks' linear
-    layers alone; embeddings and norms are the base's, though full tuning changed them too. An
-    adapter made from another has at most the parameters of the uniform ``rank``. Its ``way`` is
-
-    - ``trained`` at this rank, on all linear layers, or (seed 0) ``attention``, ``feed-forward`` or
-      ``queries and keys`` alone, with about as many parameters as rank 4 on all; ``full``, or
-      ``full again``, with another seed; the ``base``; or ``blocks``, the base with all that full
-      tuning changed in these layers;
-    - from full tuning, ``extracted`` by effect, ``svd`` of the same rank everywhere,
-      ``extracted whole`` by ``effect`` too, with factors of embeddings and norms as tuned;
-    - from the adapter trained at rank 64, ``shrunk`` by ``effect``, ``cut`` by ``uniform``, and
-      ``cut by norm`` by the same share of it.
-
-    Arrays over 256 held-out texts are as above, against the full tuning of the same seed; with
-    ``_64`` against the adapter trained at rank 64, for the base and what is made from that adapter.
-    ``losses`` of all test texts, in nats a token, have the mean ``loss``. ``parameters`` counts
-    numbers that are not the base's; ``seconds`` were spent on choosing factors, by ``effect`` also
-    on derivatives, once for each seed and source.
+    ``kl``, as in `Measured`, are computed from these. Adapters by effect of the tuning of rank 64
+    were chosen among singular directions, the others among those in the metrics of inputs and
+    outputs, each thoroughly.
 
     ``"parts"`` has what the tunings of all weights of ``"plans"`` change. A row has a ``value`` for
     a ``tuning``, a ``block`` (-1 for all), a ``part``, ``"attention"``, ``"mlp"`` or a weight
@@ -102,11 +80,19 @@ def read(name: str) -> pd.DataFrame:
       ``floor`` is the share of the variance of one block's change that the other part cannot make
       up [prop-floor-attention], [prop-floor-feed-forward]; ``far floor`` that of all blocks'
       change, both parts, for far tokens with directions as behind this block.
-    - ``effect``, on held-out sentences: the ``error`` if only a part is as tuned; ``none`` and
-      ``few`` with the names of `Measured` for no module's change, and for the smallest adapter
-      found that loses at most ``√.1`` on other sentences, with so many directions ``taken``. Of the
-      squared effect, what is one shift, ``alike`` at all tokens. And how many singular directions
-      have, ``alone``, nine tenths of what a weight's adds, squared, to first order.
+    - ``effect``, on held-out sentences: adapters of so many ``directions`` by a ``part``, of the
+      largest singular values of all changes (``norm``), of one ``rank`` everywhere, and chosen by
+      ``effect`` with multipliers; embeddings and norms are as tuned, with ``none`` of them too.
+      Their ``error`` and ``agreement`` are those of `Measured`; ``unshifted`` is the error if what
+      they lose, and the effect, are taken without their means over tokens, one shift of the logits.
+      Of the squared effect this shift is ``alike``. The ``smallest`` found loses at most ``√.1`` on
+      other sentences, with so many directions ``taken`` of a weight, and ``smallest unshifted`` so
+      much without the shift. Also the ``error`` if only a half is as tuned; how many directions
+      have, ``alone``, nine tenths of what a weight's adds, squared, to first order; and of what the
+      blocks lose with rank 1 everywhere, to first order, the ``product`` of each with each (in
+      ``part``) and the sum of squares over weights (``apart``), in units of the squared effect.
+
+    ``precision`` is the one in which tunings were made.
 
     ``"commands"`` has a row for each command of the quick start on the example of seed 0: its
     ``name`` and what it ``printed``, its ``seconds`` beside another process, its ``memory`` in
@@ -164,23 +150,14 @@ def complete(table: pd.DataFrame) -> pd.DataFrame:
     """Unpack arrays over texts, where a table has them, and compute what `read` says of them."""
     if "squares" not in table:
         return table.fillna({"changes": "", "revision": ""})
-    there = [name for name in _ARRAYS if name in table]
+    there = [*_COMPARED, "variation"]
     texts = table[there]
     table[there] = texts.mask(texts == "").map(unpack, na_action="ignore")
-    if "losses" in table:
-        table["loss"] = table.losses.map(np.mean)
-    for end in ("", "_64"):
-        if f"squares{end}" not in table:
-            continue
-        if f"effect{end}" not in table:
-            bases = table[table.way == "base"].set_index("seed")[f"squares{end}"]
-            table[f"effect{end}"] = table.seed.map(bases)
-        columns = [*(name + end for name in _COMPARED), "decisions"]
-        sums = table[columns].map(np.sum, na_action="ignore").astype(float)
-        squares, effect, equal, divergence, decisions = (sums[name] for name in columns)
-        table[f"error{end}"] = np.sqrt(squares / effect)
-        table[f"agreement{end}"] = equal / decisions
-        table[f"kl{end}"] = divergence / decisions
+    sums = (table[name].map(np.sum).astype(float) for name in _COMPARED)
+    squares, effect, equal, divergence, decisions = sums
+    table["error"] = np.sqrt(squares / effect)
+    table["agreement"] = equal / decisions
+    table["kl"] = divergence / decisions
     return table
 
 

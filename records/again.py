@@ -1,7 +1,6 @@
 """Make a recorded table of trainings again, by the settings in its rows.
 
-Each run is kept in a folder as it ends, so that the same command goes on after an interruption; the
-networks that `sizes` needs are kept there too::
+Each run is kept in a folder as it ends, so that the same command goes on after an interruption::
 
     python -m records.again FOLDER TABLE
 """
@@ -15,7 +14,7 @@ import numpy as np
 
 import records
 from lorapower.experiments import sweeps
-from records import facts, language, sizes
+from records import facts, language
 from records.tables import begin, put, settings
 
 
@@ -40,7 +39,6 @@ MADE: dict[str, tuple[type[sweeps.Record], Callable[..., Any]]] = {
     "decoder": (language.TextRun, language.measure),
     "recipes": (language.TextRun, with_validation),
     "facts": (facts.FactRun, facts.work),
-    "sizes": (sizes.SizedRun, sizes.work),
 }
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint_files as files
-import numpy as np
 import pytest
 import torch
 
@@ -15,9 +14,8 @@ from lorapower import bounds, lowrank, randomness
 from lorapower.checkpoints import Pair
 from lorapower.experiments import sweeps
 from lorapower.networks import Transformer, from_decoder
-from records import language, models, neighbours, pairs, parts, plans, sizes
+from records import models, neighbours, pairs, parts, plans
 from records.plans import AdapterRun
-from records.sizes import SizedRun
 
 
 @pytest.fixture(scope="module")
@@ -109,63 +107,3 @@ def test_heads_differ_by_the_rank_of_their_changes() -> None:
     # Heads of a group share keys, of the tuned network too.
     assert found["adapted", -1, "scores", "dependent"] == 2 * 2 * 4
     assert found["other", -1, "scores", "dependent"] == 0
-
-
-def test_ways_of_one_size_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each number from networks that are put together here, without embeddings and norms."""
-    wide: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 128}
-    change = files.low_rank(8, words=True)
-    start, end = files.pair(tmp_path, "LlamaForCausalLM", change=change, **wide)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sizes, "BASE", start)
-    large = language.prepare(sizes.trained(0, "trained", sizes.HIGHEST))
-    for name, value in large.named_parameters():
-        if "lora_B" in name:
-            draw = randomness.generator(0, name)
-            value.data = 0.02 * randomness.normal(draw, *value.shape).float()
-    large.save_pretrained(sizes.place(0, "trained", sizes.HIGHEST))
-    sizes.place(0, "full").symlink_to(end)
-    ways = "full", "base", "blocks", "svd", "extracted", "shrunk", "extracted whole"
-    chosen = [SizedRun(way=way, rank=int(way in sizes.MADE)) for way in ways]
-    table = sweeps.run(chosen, sizes.work, size=1, progress=False)
-    table = records.complete(table).set_index("way")
-    planner = sizes.plan(0, "full")
-    sides = sum(sum(module.shape) for module in planner.modules.values())
-    assert table.parameters["svd"] == sides
-    assert table.parameters[[*ways[4:]]].between(0.9 * sides, sides).all()
-    assert table.error[["full", "base"]].tolist() == pytest.approx([0, 1], abs=1e-4)
-    assert table.error_64["base"] == 1 > table.error_64["shrunk"] > 0
-
-    base, full = (models.decoder(folder) for folder in (start, end))
-    tuned = dict(full.named_parameters())
-    for way in ("blocks", "svd"):
-        network, row = models.decoder(start), table.loc[way]
-        for name, value in network.named_parameters():
-            if name.startswith("model.layers") and value.ndim == 2:
-                change = (tuned[name] - value).detach()
-                value.data += (
-                    change if way == "blocks" else lowrank.truncated_svd(change, 1).matrix()
-                )
-        squares: list[float] = []
-        effect: list[float] = []
-        divergence = []
-        for batch in planner.texts.test:
-            for ids, there in zip(batch.input_ids, batch.is_token, strict=True):
-                with torch.no_grad():
-                    found, before, aim = (
-                        each(ids[there][None]).logits[0].double() for each in (network, base, full)
-                    )
-                for values, other in ((squares, found), (effect, before)):
-                    gap = other - aim
-                    values.append(float((gap - gap.mean(-1, keepdim=True)).square().sum()))
-                p = aim.softmax(-1)
-                divergence.append(float((p * (p.log() - found.log_softmax(-1))).sum()))
-        np.testing.assert_allclose(row.squares, squares, rtol=2e-3)
-        np.testing.assert_allclose(row.divergence, divergence, rtol=2e-3)
-        assert row.error == pytest.approx(np.sqrt(sum(squares) / sum(effect)), rel=1e-3)
-        assert row.kl == pytest.approx(sum(divergence) / row.decisions.sum(), rel=1e-3)
-        problem = sizes.trained(0, "full").problem
-        losses = language.answer(network, problem)
-        # In bfloat16 where the processor has it.
-        np.testing.assert_allclose(row.losses, losses, atol=0.1)
-        assert row.loss == row.losses.mean() == pytest.approx(losses.mean(), abs=0.01)
