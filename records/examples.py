@@ -172,7 +172,8 @@ def measure(settings: list[Adapted]) -> list[Lost]:
 
 
 def _measure(example: Prepared, setting: Adapted) -> Lost:
-    way, planner, more = setting.way, example.planner, {}
+    way, planner = setting.way, example.planner
+    more: dict[str, float] = {}
     if way in HALVES:
         adapter = Adapter({}, {})
         planner.only(way)

@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any, Literal, TypeAlias
 
@@ -49,8 +49,9 @@ DIRECTIONS, RANKS = (5, 10, 20, 40, 80, 210, 420, 840), (1, 2, 4)
 MOST = 6
 # Random outputs of each text by which products are estimated.
 PROBES = 4
-# Block, weight or part, quantity, value, and an adapter's directions; -1 and "" stand for all.
-Row: TypeAlias = tuple[int, str, str, float] | tuple[int, str, str, float, int]
+# Block, weight or part, quantity, value; -1 and "" stand for all. Of adapters also directions.
+Row: TypeAlias = tuple[int, str, str, float]
+Adapted: TypeAlias = tuple[int, str, str, float, int]
 # Tokens are columns, those of a text side by side.
 States = Float[Tensor, "texts width tokens"]
 
@@ -277,7 +278,7 @@ class Distances:
     shift; the second of two squares leaves it out.
     """
 
-    def __init__(self, planner: Planner, batches: list[Batch]) -> None:
+    def __init__(self, planner: Planner, batches: Sequence[Batch]) -> None:
         """Pass the texts through the tuned network and the base."""
         self.planner, self.batches = planner, batches
         planner.pair.fill(planner.network, "tuned")
@@ -301,10 +302,11 @@ class Distances:
     def errors(self, states: list[Tensor] | None = None) -> tuple[float, float]:
         """Measure ``η`` of the network as it is, and without the shift of loss and of effect."""
         squares = self._squares(self._states() if states is None else states)
-        return tuple(math.sqrt(a / b) for a, b in zip(squares, self.whole, strict=True))  # type: ignore[return-value]
+        error, rest = (math.sqrt(a / b) for a, b in zip(squares, self.whole, strict=True))
+        return error, rest
 
     @torch.no_grad()
-    def rows(self, part: str, directions: int) -> Iterator[Row]:
+    def rows(self, part: str, directions: int) -> Iterator[Adapted]:
         """Measure the network as it is, the tuned one but for modules: errors, equal tokens."""
         states, head = self._states(), self.planner.readout.outputs
         pairs = zip(states, self.tuned, strict=True)
@@ -314,11 +316,11 @@ class Distances:
         yield from ((-1, part, quantity, value, directions) for quantity, value in found.items())
 
 
-def effect(planner: Planner) -> Iterator[Row]:
+def effect(planner: Planner) -> Iterator[Row | Adapted]:
     """Measure what adapters of a few directions lose, and halves, and what blocks lose together."""
     test, select = (Distances(planner, part.batches) for part in (planner.test, planner.select))
 
-    def measured(part: str, adapter: Adapter) -> Iterator[Row]:
+    def measured(part: str, adapter: Adapter) -> Iterator[Adapted]:
         planner.put(adapter)
         yield from test.rows(part, sum(adapter.ranks.values()))
 
@@ -416,6 +418,7 @@ def work(settings: list[PartRun]) -> list[PartResults]:
     pair = Pair.open(models.LANGUAGE, str(folder))
     modules = [models.decoder(name) for name in (models.LANGUAGE, str(folder))]
     base, tuned = (from_decoder(module, final_norm=False) for module in modules)
+    found: list[Row | Adapted]
     if setting.stage == "weights":
         found = [*weights(pair)]
     elif setting.stage == "heads":
