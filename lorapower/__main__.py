@@ -23,7 +23,7 @@ def main() -> None:
         with needs("checkpoints"):
             from .checkpoints import _command, _models
         _models.require_libraries()
-        _command.app()
+        raise SystemExit(_command.app(standalone_mode=False) or 0)
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:
             raise
@@ -33,6 +33,11 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(BAD if isinstance(error, InputError | ResultsError) else FAILED) from None
     except Exception as error:
+        # Of typer's parser, whose classes have moved: an unknown flag, or no number.
+        if format_message := getattr(error, "format_message", None):
+            place = getattr(getattr(error, "ctx", None), "command_path", "lorapower")
+            print(f"error: {' '.join(format_message().split())} ({place} --help)", file=sys.stderr)
+            raise SystemExit(BAD) from None
         said = str(error)
         if isinstance(error, MemoryError) or any(words in said.lower() for words in _NO_MEMORY):
             remedy = "free some, take fewer --tokens, or a machine that has more"

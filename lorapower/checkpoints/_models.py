@@ -213,7 +213,12 @@ def tokenizer(model: str) -> Any:
     require_libraries()
     from transformers import AutoTokenizer
 
-    return load(AutoTokenizer, model)
+    found = load(AutoTokenizer, model)
+    if len(found) <= len({*found.all_special_ids}):
+        # Of a folder without its files transformers makes one that knows no word.
+        given, remedy = f"{model!r}, without words", "save the model's tokenizer there"
+        raise InputError("model", allowed="a folder with a tokenizer", given=given, remedy=remedy)
+    return found
 
 
 def load(kind: Any, model: str, **options: Any) -> Any:

@@ -250,6 +250,9 @@ def prices(
     """
     import pandas as pd
 
+    if options.get("dtype", DTYPES[0]) != DTYPES[0]:
+        allowed = "used with an error, a size or a rank"
+        raise InputError("dtype", allowed=allowed, given="neither")
     planner = _prepare(base, tuned, texts, **options)
     numbers = {min(planner.parameters(1) * 2**k // 4, planner.most) for k in range(7)}
     adapters = {each.parameters: each for each in map(planner.candidate, sorted(numbers))}
@@ -405,7 +408,7 @@ def check(
 
 
 def _require_runs(adapter: str, pair: Pair, where: torch.device, one: Batch) -> None:
-    """Refuse an adapter that peft does not run on one text, or that lacks a head."""
+    """Refuse an adapter that peft does not run on one text, or that lacks what the base does."""
     network = _export.load(adapter, pair, where)
     try:
         finite = not outputs(network, one, pair.task).isnan().any()
@@ -413,7 +416,7 @@ def _require_runs(adapter: str, pair: Pair, where: torch.device, one: Batch) -> 
         given = f"{adapter} ({reason(error)})"
         raise InputError("adapter", allowed="one that peft runs on texts", given=given) from error
     if not finite:
-        allowed = "one that brings the head that the base lacks"
+        allowed = "one of finite numbers that brings the head if the base lacks it"
         raise InputError("adapter", allowed=allowed, given=f"{adapter}, with which outputs are NaN")
 
 
