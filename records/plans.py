@@ -2,9 +2,10 @@
 
 The tunings are made if they are missing; adapters of another tool are taken from
 ``others/TUNING/TOOL-RANK``, where there are such folders. Each adapter that is measured is kept in
-a folder as it ends, so that the same command goes on after an interruption::
+a folder as it ends, so that the same command goes on after an interruption. Rows of other tunings
+than those named stay as they are::
 
-    python -m records.plans FOLDER
+    python -m records.plans FOLDER [TUNING ...]
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from lorapower import lowrank, randomness
 from lorapower.checkpoints import Adapter, Pair, Planner, _export
 from lorapower.experiments import sweeps
 from records import models, neighbours, pack, pairs
-from records.tables import begin, put
+from records.tables import HERE, begin, put
 
 BASE = models.LANGUAGE
 # Texts for planning, of which as many are used as a plan takes.
 PLANNING = 300
 RANKS = (1, 4, 16)
-# Uniform ranks among which the least for an error is looked for.
+# Ranks whose parameters are tried, in this order, for an error by another rule.
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 # Of a tuning of all weights embeddings are carried, as by mergekit; only blocks get factors.
 BLOCKS = r"^model\.layers\."
@@ -178,7 +181,7 @@ def least(planner: Planner, method: str, error: float) -> Adapter:
     if method == "effect":
         return planner.smallest(error)
     for rank in LADDER:
-        adapter = planner.uniform(planner.parameters(rank))
+        adapter = make(planner, method, planner.parameters(rank))
         if planner.error(adapter) <= error:
             break
     return adapter
@@ -193,10 +196,14 @@ def every(tuning: str) -> list[AdapterRun]:
     settings = sweeps.grid(AdapterRun, tuning=tuning, method=methods, asked=[*map(float, RANKS)])
     settings = [s for s in settings if s.method != "mergekit" or other(s).exists()]
     methods = ["least effect", "least uniform"]
+    methods += ["least peft, energy"] if about.rank else []
     return settings + sweeps.grid(AdapterRun, tuning=tuning, method=methods, asked=[*about.errors])
 
 
 if __name__ == "__main__":
-    begin()
-    asked = [setting for tuning in TUNINGS for setting in every(tuning)]
-    put(sweeps.run(asked, work, "plans.sqlite", size=1), "plans")
+    named = begin() or [*TUNINGS]
+    asked = [setting for tuning in named for setting in every(tuning)]
+    kept = pd.read_csv(HERE / "plans.csv.gz", dtype=str)
+    made = sweeps.run(asked, work, "plans.sqlite", size=1)
+    rows = pd.concat([kept[~kept.tuning.isin(named)], made])
+    put(rows.sort_values("tuning", kind="stable"), "plans")
