@@ -52,7 +52,9 @@ def read(name: str) -> pd.DataFrame:
     ``"plans"`` has a row for each adapter of four ``tuning`` of the packaged language model: all
     weights tuned on one kind of sentences, or an adapter trained. ``method`` is ``mergekit``, one
     of the `RULES` of other tools in `neighbours`, ``effect`` or ``uniform``, or ``least`` and one
-    of these for the fewest parameters with the error ``asked``, on texts for choosing. Otherwise ``asked`` is the uniform rank whose parameters in blocks were the limit.
+    of these for the fewest parameters with the error ``asked``, on texts for choosing. Otherwise
+    ``asked`` is the uniform rank whose parameters in blocks were the limit. ``plans.md`` says
+    which other tools were run.
     Other tools' adapters, and those ``of blocks``, have factors for these alone, and embeddings
     that tuning changed are carried whole. ``parameters`` counts factors, ``carried`` all
     numbers of the file, of size ``bytes``; ``seconds`` were spent on this adapter alone, after
