@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from lorapower import checkpoints, randomness
 from lorapower.checkpoints import save_peft
+from lorapower.checkpoints._limits import ratio
 from lorapower.checkpoints._models import quiet
 from lorapower.errors import InputError
 from lorapower.lowrank import LowRank
@@ -204,6 +208,75 @@ def test_what_is_lost_is_lost_where_it_is_served(
     checked = checkpoints.check(base, str(out), tuned, files.texts(140, 1))
     assert checked.differing == plan.measured.differing
     assert 0.02 < checked.error < 1
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "BertForSequenceClassification"])
+def test_errors_in_bfloat16_are_those_of_networks_loaded_in_it(
+    architecture: str, tmp_path: Path
+) -> None:
+    base, tuned = files.pair(tmp_path, architecture)
+    out, full = tmp_path / "out", tmp_path / "full"
+    options: Any = {"rank": 4, "dtype": "bfloat16", "merged": full}
+    plan = checkpoints.extract(base, tuned, TEXTS, out, **options)
+    found, reference = plan.measured, plan.planner.test
+    checked = checkpoints.check(base, str(out), tuned, files.texts(140, 1), dtype="bfloat16")
+    kind: Any = getattr(transformers, architecture)
+    for place, off, again in (
+        (full, found.bfloat16, checked.bfloat16),
+        (tuned, found.tuned_bfloat16, checked.tuned_bfloat16),
+    ):
+        with quiet():
+            network = kind.from_pretrained(
+                place, dtype=torch.bfloat16, attn_implementation="eager"
+            ).eval()
+        squares = reference.compare(network).squares
+        assert off == pytest.approx(ratio(squares, reference.effect), rel=1e-6)
+        assert again == pytest.approx(off, rel=0.3)
+    # All else is of float32, with and without.
+    assert found.tuned_bfloat16 > 1e-3
+    plain = checkpoints.plan(base, tuned, TEXTS, rank=4)
+    assert plain.measured.error == pytest.approx(found.error, rel=1e-5)
+    assert math.isnan(plain.measured.bfloat16)
+    report = json.loads((out / "report.json").read_text())
+    assert (report["bfloat16"], report["tuned_bfloat16"]) == found[-3:-1]
+
+
+KINDS: list[tuple[str, Any, dict[str, Any]]] = [
+    ("dora", peft.LoraConfig, {"use_dora": True, "target_modules": "all-linear"}),
+    ("ia3", peft.IA3Config, {}),
+    ("loha", peft.LoHaConfig, {"target_modules": ["q_proj", "down_proj"], "r": 3}),
+    ("vera", peft.VeraConfig, {"target_modules": ["q_proj", "o_proj"], "r": 3}),
+    ("oft", peft.OFTConfig, {"target_modules": ["q_proj", "up_proj"], "oft_block_size": 4, "r": 0}),
+    ("norms", peft.LNTuningConfig, {"target_modules": ["input_layernorm"]}),
+]
+
+
+@pytest.mark.parametrize(("kind", "config", "options"), KINDS, ids=[kind[0] for kind in KINDS])
+def test_any_adapter_is_measured_as_peft_runs_it(
+    kind: str, config: Any, options: dict[str, Any], llama: tuple[str, str], tmp_path: Path
+) -> None:
+    base, tuned = llama
+
+    def loaded(place: str) -> Any:
+        with quiet():
+            return transformers.LlamaForCausalLM.from_pretrained(place).eval()
+
+    with warnings.catch_warnings(action="ignore"), randomness.seeded(0, kind):
+        made = peft.get_peft_model(loaded(base), config(task_type="CAUSAL_LM", **options))
+        with torch.no_grad():
+            for value in made.parameters():
+                if value.requires_grad:
+                    value.add_(0.1 * torch.randn_like(value))
+        made.save_pretrained(str(tmp_path))
+        found = checkpoints.check(base, str(tmp_path), tuned, TEXTS, dtype="bfloat16")
+        adapted = peft.PeftModel.from_pretrained(loaded(base), str(tmp_path)).eval()
+    read = AutoTokenizer.from_pretrained(tuned)
+    texts = [torch.tensor(read(text).input_ids[:64]) for text in TEXTS]
+    rows = [plain(network, texts) for network in (adapted, loaded(tuned), loaded(base))]
+    assert (found.texts, found.decisions) == (len(TEXTS), sum(map(len, texts)))
+    assert found.error == pytest.approx(lost(*rows), rel=1e-4)
+    assert abs(found.error - 1) > 1e-3
+    assert found.bfloat16 == pytest.approx(found.error, rel=0.05)
 
 
 @pytest.mark.parametrize("rank", [4, 16, 64])
