@@ -10,7 +10,7 @@ A base and what was tuned from it, both of transformers, and some texts are enou
 """
 
 from ._export import save_peft
-from ._limits import mean_limit, quantile_limit
+from ._limits import Evidence, quantile_limit
 from ._measuring import Measured
 from ._reading import Text, read_texts
 from ._texts import LEAST_TEXTS
@@ -21,6 +21,7 @@ from .workflow import Plan, check, extract, plan, prices
 __all__ = [
     "LEAST_TEXTS",
     "Adapter",
+    "Evidence",
     "Measured",
     "Module",
     "Pair",
@@ -29,7 +30,6 @@ __all__ = [
     "Text",
     "check",
     "extract",
-    "mean_limit",
     "plan",
     "prices",
     "quantile_limit",

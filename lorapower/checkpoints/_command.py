@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from . import _example, workflow
-from ._export import least, measure_peft, megabytes, most, percent, without_nan
+from ._export import measure_peft, megabytes, most, percent, without_nan
 from ._folders import require_apart
+from ._limits import Evidence
 from ._measuring import Measured
 from ._reading import read_texts
 from .planner import Report
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 DONE, SHORT = 0, 1
 # Share of tokens unknown to the tokenizer above which it is said.
 UNKNOWN = 0.05
+# What is said of every certificate.
+_PROMISE = "at least 90% of texts like these lose at most"
+_UNIT = "of what tuning typically changes in a text"
 # Seconds between lines of a long stage, where there is no terminal.
 PAUSE = 20.0
 
@@ -65,9 +69,13 @@ class _Options:
         help="The base: a folder, a name on the hub, or 'packaged'.", metavar="BASE"
     )
     texts: Path = _flag(
-        "Texts like those the model is for: .txt, one a line; .jsonl or .csv with 'text', maybe "
-        "'label'; or .jsonl of chats ('messages').",
+        "Texts like those the model is for, which it was not tuned on: .txt, one a line; .jsonl or "
+        ".csv with 'text', maybe 'label'; or .jsonl of chats ('messages').",
         ...,
+    )
+    group: str | None = _flag(
+        "Field of .jsonl that texts of one document or source share: such a group counts once. In "
+        "other files blank lines separate documents."
     )
     tokens: int | None = _flag("Each text is cut to this many tokens; 128, or as in the plan.")
     any_base: bool = _flag("Take adapters that name another base.", False, "--any-base")
@@ -91,9 +99,12 @@ class _PlanOptions(_Options):
     )
     held_out: Path | None = _flag("Other texts, to certify with. Without: half of the texts.")
     error: float | None = _flag(
-        "Part of the tuning's effect that may be lost. Without it `plan` lists prices; else 0.1."
+        "Part of what tuning typically changes in a text that may be lost, chosen before you look "
+        "at prices. Without it `plan` lists these; else 0.1."
     )
-    parameters: int | None = _flag("Instead of --error: how many numbers the factors may have.")
+    parameters: int | None = _flag(
+        "Instead of --error: how many numbers the factors may have, such as a size of the list."
+    )
     rank: int | None = _flag(
         "Instead of --error: as many numbers as this rank on all modules takes."
     )
@@ -104,7 +115,7 @@ class _PlanOptions(_Options):
     )
     details: bool = _flag("Print the size, rank and loss of each module.", False, "--details")
     thorough: bool = _flag(
-        "Take up to 256 texts of any length, and differentiate twice as much.",
+        "Plan with 256 texts of any length, certify with 251, and differentiate twice as much.",
         False,
         "--thorough",
     )
@@ -164,11 +175,15 @@ def _command(options: type[_Options], **about: Any) -> Callable[[Callable[[Any],
 def plan(options: _PlanOptions) -> None:
     """Say which rank each module needs. Writes nothing.
 
-    The status is 0 if the plan is certified: at least 90% of texts like these lose at most --error
-    of what tuning typically changed in the outputs, at a confidence of 95% and whatever their
-    distribution. With --estimate only the root mean square over held-out texts is compared. The
-    confidence is that of the first plan with these texts, on which the model was not tuned.
-    Without --error, --parameters or --rank it estimates what adapters of several sizes lose.
+    Without --error, --parameters or --rank: a list of sizes and what each is certified to lose, all
+    at once, so that you may look and then take one with --parameters.
+
+    With --error the status is 0 if the plan is certified: at least 90% of texts like these lose at
+    most so much of what tuning typically changes in a text. The confidence is 95%: of all first
+    plans made so, at most one in 20 gets a certificate that is wrong. Texts (or groups of them)
+    must be independent draws. Half of them certify; they make none of the adapters and decide only
+    where the search stops. Losses are measured in float32 on texts as given; nothing is generated.
+    With --estimate only the root mean square over these texts is compared.
     """
     if options.error is options.parameters is options.rank is None and not options.estimate:
         _show_prices(_call(workflow.prices, options), options)
@@ -185,38 +200,36 @@ def plan(options: _PlanOptions) -> None:
 def extract(options: _ExtractOptions) -> None:
     """Write the adapter as a folder that peft reads, with its errors in report.json.
 
-    The adapter is written, and the status is 0, if it is certified: at least 90% of texts like
-    these lose at most --error of what tuning typically changed in the outputs, at a confidence of
-    95% and whatever their distribution. With --estimate only the root mean square over held-out
-    texts is compared.
+    With --error it is written, and the status is 0, if it is certified, as `plan --help` explains;
+    with --parameters or --rank in any case, with what it is certified to lose.
     """
     _show(_call(workflow.extract, options), options, options.out)
 
 
 @_command(_CheckOptions)
 def check(options: _CheckOptions) -> None:
-    """Measure anybody's adapter against the tuned model, on texts that no plan has used.
+    """Measure anybody's adapter against the tuned model, on texts that were not used before.
 
-    Of an adapter with a certificate it says whether these texts confirm it. The status is 1 if they
-    contradict it, which happens to one true certificate in 20.
+    Of an adapter with a certificate it says CONFIRMED, FAILED or, until there are enough texts,
+    UNDECIDED, and keeps count in report.json: check again with new texts as often as you like. A
+    wrong certificate is ever confirmed in at most 5% of cases, and a true one fails in at most 5%.
+    The status is 1 if it failed.
     """
     measured = _call(workflow.check, options)
     carried, size = measure_peft(Path(options.adapter))
+    evidence = measured.evidence
     if options.as_json:
-        _print(without_nan(measured._asdict() | {"carried": carried, "adapter_bytes": size}))
-        return
-    rows = [_certificate(measured.certified)]
-    if measured.verdict:
-        exceeding = f"{measured.exceeding} of {measured.texts} texts lose more"
-        says = {
-            "confirmed": f"these texts certify what report.json does; {exceeding}",
-            "consistent": f"{exceeding} than report.json certifies, which chance explains",
-            "failed": f"{exceeding} than report.json certifies, which chance does not explain",
-        }
-        rows = [("Verdict", f"{measured.verdict.upper()}: {says[measured.verdict]}")]
-    rows += [*_measured(measured), ("Size", f"{megabytes(size)}, {carried:,} numbers")]
-    _tell(rows)
-    if measured.verdict == "failed":
+        about: dict[str, Any] = {"carried": carried, "adapter_bytes": size}
+        if evidence is not None:
+            about |= {"verdict": evidence.verdict, "evidence": evidence._asdict()}
+        _print(without_nan(measured._asdict() | about))
+    else:
+        rows = _certificate(measured) if evidence is None else _evidence(evidence)
+        if evidence is not None and not measured.kept:
+            rows.append(("WARNING", "report.json cannot be written to, so this is not counted."))
+        rows += [*_measured(measured), ("Size", f"{megabytes(size)}, {carried:,} numbers")]
+        _tell(rows)
+    if evidence is not None and evidence.verdict == "failed":
         raise typer.Exit(SHORT)
 
 
@@ -250,8 +263,8 @@ def _call(function: Callable[..., Any], options: _Options) -> Any:
     files = {name: given[name] for name in ("texts", "held_out") if name in given}
     for name in given.keys() & {"out", "merged"}:
         require_apart(name, given[name], files.values())
-    models = given["tuned"], given["base"]
-    given |= {name: read_texts(file, models=models) for name, file in files.items()}
+    about = {"models": (given["tuned"], given["base"]), "group": given.pop("group", None)}
+    given |= {name: read_texts(file, **about) for name, file in files.items()}
     if options.quiet or options.as_json:
         return function(**given)
     with _stages() as report:
@@ -308,32 +321,36 @@ def _show_prices(prices: pd.DataFrame, options: _PlanOptions) -> None:
         typer.echo(prices.to_json(orient="records", indent=2))
         return
     lines = [f"{'numbers':>12} {'size':>9} {'loss':>7} {'9 of 10 texts at most':>22}"]
-    for numbers, size, error, most_lost in prices.itertuples(index=False):
-        cells = f"{percent(error):>7} {percent(most_lost):>22}"
-        lines.append(f"{numbers:>12,} {megabytes(size):>9} {cells}")
+    for numbers, size, error, limit in prices.itertuples(index=False):
+        lines.append(f"{numbers:>12,} {megabytes(size):>9} {percent(error):>7} {most(limit):>22}")
     _tell([("Prices" * (not k), line) for k, line in enumerate(lines)], wrap=False)
-    note = "Estimates on the texts for choosing. --error with the same --seed certifies a loss "
-    note += "on other texts."
-    _tell([("Note", note)])
+    by = f"by {prices.attrs['texts']} texts at 95%, for all sizes at once"
+    rows = [
+        ("Certified", f"the last column, {by}: parts {_UNIT}"),
+        ("Next", "extract with --parameters NUMBERS and --out FOLDER writes one of these"),
+    ]
+    _tell(_neighbours(prices.attrs["neighbours_alike"]) + rows)
 
 
 def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
     """What was asked, whether it holds, and what the adapter loses and takes."""
     rows, measured, planner = [], plan.measured, plan.planner
     if plan.aim is None:
-        rows.append(_certificate(measured.certified))
+        rows += _certificate(measured, "for all sizes of the list at once")
     elif plan.estimate:
         aim = f"{100 * plan.aim:.4g}%"
-        rows.append(("Asked", f"an estimated loss of at most {aim} over all held-out texts"))
+        rows.append(("Asked", f"an estimated loss of at most {aim} over the texts to certify with"))
         rows.append(("Verdict", "REACHED, as an estimate" if plan.reached else "NOT REACHED"))
     else:
-        lost = f"lose at most {100 * plan.aim:.4g}% of what tuning typically changed"
-        rows.append(("Asked", f"at least 90% of texts like these {lost}"))
-        texts = f"95%, any distribution; {measured.texts} texts that had no part in choosing"
-        rows.append(("Verdict", f"{'' if plan.reached else 'NOT '}CERTIFIED ({texts})"))
+        rows.append(("Asked", f"{_PROMISE} {100 * plan.aim:.4g}% {_UNIT}"))
+        drawn = ", one of each group," * planner.texts.grouped
+        verdict = f"CERTIFIED by {measured.texts} texts{drawn} at 95% (float32, nothing generated)"
+        made = ". They made none of the adapters tried and decided only where the search stops"
+        rows.append(("Verdict", verdict + made if plan.reached else f"NOT {verdict}"))
     if not plan.reached:
         rows.append(("", _remedy(plan)))
-    rows += _measured(measured, limits=plan.aim is None)
+    rows += _neighbours(plan.neighbours_alike)
+    rows += _measured(measured, certified=plan.aim is None)
     size = f"{megabytes(plan.size)}: {plan.adapter.parameters:,} numbers in factors, "
     size += f"{plan.carried:,} in all"
     rows.append(("Size", size if plan.reached and out is not None else f"about {size}"))
@@ -360,6 +377,13 @@ def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
     return rows
 
 
+def _neighbours(alike: bool) -> list[tuple[str, str]]:
+    """A warning of texts that may be no independent draws."""
+    said = "Neighbouring lines lose alike: are they of one document? Then give --group FIELD, or "
+    said += "separate documents by blank lines; the certificate counts each as a draw of its own."
+    return [("WARNING", said)] * alike
+
+
 def _remedy(plan: Plan) -> str:
     """What to do where nothing that was asked is reached."""
     if not math.isfinite(plan.stated):
@@ -375,26 +399,35 @@ def _remedy(plan: Plan) -> str:
     return f"{nearest}, by its certificate or over all texts. {more} {again}"
 
 
-def _certificate(limit: float) -> tuple[str, str]:
-    """What texts certify of an adapter that they had no part in choosing."""
-    if not math.isfinite(limit):
-        return "Certified", "nothing: too few texts"
-    lost = f"lose at most {most(limit)} of what tuning typically changed"
-    return "Certified", f"at least 90% of texts like these {lost} (95%, any distribution)"
+def _certificate(measured: Measured, also: str = "") -> list[tuple[str, str]]:
+    """What texts certify of an adapter on which they did not decide."""
+    if not math.isfinite(measured.certified):
+        return [("Certified", "nothing: too few texts")]
+    by = f"by {measured.texts} texts at 95%" + f", {also}" * bool(also)
+    return [("Certified", f"{_PROMISE} {most(measured.certified)} {_UNIT} ({by})")]
 
 
-def _measured(measured: Measured, *, limits: bool = True) -> list[tuple[str, str]]:
-    """What an adapter loses, for people; with limits where texts had no part in choosing it."""
+def _evidence(evidence: Evidence) -> list[tuple[str, str]]:
+    """What all texts that were ever checked say of a certificate."""
+    said = f"{evidence.exceeding} of {evidence.texts} fresh texts so far lose more than certified"
+    if evidence.verdict == "undecided":
+        few, many = (evidence.missing(share) for share in (0.03, 0.05))
+        said += f". Check with more: about {few} if 3% of all texts do, {many} if 5% do"
+    return [("Verdict", f"{evidence.verdict.upper()}: {said}")]
+
+
+def _measured(measured: Measured, *, certified: bool = True) -> list[tuple[str, str]]:
+    """What an adapter loses, for people; an estimate where texts decided on it."""
     rows = [("Estimate", f"{percent(measured.error)} lost over all {measured.texts} texts")]
+    if math.isfinite(measured.own_effect):
+        how = "95%" if certified else "estimate"
+        own = f"{most(measured.own_effect)} of what it changed in this very text ({how})"
+        rows.insert(0, ("Own effect", f"9 of 10 texts lose at most {own}"))
     if math.isfinite(measured.agreement):
         equal = round(measured.agreement * measured.decisions)
         decisions = f"{equal:,} of {measured.decisions:,} as the tuned model"
         drawn = f"{percent(measured.variation)} differ if both draw from their probabilities"
-        if limits:
-            mean = " in the mean over texts" * (measured.decisions > measured.texts)
-            decisions += f" (at least {least(measured.agreement_lower)}{mean}, at 95%)"
-            drawn += f" (at most {most(measured.variation_upper)}, at 95%)"
-        rows += [("Decisions", f"{decisions}; {drawn}")]
+        rows.append(("Decisions", f"{decisions}; {drawn}"))
     if math.isfinite(measured.accuracy):
         parts = measured.base_accuracy, measured.tuned_accuracy, measured.accuracy
         base, tuned, adapted = map(percent, parts)

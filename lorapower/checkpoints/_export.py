@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, ResultsError
 from ..lowrank import LowRank
 from ._adapters import module_factors
+from ._folders import rewrite
+from ._limits import Evidence
 from ._models import PEFT_CONFIG, build, public_name, quiet, require_libraries, tokenizer
 from ._texts import TOKENS
 from .pair import Adapter, Pair
@@ -252,15 +254,17 @@ def measure_peft(folder: Path) -> tuple[int, int]:
 
 
 class Certified(NamedTuple):
-    """What a report certifies: the unit of losses and their limit.
+    """What a report certifies: the unit of losses and their limit, and the evidence so far.
 
-    It holds for texts of so many ``tokens`` at most, none of which is among the digests ``used``.
+    It holds for texts of so many ``tokens`` at most. Those of the digests ``used`` have been seen
+    by the plan or by checks.
     """
 
     tokens: int = TOKENS
     typical: float = math.nan
     limit: float = math.nan
     used: frozenset[str] = frozenset()
+    evidence: Evidence = Evidence()
 
 
 def read_report(folder: Path | str) -> Certified:
@@ -268,25 +272,32 @@ def read_report(folder: Path | str) -> Certified:
     found = Certified()
     with suppress(OSError, ValueError, TypeError, KeyError):
         report = json.loads((Path(folder) / REPORT).read_text(encoding="utf-8"))
-        used = frozenset(report.get("used_texts", ()))
+        kept = report.get("evidence", {})
+        used = frozenset([*report.get("used_texts", ()), *kept.get("checked_texts", ())])
         found = Certified(int(report["options"]["tokens"]), used=used)
         typical, limit = float(report["typical_effect"]), float(report["certified"])
         if 0 < typical < math.inf and 0 <= limit < math.inf:
-            return found._replace(typical=typical, limit=limit)
+            counts = (type(x)(kept.get(name, x)) for name, x in Evidence()._asdict().items())
+            return Certified(found.tokens, typical, limit, used, Evidence(*counts))
     return found
+
+
+def keep_evidence(folder: Path | str, evidence: Evidence, counted: list[str]) -> bool:
+    """Write evidence and the digests of more counted texts to the report; false if that fails."""
+    file = Path(folder) / REPORT
+    report = json.loads(file.read_text(encoding="utf-8"))
+    before = report.get("evidence", {}).get("checked_texts", [])
+    report["evidence"] = evidence._asdict() | {"checked_texts": [*before, *counted]}
+    with suppress(ResultsError):
+        rewrite(Path(folder), REPORT, json.dumps(report, indent=2, allow_nan=False) + "\n")
+        return True
+    return False
 
 
 def describe(folder: Path, report: Mapping[str, Any], modules: pd.DataFrame) -> None:
     """Write the report, and a card for people with its main numbers and the table of modules."""
     text = json.dumps(report, indent=2, allow_nan=False)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
-    promise = "Nothing is certified."
-    if (limit := report["certified"]) is not None:
-        promise = (
-            f"At least {report['certified_share']:.0%} of texts like the held-out ones lose at "
-            f"most {most(limit)} of what tuning typically changed in the outputs, at a confidence "
-            "of 95%."
-        )
     notes = f"\n{_DEQUANTIZED}\n" if report["base_dequantized"] else ""
     notes += f"\n{_TIED}\n" if report["ties_embeddings"] else ""
     agreement = report["agreement"]
@@ -314,8 +325,10 @@ tags: [lora, lorapower]
 
 # A low-rank adapter of {Path(report["tuned"]).name} for {Path(report["base"]).name}
 
-It replaces the fine-tuned model. {promise} Over {report["held_out_texts"]} held-out texts \
-{report["error"]:.1%} of the effect of tuning is lost (root mean square, an estimate).
+It replaces the fine-tuned model. {report["certificate"]}
+
+Over {report["held_out_texts"]} texts {report["error"]:.1%} of the effect of tuning is lost (root \
+mean square, an estimate).
 
 | | |
 | --- | --- |
@@ -350,11 +363,6 @@ def megabytes(size: int) -> str:
 def most(share: float) -> str:
     """Write an upper limit of a share for people, rounded up."""
     return percent(math.ceil(1000 * share - 1e-9) / 1000) if math.isfinite(share) else "–"
-
-
-def least(share: float) -> str:
-    """Write a lower limit of a share for people, rounded down."""
-    return percent(math.floor(1000 * share + 1e-9) / 1000) if math.isfinite(share) else "–"
 
 
 def percent(share: float) -> str:

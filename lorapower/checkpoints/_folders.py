@@ -111,6 +111,30 @@ def write_folder(folder: Path, *, listed: bool = False) -> Iterator[Path]:
                 raise
 
 
+def rewrite(folder: Path, name: str, text: str) -> None:
+    """Replace a file in a folder, as a whole or not at all.
+
+    If it was as this command wrote it, the list in the folder follows, so that it still is.
+    """
+    listing, unchanged = folder / WRITTEN, _written(folder).get(name)
+    with writing(folder):
+        _replace(folder / name, text)
+        if unchanged:
+            lines = listing.read_text("utf-8").splitlines()
+            own = f"{digest(folder / name)}  {name}"
+            kept = (own if line.partition("  ")[2] == name else line for line in lines)
+            _replace(listing, "\n".join(kept) + "\n")
+
+
+def _replace(file: Path, text: str) -> None:
+    new = file.with_name(f".{file.name}.new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(file)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def _written(folder: Path) -> dict[str, bool]:
     """Which files of a folder were written with its list, and whether they are as they were."""
     listing = folder / WRITTEN

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-_CONFIDENCE = 0.95
 #: The share of texts that a certificate speaks of.
 SHARE = 0.9
-# The part of its capital that a bet on a mean risks at most.
-_RISKED = 0.9
+#: How often a certificate may be wrong.
+DOUBT = 0.05
+#: Sizes of adapters that are certified together, each at this part of the doubt.
+SIZES = 7
+# Evidence for or against a certificate is enough at this logarithm of a likelihood ratio.
+_ENOUGH = math.log(1 / DOUBT)
+# Logarithms of likelihood ratios of one text that does not exceed a limit and of one that does: if
+# a twentieth exceed it rather than a tenth, and if a fifth do.
+_RATIOS = [(math.log(0.95 / 0.9), math.log(0.5)), (math.log(0.8 / 0.9), math.log(2))]
+# Of independent draws 1% have a larger rank correlation of neighbours, in units of its spread.
+_ALIKE = 2.33
 
 
 def ratio(squares: NDArray[np.float64], effect: NDArray[np.float64]) -> float:
@@ -28,49 +38,85 @@ def quantile(losses: NDArray[np.float64]) -> float:
     return float(np.quantile(losses, SHARE, method="inverted_cdf"))
 
 
-def quantile_limit(losses: NDArray[np.float64]) -> float:
+@functools.cache
+def allowed(texts: int, doubt: float = DOUBT) -> int:
+    """Count how many of so many texts may exceed what they certify; -1 if they are too few.
+
+    It is the most that a binomial number of draws with probability 0.1 does not exceed in at most
+    ``doubt`` of cases (Wilks, 1941).
+    """
+    most = int(scipy.stats.binom.ppf(doubt, texts, 1 - SHARE))
+    return most - int(scipy.stats.binom.cdf(most, texts, 1 - SHARE) > doubt)
+
+
+def fewest(texts: int) -> int:
+    """Find the fewest texts of which as many may exceed a limit as of so many [prop-certificate].
+
+    More of them only make the limit larger.
+    """
+    return next(n for n in range(texts, 0, -1) if allowed(n - 1) < allowed(texts))
+
+
+def quantile_limit(losses: NDArray[np.float64], doubt: float = DOUBT) -> float:
     """Compute an upper limit at 95% of what 90% of texts lose at most [prop-certificate].
 
-    It holds for any distribution from which the ``losses``, ``[n]``, were drawn independently.
-    Returns the k-th smallest, with the least k such that a binomial number of ``n`` draws with
-    probability 0.9 is at least k in at most 5% of cases (Wilks, 1941); infinite if there is none.
+    It holds for any distribution from which the ``losses``, ``[n]``, were drawn independently, but
+    for a share ``doubt`` of such draws. Infinite for too few losses: fewer than 29, at 95%.
     """
-    found = scipy.stats.quantile_test(losses, p=SHARE, alternative="less")
-    limit = float(found.confidence_interval(_CONFIDENCE).high)
-    return math.inf if math.isnan(limit) else limit
+    exceeding = allowed(len(losses), doubt)
+    return math.inf if exceeding < 0 else float(np.sort(losses)[-1 - exceeding])
 
 
-def judge(losses: NDArray[np.float64], limit: float) -> tuple[str, int]:
-    """Judge a certified limit by fresh texts: ``verdict`` and ``exceeding`` of `Measured`."""
-    # Merged and unmerged adapters differ by rounding.
-    limit = 1.001 * limit + 1e-5
-    exceeding = int((~(losses <= limit)).sum())
-    if quantile_limit(losses) <= limit:
-        return "confirmed", exceeding
-    chance = scipy.stats.binom.cdf(len(losses) - exceeding, len(losses), SHARE)
-    return "failed" if chance <= 1 - _CONFIDENCE else "consistent", exceeding
+class Evidence(NamedTuple):
+    """What fresh texts say of a certificate, counted one after another in any number of checks.
 
-
-def mean_limit(values: NDArray[np.float64], *, binary: bool = False) -> float:
-    """Compute an upper limit of a mean at 95%, for any distribution on [0, 1].
-
-    The ``values``, ``[n]``, were drawn independently from it, in this order; ``binary`` ones are 0
-    or 1. Returns the least multiple ``m`` of 0.001 at which a gambler who bets that values are
-    below ``m`` on average would have had 20 times the capital that he began with (Waudby-Smith and
-    Ramdas, 2024), or 1; for ``binary`` ones the limit of Clopper and Pearson. NaN for values that
-    are.
+    ``texts`` were counted, of which so many are ``exceeding`` the limit. ``confirming`` is the
+    largest logarithm so far of the likelihood that a twentieth exceed it over that of a tenth, and
+    ``contradicting`` that of a fifth over a tenth [prop-certificate].
     """
-    n, total = len(values), float(values.sum())
-    if math.isnan(total):
-        return math.nan
-    if binary:
-        return float(scipy.stats.beta.ppf(_CONFIDENCE, total + 1, n - total)) if total < n else 1.0
-    before = np.arange(2, n + 2)
-    mean = (0.5 + values.cumsum()) / before
-    spread = (0.25 + np.square(values - mean).cumsum()) / before
-    wanted = math.log(1 / (1 - _CONFIDENCE))
-    stake = np.sqrt(2 * wanted / (n * np.array([0.25, *spread[:-1]])))[:, None]
-    m = np.arange(1, 1000) / 1000
-    gain = np.minimum(stake, _RISKED / (1 - m)) * (m - values[:, None])
-    won = (np.log1p(gain).cumsum(0).max(0) >= wanted).nonzero()[0]
-    return float(m[won[0]]) if len(won) else 1.0
+
+    texts: int = 0
+    exceeding: int = 0
+    confirming: float = 0.0
+    contradicting: float = 0.0
+
+    def add(self, exceeds: NDArray[np.bool_]) -> Evidence:
+        """Count more texts, each of which exceeds the limit or does not."""
+        outside = self.exceeding + exceeds.cumsum()
+        inside = self.texts + np.arange(1, len(exceeds) + 1) - outside
+        highest = [
+            max(before, float((inside * below + outside * above).max()))
+            for before, (below, above) in zip(self[2:], _RATIOS, strict=True)
+        ]
+        return Evidence(self.texts + len(exceeds), int(outside[-1]), *highest)
+
+    @property
+    def verdict(self) -> str:
+        """``"failed"``, ``"confirmed"`` or ``"undecided"``.
+
+        A certificate that is wrong is ever confirmed in at most 5% of cases, however often one
+        checks, and a true one ever fails in at most 5%.
+        """
+        if self.contradicting >= _ENOUGH:
+            return "failed"
+        return "confirmed" if self.confirming >= _ENOUGH else "undecided"
+
+    def missing(self, share: float) -> int:
+        """Estimate how many more texts would confirm the certificate, if this share exceed it."""
+        below, above = _RATIOS[0]
+        now = (self.texts - self.exceeding) * below + self.exceeding * above
+        return math.ceil((_ENOUGH - now) / ((1 - share) * below + share * above))
+
+
+def exceed(losses: NDArray[np.float64], limit: float) -> NDArray[np.bool_]:
+    """Say which losses exceed a limit by more than merged and unmerged adapters differ."""
+    exceeding: NDArray[np.bool_] = ~(losses <= 1.001 * limit + 1e-5)
+    return exceeding
+
+
+def are_alike(losses: NDArray[np.float64]) -> bool:
+    """Whether neighbouring losses go together as those of only 1% of independent draws do."""
+    ranks = scipy.stats.rankdata(losses)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        correlation = float(np.corrcoef(ranks[:-1], ranks[1:])[0, 1])
+    return correlation * math.sqrt(len(losses)) > _ALIKE

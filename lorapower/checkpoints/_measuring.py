@@ -14,7 +14,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._limits import mean_limit, quantile_limit, ratio
+from ._limits import DOUBT, Evidence, quantile_limit, ratio
 from ._models import has_bfloat16
 from ._texts import Batch
 from .pair import Task
@@ -28,9 +28,8 @@ _ROWS = 64
 class Measured(NamedTuple):
     """What an adapted network loses on some texts, and how sure that is.
 
-    Limits hold at a confidence of 95% for any distribution of texts, if the adapter was chosen
-    without these [prop-certificate]. Decisions are classes or next tokens; without a head what is
-    said of them is NaN.
+    All is computed in float32 on texts as they are given; none is generated. Decisions are classes
+    or next tokens; without a head what is said of them is NaN.
 
     Attributes
     ----------
@@ -38,32 +37,34 @@ class Measured(NamedTuple):
         ``η = (Σ‖f̂ − f̄‖² / Σ‖f_0 − f̄‖²)^{1/2}`` over texts, the part of the tuning's effect that
         is lost: 0 for the tuned network ``f̄``, 1 for the base ``f_0``. Outputs are logits minus
         their mean over classes or tokens or, without a head, last hidden states.
-    agreement, agreement_lower : float
-        The share of equal decisions; and the lower limit of its mean over texts.
+    agreement : float
+        The share of equal decisions.
     kl : float
         The mean divergence ``KL(f̄ ‖ f̂)`` of the distributions, in nats.
     texts : int
-        The number of texts.
+        The number of texts; of each group there is one.
     certified : float
-        At least 90% of different texts like these lose at most this part of the tuning's typical
-        effect. A text loses ``‖f̂ − f̄‖``; the typical effect is the root mean square of
+        At least 90% of texts like these lose at most this part of what tuning typically changes in
+        a text, at a confidence of 95% and for any distribution, if texts (or groups) were drawn
+        independently and had no part in making the adapter or choosing it [prop-certificate]. A
+        text loses ``‖f̂ − f̄‖``; what tuning typically changes is the root mean square of
         ``‖f_0 − f̄‖`` over the texts by which a plan was selected or, without a plan, over these.
         Infinite for fewer than 29 texts.
+    own_effect : float
+        The same with each text's own ``‖f_0 − f̄‖`` for the typical one.
     decisions : int
         The number of decisions: of texts or, for a language model, of tokens.
-    variation, variation_upper : float
+    variation : float
         The mean total variation ``½‖p̄ − p̂‖₁`` of the distributions, averaged over each text and
-        then over texts, and its upper limit: of draws from both, coupled at best, this share
-        differs.
+        then over texts: of draws from both, coupled at best, this share differs.
     accuracy, base_accuracy, tuned_accuracy : float
         The share of right decisions of the adapted network, of the base and of the tuned network;
         NaN without labels.
-    verdict : str
-        What these texts say of the certificate in an adapter's ``report.json``, empty without one:
-        ``"confirmed"`` if they certify it by themselves, ``"failed"`` if so many lose more that,
-        were it true, this would happen in at most 5% of cases, and otherwise ``"consistent"``.
-    exceeding : int
-        How many of these texts lose more than that certificate says.
+    evidence : Evidence, optional
+        What all texts that were ever checked say of the certificate in an adapter's
+        ``report.json``; ``None`` without one.
+    kept : bool
+        Whether ``report.json`` has this evidence, so that the next check goes on from it.
     bfloat16, tuned_bfloat16 : float
         The error of the adapter, merged, and of the tuned network with weights and values in
         bfloat16, against the tuned outputs in float32; NaN unless asked for, and where peft cannot
@@ -75,18 +76,17 @@ class Measured(NamedTuple):
 
     error: float
     agreement: float
-    agreement_lower: float
     kl: float
     texts: int
     certified: float = math.inf
+    own_effect: float = math.inf
     decisions: int = 0
     variation: float = math.nan
-    variation_upper: float = math.nan
     accuracy: float = math.nan
     base_accuracy: float = math.nan
     tuned_accuracy: float = math.nan
-    verdict: str = ""
-    exceeding: int = 0
+    evidence: Evidence | None = None
+    kept: bool = False
     bfloat16: float = math.nan
     tuned_bfloat16: float = math.nan
     differing: Mapping[str, tuple[Any, Any]] = {}
@@ -233,22 +233,21 @@ class Reference:
         """Measure ``η`` of a network of transformers."""
         return ratio(self.squares(network), self.effect)
 
-    def summarize(self, compared: Compared) -> Measured:
-        """Measure what a network loses, from what it does on each text (`compare`)."""
+    def summarize(self, compared: Compared, doubt: float = DOUBT) -> Measured:
+        """Measure what a network loses, from what it does on each text (`compare`).
+
+        Limits are wrong in a share ``doubt`` of cases at most.
+        """
         squares, equal, divergence, decisions, variation, right = compared
-        # Bets are placed on one text after the other, as they were drawn.
-        order = np.argsort(np.concatenate([batch.drawn for batch in self.batches]))
-        differing, varied = ((x / decisions)[order] for x in (decisions - equal, variation))
         return Measured(
             ratio(squares, self.effect),
             float(equal.sum() / decisions.sum()),
-            1 - mean_limit(differing, binary=bool((decisions == 1).all())),
             float(divergence.sum() / decisions.sum()),
             len(squares),
-            quantile_limit(self.losses(squares)),
+            quantile_limit(self.losses(squares), doubt),
+            quantile_limit(_parts(squares, self.effect), doubt),
             int(decisions.sum()),
-            float(varied.mean()),
-            mean_limit(varied),
+            float((variation / decisions).mean()),
             float(right.mean()),
             *self._accuracies,
         )
@@ -256,8 +255,7 @@ class Reference:
     def losses(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
         """The part of the tuning's typical effect that each text loses."""
         typical = math.sqrt(self.effect.mean()) if math.isnan(self.typical) else self.typical
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(squares == 0, 0.0, np.sqrt(squares) / typical)
+        return _parts(squares, np.full_like(squares, typical**2))
 
     def squares(self, network: Any) -> NDArray[np.float64]:
         """Measure the squared distance of each text from the tuned network's outputs."""
@@ -301,6 +299,12 @@ class Reference:
                 columns = torch.cat([_contrast(x, y, known, task) for x, y, known in some])
                 parts.append(sum_by_text(columns, batch, task).numpy())
         return Compared(*np.concatenate(parts).T)
+
+
+def _parts(squares: NDArray[np.float64], wholes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Square roots of quotients; 0 where nothing is lost of nothing."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(squares == 0, 0.0, np.sqrt(squares / wholes))
 
 
 def _contrast(values: Tensor, target: Tensor, labels: Tensor, task: Task) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -15,13 +16,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .. import _checks, randomness
 from ..errors import InputError
+from ._limits import fewest
 from ._models import quiet
 from ._reading import Text
 from .pair import COUNTED_FROM_PADDING, Pair
 
-#: Texts that each part needs. If two models agree on 59, the lower limit of their agreement is .95
-#: at a confidence of 95%; and fewer say little about the inputs of modules.
-LEAST_TEXTS = 60
+#: Texts that each part needs, or groups of them: of 61 two may exceed what they certify, of fewer
+#: one; and fewer say little about the inputs of modules.
+LEAST_TEXTS = 61
 #: At most so many texts of each part are used, as time grows with them.
 MOST_TEXTS = 256
 # About so many tokens of each part, unless `LEAST_TEXTS` have more or all are to be used.
@@ -43,13 +45,13 @@ LOAD = 2**27
 class Batch(NamedTuple):
     """Texts as a network takes them, ``[texts, tokens]``, with 1 for tokens and 0 for padding.
 
-    ``drawn`` has each text's place in the order in which all were drawn, since batches are of
-    similar length; and ``labels`` the classes, -1 where they are not known.
+    ``places`` are those of the texts among all that were given, and ``labels`` the classes, -1
+    where they are not known.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
-    drawn: Tensor
+    places: Tensor
     labels: Tensor
 
     @property
@@ -68,10 +70,10 @@ class Batch(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Texts to fit to, to select candidates by and to state errors with.
+    """Texts to fit to, to select candidates by and to certify with.
 
     ``cut`` were cut off, and ``unknown`` is the share of tokens that stand for any unknown word;
-    ``used`` has the digests of all.
+    ``used`` has the digests of all, and ``grouped`` says whether any were in groups.
     """
 
     fit: list[Batch]
@@ -80,15 +82,21 @@ class Texts(NamedTuple):
     cut: int
     unknown: float
     used: list[str]
+    grouped: bool
 
 
 class _Encoded(NamedTuple):
-    """A text, its tokens, how many it had before it was cut off, and when it was drawn."""
+    """A text, its class and place, its tokens, and how many it had before it was cut off."""
 
     text: str
+    label: int
+    place: int
     ids: list[int]
     length: int
-    drawn: int
+
+
+# Texts of one group, or one text of none, each with its place among all that were given.
+_Group: TypeAlias = list[tuple[int, Text]]
 
 
 def count(batches: Sequence[Batch]) -> int:
@@ -110,32 +118,34 @@ def prepare(
     thorough: bool = False,
     seed: int,
 ) -> Texts:
-    """Divide texts in three parts; without ``held_out``, half of them are to state errors with."""
+    """Divide texts in three parts; without ``held_out``, half of them are to certify with.
+
+    Groups are divided as wholes, and before repetitions are left out of those to plan with: given
+    these, the others are independent draws as before [prop-certificate].
+    """
     order = np.random.default_rng(randomness.number(seed, "planning texts"))
     if held_out is None:
-        planning = _shuffle("texts", texts, order, 2 * LEAST_TEXTS)
-        half = len(planning) // 2
-        planning, stated = planning[half:], planning[:half]
+        groups = _shuffle("texts", texts, order, 2 * LEAST_TEXTS)
+        half = len(groups) // 2
+        planning, certifying = groups[half:], groups[:half]
     else:
         planning = _shuffle("texts", texts, order, LEAST_TEXTS)
-        stated = _shuffle("held_out", held_out, order, LEAST_TEXTS)
-        if both := set(planning) & set(stated):
-            raise InputError(
-                "held_out",
-                allowed="of texts that are not among those for planning",
-                given=f"{len(both)} that are, such as {min(both)!r}",
-                remedy="take them out of either file: what is stated would be too good",
-            )
-    classes = _classes(pair, texts if held_out is None else held_out)
-    limit = _limit(pair, tokens)
-    encoded = _encode(pair, planning, limit)
+        certifying = _shuffle("held_out", held_out, order, LEAST_TEXTS)
+        _require_apart(planning, certifying)
+    # Of each group one text before any second one.
+    lines = filter(None, itertools.chain.from_iterable(itertools.zip_longest(*planning)))
+    different = {line[1].text: line for line in lines}
+    plan = _encode(pair, "different texts to plan with", different.values(), tokens)
     number = MOST_TEXTS
     if not thorough:
-        # How many texts state errors must not depend on their own lengths: to stop at a number of
+        # How many texts certify must not depend on their own lengths: to stop at a number of
         # tokens would draw short ones too often.
-        mean = sum(len(text.ids) for text in encoded) / len(encoded)
+        mean = sum(len(text.ids) for text in plan) / len(plan)
         number = max(LEAST_TEXTS, min(int(_TOKENS_OF_PART / mean), MOST_TEXTS))
-    plan, test = encoded[:number], _encode(pair, stated[:number], limit)
+    plan = plan[:number]
+    test = _encode(pair, "texts to certify with", (group[0] for group in certifying), tokens)
+    # Those that were drawn last are dropped, whatever they say.
+    test = test[: fewest(min(number, len(test)))]
     whole = [*plan, *test]
     unknown = sum(text.ids.count(pair.tokenizer.unk_token_id) for text in whole)
     first = round(_SELECTING * len(plan))
@@ -143,10 +153,11 @@ def prepare(
         [*_batches(pair, plan[first:])],
         # Of other outputs than those of classes some are drawn, batch by batch.
         [*_batches(pair, plan[:first], tight=pair.task == "classification")],
-        [*_batches(pair, test, classes, tight=True)],
-        sum(text.length > limit for text in whole),
+        [*_batches(pair, test, tight=True)],
+        sum(text.length > len(text.ids) for text in whole),
         unknown / sum(len(text.ids) for text in whole),
-        sorted(_digest(text.text) for text in whole),
+        sorted({_digest(text.text) for text in whole}),
+        any(text.group is not None for group in planning for _, text in group),
     )
 
 
@@ -156,17 +167,25 @@ def prepare_all(
     *,
     tokens: int,
     seed: int,
-    used: Collection[str] = (),
-) -> list[Batch]:
-    """Make batches of all texts but those of the digests ``used``, or of 256 of them."""
+    used: Collection[str],
+    certify: bool,
+) -> tuple[list[Batch], list[str]]:
+    """Make batches of one text of each group without any of the digests ``used``, at most 256.
+
+    There must be as many as ``certify`` a loss by themselves, or else one. Returns their digests
+    too.
+    """
+    needed = LEAST_TEXTS if certify else 1
     order = np.random.default_rng(randomness.number(seed, "checked texts"))
-    fresh = _shuffle("texts", texts, order, LEAST_TEXTS, used)
-    encoded = _encode(pair, fresh, _limit(pair, tokens))
-    return [*_batches(pair, encoded, _classes(pair, texts), tight=True)]
+    fresh = _shuffle("texts", texts, order, needed, used)
+    encoded = _encode(pair, "fresh texts", (group[0] for group in fresh), tokens, needed)
+    if certify:
+        encoded = encoded[: fewest(len(encoded))]
+    return [*_batches(pair, encoded, tight=True)], sorted({_digest(text.text) for text in encoded})
 
 
 def _digest(text: str) -> str:
-    """A short digest, by which a report can say which texts a plan has used."""
+    """A short digest, by which a report can say which texts were used."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -176,60 +195,87 @@ def _shuffle(
     order: np.random.Generator,
     needed: int,
     used: Collection[str] = (),
-) -> list[str]:
-    """The different texts that are not empty or used, in random order; refuses too few."""
+) -> list[_Group]:
+    """Groups of texts that are not empty, none of them used, in random order, and theirs too."""
     if isinstance(given, str):
         raise InputError(name, allowed="a list of texts", given="one text")
-    plain = [text if isinstance(text, str) else text.text for text in given]
-    if broken := next(filter(_SURROGATE.search, plain), None):
-        allowed = "of whole characters, not of halves of surrogate pairs"
-        raise InputError(name, allowed=allowed, value=broken)
-    different = list(dict.fromkeys(text.strip() for text in plain if text.strip()))
+    found: dict[str | int, _Group] = {}
+    for place, each in enumerate(given):
+        text = Text(each) if isinstance(each, str) else each
+        if _SURROGATE.search(text.text):
+            allowed = "of whole characters, not of halves of surrogate pairs"
+            raise InputError(name, allowed=allowed, value=text.text)
+        if stripped := text.text.strip():
+            group = found.setdefault(place if text.group is None else text.group, [])
+            group.append((place, Text(stripped, text.label, text.group)))
+    groups = [*found.values()]
     if used:
-        different = [text for text in different if _digest(text) not in used]
-    if len(different) < needed:
-        allowed = f"at least {needed} different texts"
+        groups = [g for g in groups if not any(_digest(text.text) in used for _, text in g)]
+    if len(groups) < needed:
+        allowed, remedy = f"at least {needed} text{'s' * (needed > 1)}", ""
+        if any(isinstance(key, str) for key in found):
+            allowed = f"of at least {needed} group{'s' * (needed > 1)}, which count once each"
+            remedy = "give more; or no groups, if each text was drawn independently of the others"
         if needed > LEAST_TEXTS:
-            allowed += f": {LEAST_TEXTS} to plan with and as many to measure with"
-        allowed += " that the adapter's plan has not used" * bool(used)
-        raise InputError(name, allowed=allowed, given=len(different))
-    return [different[i] for i in order.permutation(len(different))]
+            allowed += f": {LEAST_TEXTS} to plan with and {LEAST_TEXTS} to certify with"
+        allowed += " that neither the adapter's plan nor a check has used" * bool(used)
+        raise InputError(name, allowed=allowed, given=len(groups), remedy=remedy)
+    mixed = (groups[i] for i in order.permutation(len(groups)))
+    return [[group[i] for i in order.permutation(len(group))] for group in mixed]
 
 
-def _classes(pair: Pair, texts: Sequence[str | Text]) -> dict[str, int] | None:
-    """The classes of texts if all are labelled; ``None`` for models without classes."""
-    labelled = [t for t in texts if isinstance(t, Text) and t.label is not None]
-    if len(labelled) < len(texts) or pair.task != "classification":
-        return None
-    number, names = pair.tuned.config.num_labels, pair.tuned.config.label2id
-    if number < 2:
-        return None
-    found = {}
-    for text, label, _ in labelled:
-        place = label
-        if isinstance(label, str):
-            # In .csv all labels are words.
-            place = names.get(label, int(label) if label.isdecimal() else None)
-        if type(place) is not int or not 0 <= place < number:
-            allowed = f"a class, 0 to {number - 1}, or its name ({', '.join(map(str, names))})"
-            remedy = "leave labels out, or correct this one"
-            given = f"{label!r} of {text[:40]!r}"
-            raise InputError("label", allowed=allowed, given=given, remedy=remedy)
-        found[text.strip()] = place
-    return found
+def _require_apart(planning: list[_Group], held_out: list[_Group]) -> None:
+    """Refuse texts, and names of groups, that are in both."""
+    for name in ("text", "group"):
+        each = (
+            {getattr(text, name) for g in part for _, text in g} for part in (planning, held_out)
+        )
+        if both := set.intersection(*each) - {None}:
+            raise InputError(
+                "held_out",
+                allowed=f"of {name}s that are not among those for planning",
+                given=f"{len(both)} that are, such as {min(both)!r}",
+                remedy="take them out of either file: what is certified would be too good",
+            )
 
 
-def _encode(pair: Pair, texts: Sequence[str], limit: int) -> list[_Encoded]:
+def _class(pair: Pair, text: Text) -> int:
+    """The class of a text; -1 without a label, and for models without classes."""
+    config: Any = pair.tuned.config
+    if text.label is None or pair.task != "classification" or config.num_labels < 2:
+        return -1
+    number, names = config.num_labels, config.label2id
+    place = text.label
+    if isinstance(place, str):
+        # In .csv all labels are words.
+        place = names.get(place, int(place) if place.isdecimal() else None)
+    if type(place) is int and 0 <= place < number:
+        return place
+    allowed = f"a class, 0 to {number - 1}, or its name ({', '.join(map(str, names))})"
+    remedy = "leave labels out, or correct this one"
+    given = f"{text.label!r} of {text.text[:40]!r}"
+    raise InputError("label", allowed=allowed, given=given, remedy=remedy)
+
+
+def _encode(
+    pair: Pair,
+    purpose: str,
+    lines: Iterable[tuple[int, Text]],
+    tokens: int,
+    needed: int = LEAST_TEXTS,
+) -> list[_Encoded]:
     """The first texts, at most 256, as tokens; those without any have no output."""
-    texts = texts[:MOST_TEXTS]
+    places, texts = zip(*itertools.islice(lines, MOST_TEXTS), strict=True)
+    plain = [text.text for text in texts]
     with quiet():
-        tokenized = pair.tokenizer(list(texts))["input_ids"]
-        kept = pair.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
-    each = zip(texts, kept, map(len, tokenized), range(len(texts)), strict=True)
+        whole = pair.tokenizer(plain)["input_ids"]
+        kept = pair.tokenizer(plain, truncation=True, max_length=_limit(pair, tokens))["input_ids"]
+    classes = [_class(pair, text) for text in texts]
+    each = zip(plain, classes, places, kept, map(len, whole), strict=True)
     encoded = [text for text in map(_Encoded._make, each) if text.ids]
-    if not encoded:
-        allowed = "texts that the model's tokenizer makes tokens of"
-        raise InputError("texts", allowed=allowed, given="none")
+    if len(encoded) < needed:
+        allowed = f"at least {needed} {purpose} that the tokenizer makes tokens of"
+        raise InputError("texts", allowed=allowed, given=len(encoded))
     return encoded
 
 
@@ -246,7 +292,6 @@ def _limit(pair: Pair, tokens: int) -> int:
 def _batches(
     pair: Pair,
     texts: Iterable[_Encoded],
-    classes: Mapping[str, int] | None = None,
     *,
     tight: bool = False,
 ) -> Iterator[Batch]:
@@ -268,10 +313,9 @@ def _batches(
             size += 1
         part, ordered = ordered[:size], ordered[size:]
         ids = [torch.tensor(text.ids) for text in part]
-        labels = [-1 if classes is None else classes[text.text] for text in part]
         yield Batch(
             pad_sequence(ids, True, padding),
             pad_sequence([torch.ones_like(text) for text in ids], True),
-            torch.tensor([text.drawn for text in part]),
-            torch.tensor(labels),
+            torch.tensor([text.place for text in part]),
+            torch.tensor([text.label for text in part]),
         )

@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..lowrank import LowRank
 from . import _metrics
 from ._effect import PROBES, Pool, choose, predict, predict_least, sketch
-from ._limits import quantile, ratio
+from ._limits import are_alike, quantile, ratio
 from ._measuring import Compared, Measured, Readout, Reference
 from ._metrics import Directions, Moments
 from ._models import listed, require_device, require_memory
@@ -49,15 +49,15 @@ _THOROUGH = 16
 class Planner:
     """A pair of checkpoints and texts to plan adapters with.
 
-    Its methods replace the weights of its ``network``, of transformers. Candidates are selected by
-    their errors on the texts of ``select``; errors are stated on those of ``test``. Raises
-    `InputError` for too few texts, for unknown kinds and modules, and for ranks out of range.
+    Its methods replace the weights of its ``network``, of transformers. Candidates are made with
+    the texts of ``fit`` and ``select``, and certified by those of ``test``. Raises `InputError` for
+    too few texts, for unknown kinds and modules, and for ranks out of range.
 
     Parameters
     ----------
     pair, texts, held_out
-        The base and what was tuned from it; at least 120 texts, or 60 and as many others, held out,
-        to state errors with.
+        The base and what was tuned from it; at least 122 texts, or 61 and as many others, held out,
+        to certify with. Of texts in groups (`Text`) as many groups.
     modules : str
         The modules that get factors: ``"all"``, ``"attention"``, ``"mlp"``, or a regular expression
         that is searched for in names. Other linear ones stay the base's, and other ``words`` of the
@@ -67,8 +67,8 @@ class Planner:
     tokens, seed : int
         Texts are cut off after so many tokens. The seed draws texts and probes.
     thorough : bool
-        Whether 256 texts are planned with and as many held out, and twice as many random outputs
-        differentiated; otherwise either have about 3,072 tokens, or as many as 60 texts have.
+        Whether 256 texts are planned with and 251 certify, and twice as many random outputs are
+        differentiated; otherwise either have about 3,072 tokens, or as many as 61 texts have.
     max_rank : int
         The highest rank of a module.
     serving : bool
@@ -138,7 +138,7 @@ class Planner:
         parts = self.texts[:3]
         self.fit, self.select, self.test = (Reference(part, self.readout) for part in parts)
         self._pass_texts(f"passing texts ({said})")
-        # Of other texts than those for stating, so that their losses are independent.
+        # Of other texts than those that certify, so that the losses of these are independent.
         self.test.typical = math.sqrt(self.select.effect.mean())
 
     @property
@@ -279,6 +279,19 @@ class Planner:
         squares = self.test.rounded(self.network), self._floor
         return ratio(squares[0], self.test.effect), ratio(squares[1], self.test.effect)
 
+    def neighbours_alike(self, adapter: Adapter) -> bool:
+        """Whether neighbouring texts for planning lose so alike that they may be of one group.
+
+        Always false for texts in groups. It is true for one plan in 100 if texts are independent.
+        """
+        if self.texts.grouped:
+            return False
+        self.put(adapter)
+        parts = self.fit, self.select
+        places = torch.cat([batch.places for part in parts for batch in part.batches])
+        squares = np.concatenate([part.squares(self.network) for part in parts])
+        return are_alike(squares[places.argsort()])
+
     def losses(self, adapter: Adapter) -> dict[str, float]:
         """Predict for each module the part of the effect that its missing directions would cost.
 
@@ -325,20 +338,22 @@ class Planner:
         return max(ratio(squares, self.select.effect), quantile(self.select.losses(squares)))
 
     def _pass_texts(self, stage: str) -> None:
-        """Record both networks on texts for selecting and stating; report how long all may take."""
+        """Record both networks on the texts, the base not to fit to; say how long all may take."""
         start = time.perf_counter()
         self.report(stage, 0, 4)
         self.select.record_tuned(self.network)
         seconds = time.perf_counter() - start
         fit, select, stated = map(count_tokens, self.texts[:3])
         passes = (
-            _SELECTED * select
+            2 * fit
+            + _SELECTED * select
             + _STATED * stated
             + _MOMENTS * min(fit, _metrics.TOKENS)
             + _BACK * self.probes * (fit + select)
         )
         stage = f"passing texts, of about {passes * seconds / select:.0f} s in all"
         self.report(stage, 1, 4)
+        self.fit.record_tuned(self.network)
         self.test.record_tuned(self.network)
         if self.options["dtype"] == "bfloat16":
             self._floor = self.test.rounded(self.network)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .. import _checks
+from .. import _checks, randomness
 from ..errors import InputError, LorapowerError, ResultsError
 from . import _export, _limits, _texts
 from ._folders import require_apart, require_free, write_folder
@@ -56,6 +56,8 @@ class Plan:
     uniform: tuple[float, int] = (math.nan, 0)
     #: What each module's missing directions alone would cost (`Planner.losses`).
     shares: dict[str, float] = field(default_factory=dict)
+    #: Whether texts lose so like their neighbours that they may be of one group.
+    neighbours_alike: bool = False
     #: All numbers in the adapter's file (factors, biases, heads, rows of embeddings).
     carried: int = 0
     #: Bytes of its files, estimated before writing.
@@ -83,6 +85,24 @@ class Plan:
         if self.aim is None:
             return self.measured.certified
         return math.nan if self.estimate or not self.reached else self.aim
+
+    @property
+    def certificate(self) -> str:
+        """What is certified, in words."""
+        if not math.isfinite(self.certified):
+            return "Nothing is certified."
+        drawn = "one text of each of these groups" if self.planner.texts.grouped else "these texts"
+        chosen = "which were certified for all sizes of the list at once"
+        if self.aim is not None:
+            chosen = "and decided only at which of them the search stopped"
+        return (
+            f"At least {_limits.SHARE:.0%} of texts like these lose at most "
+            f"{_export.most(self.certified)} of what tuning typically changes in a text. The "
+            "confidence is 95%: of all first plans made so, at most one in 20 gets a certificate "
+            f"that is wrong. {self.measured.texts} texts certify it; they made none of the "
+            f"adapters, {chosen}. This takes {drawn} to be independent draws. Losses are measured "
+            "in float32 on texts as given; nothing is generated."
+        )
 
     @property
     def reached(self) -> bool:
@@ -119,10 +139,7 @@ class Plan:
         tied = pair.task == "language" and bool(pair.tuned.config.tie_word_embeddings)
         lost = self.measured._asdict()
         held_out = lost.pop("texts")
-        del lost["verdict"], lost["exceeding"]  # of fresh texts
-        if self.aim is not None:
-            # They chose the adapter: limits hold for others alone.
-            del lost["agreement_lower"], lost["variation_upper"]
+        del lost["evidence"], lost["kept"]  # of fresh texts
         return _export.without_nan(
             {
                 "base": pair.base.source,
@@ -133,6 +150,8 @@ class Plan:
                 "ties_embeddings": tied and "embedding" in kinds,
                 **lost,
                 "certified": self.certified,
+                "certificate": self.certificate,
+                "own_effect_certified": self.aim is None,
                 "asked_error": self.aim,
                 "estimate": self.estimate,
                 "stated": self.stated,
@@ -155,6 +174,8 @@ class Plan:
                 "unknown_tokens": texts.unknown,
                 "options": self.planner.options,
                 "used_texts": texts.used,
+                "grouped": texts.grouped,
+                "neighbours_alike": self.neighbours_alike,
                 "seconds": self.seconds,
                 "versions": {
                     name: metadata.version(name)
@@ -178,21 +199,26 @@ def plan(
 ) -> Plan:
     """Find which rank each module needs, for a stated error or for a number of parameters.
 
-    A plan for an error is certified: at least 90% of different texts like those held out lose at
-    most this part of the tuning's typical effect (`Measured`), at a confidence of 95%
-    [prop-certificate]. The error over all held-out texts is at most this too. If no adapter is
-    certified, ``reached`` is false and the plan is the largest that was tried. The confidence is
-    that of the first plan with these texts, on which the model must not have been tuned. Raises
-    `InputError` for unusable arguments, before any text is passed through a network.
+    A plan for an error is certified: at least 90% of texts like these lose at most this part of
+    what tuning typically changes in a text (`Measured`), at a confidence of 95%
+    [prop-certificate]. Texts, or groups of them, must be independent draws, on which the model was
+    not tuned, and the error chosen before what other plans with them found. The texts that certify
+    made none of the adapters; they decide only where the search stops. The error over all of them
+    is at most this too. If no adapter is certified, ``reached`` is false and the plan is the
+    largest that was tried. Raises `InputError` for unusable arguments, before any text is passed
+    through a network.
+
+    A plan for a size states the limit that `prices` does, which holds for all sizes of its list at
+    once: any of them may be taken after looking.
 
     Parameters
     ----------
     base, tuned
         See `Pair.open`.
     texts : sequence of str or Text
-        At least 120 like those that the model is for, maybe with their labels (`Text`).
+        At least 122 like those that the model is for, maybe with labels; or 122 groups (`Text`).
     error : float, optional
-        The part of the tuning's effect that may be lost (`Measured`), 0.1 if nothing else is asked
+        The part of what tuning typically changes that may be lost, 0.1 if nothing else is asked
         for.
     parameters, rank : int, optional
         Instead, at most so many numbers in the factors, or as many as this rank for all modules.
@@ -222,7 +248,8 @@ def plan(
         alike = planner.uniform(found.adapter.parameters)
         planner.put(alike)
         uniform = planner.test.error(planner.network), alike.parameters
-        found = replace(found, uniform=uniform, shares=planner.losses(found.adapter))
+        shares, neighbours = planner.losses(found.adapter), planner.neighbours_alike(found.adapter)
+        found = replace(found, uniform=uniform, shares=shares, neighbours_alike=neighbours)
         planner.report("comparing", 1, 1)
     carried, size = _export.estimate(planner.pair, found.adapter)
     return replace(found, carried=carried, size=size, seconds=time.perf_counter() - start)
@@ -235,13 +262,14 @@ def prices(
     texts: Sequence[str | Text],
     **options: Any,
 ) -> pd.DataFrame:
-    """Estimate what adapters of several sizes lose, on the texts for choosing.
+    """Certify what adapters of several sizes lose, all at once [prop-certificate].
 
-    The texts for stating are not looked at, so a plan with the same texts and seed may follow, with
-    its full confidence. There is a row for the numbers of uniform ranks 1/4, 1/2, 1, 2, 4, 8 and
-    16, as far as the highest ranks allow: the ``parameters`` of the factors, the ``bytes`` of the
-    files, the ``error`` (`Measured`), and ``nine_of_ten``, the part of the tuning's typical effect
-    that 90% of these texts lose at most.
+    Any size of the list may then be taken with `plan` and the same texts and seed, after looking.
+    There is a row for the numbers of uniform ranks 1/4, 1/2, 1, 2, 4, 8 and 16, as far as the
+    highest ranks allow: the ``parameters`` of the factors, the ``bytes`` of the files, the
+    ``error`` over the texts that certify, and ``certified`` (`Measured`), at a confidence of 95%
+    for all rows together. ``attrs`` of the table have the number of these ``texts``, and
+    ``neighbours_alike`` of `Plan`.
 
     Parameters
     ----------
@@ -254,23 +282,28 @@ def prices(
         allowed = "used with an error, a size or a rank"
         raise InputError("dtype", allowed=allowed, given="neither")
     planner = _prepare(base, tuned, texts, **options)
-    numbers = {min(planner.parameters(1) * 2**k // 4, planner.most) for k in range(7)}
+    ranks = range(_limits.SIZES)
+    numbers = {min(planner.parameters(1) * 2**k // 4, planner.most) for k in ranks}
     adapters = {each.parameters: each for each in map(planner.candidate, sorted(numbers))}
     rows = []
     for done, adapter in enumerate(adapters.values()):
         planner.report("measuring", done, len(adapters))
         planner.put(adapter)
-        squares = planner.select.squares(planner.network)
+        squares = planner.test.squares(planner.network)
+        losses, doubt = planner.test.losses(squares), _limits.DOUBT / _limits.SIZES
         rows.append(
             {
                 "parameters": adapter.parameters,
                 "bytes": _export.estimate(planner.pair, adapter)[1],
-                "error": _limits.ratio(squares, planner.select.effect),
-                "nine_of_ten": _limits.quantile(planner.select.losses(squares)),
+                "error": _limits.ratio(squares, planner.test.effect),
+                "certified": _limits.quantile_limit(losses, doubt),
             }
         )
     planner.report("measuring", len(adapters), len(adapters))
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    table.attrs["texts"] = len(losses)
+    table.attrs["neighbours_alike"] = planner.neighbours_alike(adapter)
+    return table
 
 
 @_checks.flushing()
@@ -363,12 +396,14 @@ def check(
 ) -> Measured:
     """Measure what anybody's adapter of peft, in a folder, loses against the tuned model.
 
-    Of the texts those that the plan has used are left out, as the adapter's ``report.json`` knows
-    them; 60 others are needed, and at most 256 taken, drawn by
-    ``seed``. They are cut off after ``tokens``: by default as in ``report.json``, with whose
-    certificate they are then compared, or else after 128. Other arguments are those of `plan` and
-    `Planner`. Raises `InputError` for unusable arguments, and for an adapter that peft does not
-    read into the base.
+    If its ``report.json`` has a certificate, texts are evidence for or against it (`Evidence`),
+    which is added to that of earlier checks and kept in this file; any number of new texts will
+    do. Without one 61 are needed, and they certify a loss by themselves. Texts that the plan or
+    earlier checks have used are left out, with all of their groups; at most 256 are drawn by
+    ``seed``, one of each group. They are cut off after ``tokens``: by default as in
+    ``report.json``, without whose certificate all else is measured, or else after 128. Other
+    arguments are those of `plan` and `Planner`. Raises `InputError` for unusable arguments, and for
+    an adapter that peft does not read into the base.
     """
     where = require_device(device)
     _checks.choice("dtype", dtype, DTYPES)
@@ -377,7 +412,14 @@ def check(
     if tokens not in (None, planned.tokens):
         planned = planned._replace(tokens=tokens, typical=math.nan, limit=math.nan)
     said = require_memory(pair.memory)
-    batches = _texts.prepare_all(pair, texts, tokens=planned.tokens, seed=seed, used=planned.used)
+    batches, counted = _texts.prepare_all(
+        pair,
+        texts,
+        tokens=planned.tokens,
+        seed=seed,
+        used=planned.used,
+        certify=math.isnan(planned.limit),
+    )
     one = Batch._make(part[:1] for part in batches[0])
     # Before all texts are passed, and let go of: one network at a time is kept.
     _require_runs(adapter, pair, where, one)
@@ -401,8 +443,12 @@ def check(
         off = math.nan if network is None else _limits.ratio(reference.rounded(network), effect)
         measured = measured._replace(bfloat16=off, tuned_bfloat16=_limits.ratio(floor, effect))
     if not math.isnan(planned.limit):
-        verdict, exceeding = _limits.judge(reference.losses(compared.squares), planned.limit)
-        measured = measured._replace(verdict=verdict, exceeding=exceeding)
+        exceeding = _limits.exceed(reference.losses(compared.squares), planned.limit)
+        # Batches are sorted by length, which losses may depend on.
+        order = np.random.default_rng(randomness.number(seed, "order")).permutation(len(exceeding))
+        evidence = planned.evidence.add(exceeding[order])
+        kept = _export.keep_evidence(adapter, evidence, counted)
+        measured = measured._replace(evidence=evidence, kept=kept)
     tell(3, 3)
     return measured
 
@@ -494,5 +540,6 @@ def _state(
     compared = planner.compare(adapter)
     if squares is not None:
         compared = compared._replace(squares=squares)
-    measured = planner.test.summarize(compared)._replace(differing=planner.pair.differing)
-    return Plan(planner, adapter, measured, aim, estimate)
+    doubt = _limits.DOUBT / (_limits.SIZES if aim is None else 1)
+    measured = planner.test.summarize(compared, doubt)
+    return Plan(planner, adapter, measured._replace(differing=planner.pair.differing), aim, estimate)

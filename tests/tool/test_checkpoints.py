@@ -25,8 +25,10 @@ from lorapower.checkpoints import (
     Pair,
     Planner,
     _export,
+    _folders,
     _measuring,
     _models,
+    _texts,
     pair,
     workflow,
 )
@@ -74,7 +76,6 @@ def test_errors_are_those_of_plain_code(planner: Planner) -> None:
     assert found.kl == pytest.approx(float(kl), rel=1e-3)
     variation = (g.softmax(1) - f.softmax(1)).abs().sum(1).mean() / 2
     assert found.variation == pytest.approx(float(variation), rel=1e-3)
-    assert found.variation < found.variation_upper < 1
     planner.put(adapter)
     squares = planner.test.squares(planner.network)
     assert squares == pytest.approx(planner.test.compare(planner.network).squares, rel=1e-3)
@@ -188,26 +189,51 @@ def test_plans_are_certified(places: tuple[str, str], tmp_path: Path) -> None:
     typical = math.sqrt(plan.planner.select.effect.mean())
     assert (report["certified"], report["typical_effect"]) == (0.02, typical)
 
-    def check(**options: Any) -> Measured:
-        return checkpoints.check(places[0], str(out), places[1], FRESH, **options)
+    def check(texts: list[str]) -> Measured:
+        return checkpoints.check(places[0], str(out), places[1], texts)
 
-    assert check().verdict == "confirmed"
+    def verdict(measured: Measured) -> str:
+        assert measured.evidence is not None
+        return measured.evidence.verdict
+
+    def rewritten(**changed: Any) -> None:
+        (out / _export.REPORT).write_text(json.dumps(report | changed))
+
     # The texts of the plan confirm nothing, however many fresh ones stand beside them.
-    assert len(report["used_texts"]) == len(TEXTS)
-    with pytest.raises(InputError, match=r"60 different texts that the .* not used; got 0"):
-        checkpoints.check(places[0], str(out), places[1], TEXTS)
-    mixed = [*TEXTS, *(f"  {text} " for text in TEXTS), *FRESH[:60]]
-    assert checkpoints.check(places[0], str(out), places[1], mixed).texts == 60
-    assert check(tokens=99).verdict == ""
-    report["certified"] = plan.measured.certified / 100
-    (out / _export.REPORT).write_text(json.dumps(report))
-    assert check().verdict == "failed"
-    assert check().exceeding > len(FRESH) / 2
+    assert len(report["used_texts"]) == 70 + 61
+    used = [text for text in TEXTS if _texts._digest(text) in report["used_texts"]]
+    with pytest.raises(InputError, match=r"at least 1 text that neither the .* used; got 0"):
+        checkpoints.check(places[0], str(out), places[1], used)
+    assert checkpoints.check(places[0], str(out), places[1], FRESH, tokens=99).evidence is None
+    mixed = [*used, *(f"  {text} " for text in used), *FRESH[:20], *FRESH[:20]]
+    first = check(mixed)
+    assert first.texts == 40
+    assert verdict(first) == "undecided"
+    # Others are counted once, and added; what was written is still known as such.
+    second = check(FRESH)
+    assert second.evidence is not None
+    assert (second.texts, second.evidence.texts) == (120, 160)
+    assert verdict(second) == "confirmed"
+    with pytest.raises(InputError, match="got 0"):
+        check(FRESH)
+    assert all(_folders._written(out).values())
+    kept = json.loads((out / _export.REPORT).read_text())
+    assert kept.pop("evidence")["texts"] == 160
+    assert kept == report
+    rewritten(certified=plan.measured.certified / 100)
+    out.chmod(0o500)
+    failed = check(FRESH)
+    assert (verdict(failed), failed.kept) == ("failed", os.getuid() == 0)
+    out.chmod(0o700)
     for strange in (None, "high", math.nan):
-        (out / _export.REPORT).write_text(json.dumps(report | {"certified": strange}))
-        assert check().verdict == ""
+        rewritten(certified=strange)
+        assert check(FRESH).evidence is None
+    rewritten(evidence={"texts": "many"})
+    assert check(FRESH).evidence is None
     (out / _export.REPORT).unlink()
-    assert check().verdict == ""
+    assert check(FRESH).evidence is None
+    with pytest.raises(InputError, match=r"^texts must be at least 61 texts; got 60"):
+        check(FRESH[:60])
 
 
 @pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "BertModel"])

@@ -13,13 +13,11 @@ from typing import Any
 
 import checkpoint_files as files
 import huggingface_hub
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
-from lorapower import randomness
 from lorapower.checkpoints import Pair, Text, _models, _texts, read_texts
 from lorapower.errors import InputError
 
@@ -286,11 +284,15 @@ SHORT = SimpleNamespace(
 )
 
 
-def prepared(given: Any, held_out: Any = None, **options: Any) -> _texts.Texts:
-    """Texts of words for a model that takes ten tokens."""
+def pair_of_words() -> Any:
+    """As a pair that takes ten tokens."""
     tuned = SimpleNamespace(config=SHORT)
-    pair: Any = SimpleNamespace(tokenizer=files.words(), tuned=tuned, task="classification")
-    return _texts.prepare(pair, given, held_out, **{"tokens": 128, "seed": 0} | options)
+    return SimpleNamespace(tokenizer=files.words(), tuned=tuned, task="classification")
+
+
+def prepared(given: Any, held_out: Any = None, **options: Any) -> _texts.Texts:
+    options = {"tokens": 128, "seed": 0} | options
+    return _texts.prepare(pair_of_words(), given, held_out, **options)
 
 
 def rows(batches: list[_texts.Batch]) -> list[list[int]]:
@@ -303,16 +305,52 @@ def rows(batches: list[_texts.Batch]) -> list[list[int]]:
 
 
 def test_parts_of_texts_share_nothing_and_lose_nothing() -> None:
-    given = files.texts(160)
-    found = prepared([*given, *given[:20], "  "])
+    given = files.texts(178)
+    found = prepared([*given, "  "])
     parts = found.fit, found.select, found.test
-    assert [*map(_texts.count, parts)] == [60, 20, 80]
+    assert [*map(_texts.count, parts)] == [67, 22, 89]
     there = {tuple(row) for part in parts for row in rows(part)}
     assert len(there) == len(set(given))
     assert found.cut == sum(len(text.split()) > 10 for text in given)
+    assert not found.grouped
 
 
-def test_how_many_texts_state_errors_does_not_depend_on_their_lengths(
+def test_repetitions_certify_as_often_as_they_are_drawn() -> None:
+    given = [*files.texts(130), *["w1 w2 w3"] * 70]
+    found = prepared(given)
+    (common,) = files.words()(["w1 w2 w3"])["input_ids"]
+    assert rows([*found.fit, *found.select]).count(common) == 1
+    assert rows(found.test).count(common) > 20
+    # The half with which errors are certified has lost those that were drawn last.
+    assert _texts.count(found.test) == 89
+
+
+def test_groups_are_divided_as_wholes_and_certify_once() -> None:
+    given = [Text(text, group=str(i % 130)) for i, text in enumerate(files.texts(390))]
+    tokens = files.words()([text.text for text in given], truncation=True, max_length=10)
+    by_row = {tuple(row): t.group for row, t in zip(tokens["input_ids"], given, strict=True)}
+    found = prepared(given)
+    assert found.grouped
+    planning, certifying = (
+        [by_row[tuple(row)] for row in rows(part)]
+        for part in ([*found.fit, *found.select], found.test)
+    )
+    assert len(certifying) == len({*certifying}) == 61
+    assert not {*planning} & {*certifying}
+    assert len(planning) == 195
+    # Any text of a group may be the one.
+    places = torch.cat([batch.places for batch in found.test])
+    assert {*(places // 130).tolist()} == {0, 1, 2}
+    fresh, digests = _texts.prepare_all(
+        pair_of_words(), given, tokens=128, seed=0, used=found.used, certify=False
+    )
+    assert _texts.count(fresh) == len(digests) == 4
+    few = "groups, which count once each: 61 .*; got 121: give more; or no groups"
+    with pytest.raises(InputError, match=few):
+        prepared([Text(text, group=str(i % 121)) for i, text in enumerate(files.texts(390))])
+
+
+def test_how_many_texts_certify_depends_on_texts_to_plan_with_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_texts, "_TOKENS_OF_PART", 700)
@@ -320,24 +358,9 @@ def test_how_many_texts_state_errors_does_not_depend_on_their_lengths(
     for held_out in (others, [text + " and more" for text in others]):
         found = prepared(given, held_out)
         planning = [*found.fit, *found.select]
-        assert 60 < _texts.count(planning) == _texts.count(found.test) < 256
+        assert _texts.count(planning) > _texts.count(found.test) == 89
         assert sum(map(len, rows(planning))) == pytest.approx(700, rel=0.1)
-    assert _texts.count(prepared(given, others, thorough=True).test) == 256
-
-
-def test_texts_are_known_in_the_order_in_which_they_were_drawn() -> None:
-    """Batches sort them by length, and limits that bet on one after another need it."""
-    given = files.texts(200)
-    found = prepared(given, seed=1)
-    there = rows(found.test)
-    assert (np.diff([*map(len, there)]) >= 0).all()
-    places = torch.cat([batch.drawn for batch in found.test]).tolist()
-    drawn = [row for _, row in sorted(zip(places, there, strict=True))]
-    order = np.random.default_rng(randomness.number(1, "planning texts")).permutation(200)
-    tokens = files.words()([given[i] for i in order[:100]], truncation=True, max_length=10)
-    assert drawn == tokens["input_ids"]
-    again, other = (rows(prepared(given, seed=seed).test) for seed in (1, 2))
-    assert there == again != other
+    assert _texts.count(prepared(given, others, thorough=True).test) == 251
 
 
 def test_large_networks_get_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,13 +381,17 @@ def test_batches_that_errors_are_measured_on_have_little_padding() -> None:
     ("given", "held_out", "name"),
     [
         ([], None, "texts"),
-        (files.texts(119), None, "texts"),
-        ([*files.texts(60)] * 3, None, "texts"),
-        (files.texts(60), files.texts(59, 1), "held_out"),
+        (files.texts(121), None, "texts"),
+        ([*files.texts(50)] * 3, None, "texts"),
+        (files.texts(61), files.texts(60, 1), "held_out"),
         (files.texts(80), files.texts(80), "held_out"),
         ("one text", None, "texts"),
         ([*files.texts(140), "half of one \ud83d"], None, "texts"),
-        (files.texts(60), [*files.texts(60, 1), "\udc00"], "held_out"),
+        (files.texts(61), [*files.texts(61, 1), "\udc00"], "held_out"),
+        (
+            *([Text(t, None, str(i)) for i, t in enumerate(files.texts(61, k))] for k in (0, 1)),
+            "held_out",
+        ),
     ],
 )
 def test_too_few_or_wrong_texts_are_refused(given: Any, held_out: Any, name: str) -> None:
