@@ -542,4 +542,6 @@ def _state(
         compared = compared._replace(squares=squares)
     doubt = _limits.DOUBT / (_limits.SIZES if aim is None else 1)
     measured = planner.test.summarize(compared, doubt)
-    return Plan(planner, adapter, measured._replace(differing=planner.pair.differing), aim, estimate)
+    return Plan(
+        planner, adapter, measured._replace(differing=planner.pair.differing), aim, estimate
+    )

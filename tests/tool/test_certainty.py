@@ -87,7 +87,7 @@ class Tokenizer:
 
 CONFIG = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 2}
 TUNED = SimpleNamespace(config=SimpleNamespace(**CONFIG, max_position_embeddings=10))
-PAIR: Any = SimpleNamespace(tokenizer=Tokenizer(), tuned=TUNED, task="encoder")
+PAIR: Any = SimpleNamespace(tokenizer=Tokenizer(), tuned=TUNED, config=TUNED.config, task="encoder")
 
 
 class Scaled:
@@ -127,7 +127,7 @@ class Drawn:
         self.texts = prepare(PAIR, given, None, tokens=8, seed=seed)
         self.fit, self.select, self.test = (Part(part, losses) for part in self.texts[:3])
         self.truth, self.network, self.adapter = truth, self, Scaled(1.0)
-        self.pair = self.seed = self.most = 10**9
+        self.pair, self.seed, self.most = SimpleNamespace(differing={}), seed, 10**9
 
     def descend(self, aim: float, *, estimate: bool) -> Iterator[Scaled]:
         return (Scaled(aim / self.truth * step) for step in self.STEPS)

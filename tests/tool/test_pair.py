@@ -287,7 +287,9 @@ SHORT = SimpleNamespace(
 def pair_of_words() -> Any:
     """As a pair that takes ten tokens."""
     tuned = SimpleNamespace(config=SHORT)
-    return SimpleNamespace(tokenizer=files.words(), tuned=tuned, task="classification")
+    return SimpleNamespace(
+        tokenizer=files.words(), tuned=tuned, config=SHORT, task="classification"
+    )
 
 
 def prepared(given: Any, held_out: Any = None, **options: Any) -> _texts.Texts:
