@@ -47,6 +47,10 @@ def test_adapters_for_tunings_are_measured(
     assert made.between(0.9 * sides, sides).all()
     assert table.carried["mergekit"] == 3 * sides
     assert table.carried["effect of blocks"] > table.carried["effect"]
+    planner = plans.plan("a", plans.BLOCKS)
+    some, more = (plans.least(planner, "peft, energy", error) for error in (9, 0.5))
+    assert some.parameters < more.parameters
+    assert planner.error(more) <= 0.5
 
 
 def blocks(folder: str) -> tuple[Any, Transformer]:
