@@ -39,7 +39,7 @@ OF_BLOCKS = "effect of blocks"
 class Tuning(NamedTuple):
     """Kind of sentences, an adapter's rank or 0, texts to measure on, and errors asked for.
 
-    Of the texts a plan draws at most 256.
+    A plan draws at most 256 of the texts, and 251 to measure.
     """
 
     kind: str
