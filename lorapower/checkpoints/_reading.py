@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,8 +59,8 @@ def read_texts(
         raise _refuse("a text file in UTF-8", f"{path} (it has bytes of zeros)")
     if kind in (".jsonl", ".csv"):
         rows = _json(path, content) if kind == ".jsonl" else _csv(path, content)
-        chats = _Chats(models)
-        return [_entry(where, row, group, chats) for where, row in rows]
+        template = functools.cache(functools.partial(_find_template, models))
+        return [_entry(where, row, group, template) for where, row in rows]
     if group is not None:
         allowed, remedy = "given for .jsonl or .csv", "separate documents by blank lines instead"
         raise InputError("group", allowed=allowed, given=str(path), remedy=remedy)
@@ -112,12 +113,12 @@ def _csv(path: Path | str, content: str) -> Iterator[tuple[str, Mapping[str, Any
         raise _refuse("rows of .csv", f"{path}, line {rows.line_num} ({error})") from error
 
 
-def _entry(where: str, row: Any, group: str | None, chats: Callable[[str, Any], str]) -> Text:
+def _entry(where: str, row: Any, group: str | None, template: Callable[[], Any]) -> Text:
     """The text of one entry, with its label and its group."""
     fields = row if isinstance(row, Mapping) else {}
     text = fields.get("text")
     if text is None and "messages" in fields:
-        text = chats(where, fields)
+        text = _write_chat(where, fields, template())
     if not isinstance(text, str):
         remedy = "name so what holds what the model is given; chats have a field messages"
         raise _refuse("entries with a field text", where, remedy)
@@ -127,42 +128,36 @@ def _entry(where: str, row: Any, group: str | None, chats: Callable[[str, Any], 
     return Text(text, fields.get("label"), None if of is None else str(of))
 
 
+def _write_chat(where: str, fields: Mapping[str, Any], template: Any) -> str:
+    """Write a chat as a text, without what the tokenizer will put before it again."""
+    chat, tools = fields["messages"], fields.get("tools")
+    # Of what is missing most templates make nothing, silently.
+    if not isinstance(chat, list) or not chat or not all(map(_is_message, chat)):
+        remedy = 'give each a "role" and a "content"'
+        raise _refuse("chats of one message or more", where, remedy)
+    try:
+        text: str = template.apply_chat_template(chat, tools=tools, tokenize=False)
+    except Exception as error:  # whatever a template raises
+        allowed = "chats that the tuned model's template takes"
+        raise _refuse(allowed, f"{where} ({reason(error)})") from error
+    first = template.bos_token_id
+    begins = first is not None and template("").input_ids[:1] == [first]
+    return text.removeprefix(template.bos_token) if begins else text
+
+
 def _is_message(given: Any) -> bool:
     said = "content", "tool_calls"
     return isinstance(given, dict) and "role" in given and any(given.get(name) for name in said)
 
 
-class _Chats:
-    """Chats as texts, by the template of the first model with a tokenizer, once it is needed."""
-
-    def __init__(self, models: Sequence[str]) -> None:
-        self._models, self._tokenizer = models, None
-
-    def __call__(self, where: str, fields: Mapping[str, Any]) -> str:
-        """Write a chat as a text, without what the tokenizer will put before it again."""
-        chat, tools = fields["messages"], fields.get("tools")
-        # Of what is missing most templates make nothing, silently.
-        if not isinstance(chat, list) or not chat or not all(map(_is_message, chat)):
-            remedy = 'give each a "role" and a "content"'
-            raise _refuse("chats of one message or more", where, remedy)
-        made = self._tokenizer = self._tokenizer or self._load()
-        try:
-            text: str = made.apply_chat_template(chat, tools=tools, tokenize=False)
-        except Exception as error:  # whatever a template raises
-            allowed = "chats that the tuned model's template takes"
-            raise _refuse(allowed, f"{where} ({reason(error)})") from error
-        begins = made.bos_token_id is not None and made("").input_ids[:1] == [made.bos_token_id]
-        return text.removeprefix(made.bos_token) if begins else text
-
-    def _load(self) -> Any:
-        folders = (find("tuned", model) for model in self._models)
-        place = next((f for f in folders if (f / "tokenizer_config.json").is_file()), None)
-        made = None if place is None else tokenizer(str(place))
-        if made is None or made.chat_template is None:
-            raise _refuse(
-                "no chats, where the tuned model's tokenizer has no template for them",
-                f"chats and {place or 'no tokenizer'}",
-                "write what the model is given to a field text, or save the template with the "
-                "tokenizer (chat_template.jinja)",
-            )
-        return made
+def _find_template(models: Sequence[str]) -> Any:
+    """The tokenizer of the first model that has one, with its template for chats."""
+    folders = (find("tuned", model) for model in models)
+    place = next((f for f in folders if (f / "tokenizer_config.json").is_file()), None)
+    made = None if place is None else tokenizer(str(place))
+    if made is None or made.chat_template is None:
+        allowed = "no chats, where the tuned model's tokenizer has no template for them"
+        remedy = "write what the model is given to a field text, or save the template with the "
+        remedy += "tokenizer (chat_template.jinja)"
+        raise _refuse(allowed, f"chats and {place or 'no tokenizer'}", remedy)
+    return made

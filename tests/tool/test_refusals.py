@@ -196,6 +196,11 @@ INDEX = f"{WHOLE}.index.json"
 MODEL = "model must be a folder with a configuration, weights and a tokenizer"
 
 
+def two(folder: Path) -> None:
+    for name in ("one", "two"):
+        (folder / f"{name}.gguf").touch()
+
+
 def headless(weights: dict[str, Tensor]) -> None:
     for name in [name for name in weights if "classifier" in name]:
         del weights[name]
@@ -287,6 +292,7 @@ CHECKPOINTS = [
         }.items()
     ],
     Row(f"plan base a.gguf {LINES}", "a file in GGUF of a language model", put("a.gguf", "GGUF")),
+    *within("texts", f"plan base texts {LINES}", [("one.gguf, two.gguf: name one", two)]),
     *within("tuned", PLAN, TUNED),
     *within("base", PLAN, BASE),
     *within("base", f"{PLAN} --leave head", [("one with a head, where", tensors(headless))]),

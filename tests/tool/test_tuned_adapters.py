@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import shutil
 import warnings
 from pathlib import Path
@@ -187,67 +186,9 @@ def test_adapters_without_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         Pair.open(base, adapter)
 
 
-KEY = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
-CONFIGS: list[tuple[str, dict[str, Any]]] = [
-    (r"another kind \(use_dora\): merge it", {"use_dora": True}),
-    ("of type LOHA: merge it", {"peft_type": "LOHA"}),
-    (r"\(alora_invocation_tokens\)", {"alora_invocation_tokens": [1, 2]}),
-    ("started by pissa_niter_4.*: save", {"init_lora_weights": "pissa_niter_4"}),
-    ("of TOKEN_CLS", {"task_type": "TOKEN_CLS"}),
-    ("made for 'org/other': name that .*--any-base", {"base_model_name_or_path": "org/other"}),
-    ("does not fit .*mismatch", {"r": 4}),
-    ("does not fit", {"r": 0}),
-    ("does not fit", {"lora_alpha": "many"}),
-]
-TENSORS: list[tuple[str, Any]] = [
-    (f"{KEY} has 2 entries .*NaN", lambda t: t[KEY].view(-1)[:2].fill_(torch.nan)),
-    ("1 entries .*infinite", lambda t: t[KEY].view(-1)[:1].fill_(-torch.inf)),
-    ("with all its factors; .* without .*lora_A", lambda t: t.pop(KEY)),
-    (
-        "does not fit .*mismatch.*: name the base .* vocabulary",
-        lambda t: t.update({KEY: torch.ones(3, 9)}),
-    ),
-    ("without .*classifier.weight: train it", dict.clear),
-    (
-        "with .*strange.weight, which it lacks: name its own base",
-        lambda t: t.update({"base_model.model.strange.weight": torch.ones(2)}),
-    ),
-]
-
-
-def untrained(tensors: dict[str, Tensor]) -> None:
-    beheaded(tensors)
-    for name in tensors:
-        if "lora_B" in name:
-            tensors[name].zero_()
-
-
-REFUSALS: list[tuple[str, Any]] = [
-    *[(match, functools.partial(files.configure, **values)) for match, values in CONFIGS],
-    *[(match, functools.partial(files.alter, change=change)) for match, change in TENSORS],
-    (
-        "of which nothing is left: name one that was trained",
-        functools.partial(files.alter, change=untrained, modules_to_save=None),
-    ),
-    ("config.json peft reads", lambda p: (p / "adapter_config.json").write_text("{")),
-    ("file is missing or damaged", lambda p: (p / "adapter_model.safetensors").unlink()),
-    ("file is missing or damaged", lambda p: (p / "adapter_model.safetensors").write_bytes(b"no")),
-]
-
-
-def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
-    base, _ = files.pair(tmp_path, BERT)
-    files.require_refused(base, train(tmp_path / "adapter", base, BERT), REFUSALS)
-    for wrong in (None, ""):
-        with pytest.raises(InputError, match="tuned must be a checkpoint or an adapter"):
-            Pair.open(base, wrong)  # type: ignore[arg-type]
-
-
 def test_adapters_of_other_bases(tmp_path: Path) -> None:
     base, _ = files.pair(tmp_path, BERT)
     adapter = train(tmp_path / "adapter", base, BERT)
-    with pytest.raises(InputError, match="base must be a checkpoint with all its weights"):
-        Pair.open(adapter, base)
     # A folder that was moved keeps its name; one in the cache has it above.
     moved = str(shutil.copytree(base, tmp_path / "elsewhere" / "base"))
     for name in (base, "/cache/hub/models--org--base/snapshots/0a1b2c", None):
