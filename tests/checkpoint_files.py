@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,9 +18,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lorapower import randomness
-from lorapower.checkpoints import Pair
 from lorapower.checkpoints._models import quiet
-from lorapower.errors import InputError
 
 WORDS = [f"w{i}" for i in range(60)]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -134,18 +130,6 @@ def configure(folder: Path, **values: Any) -> None:
     file = next(file for file in map(folder.joinpath, CONFIG_FILES) if file.is_file())
     about = json.loads(file.read_text()) | values
     file.write_text(json.dumps({name: v for name, v in about.items() if v is not None}))
-
-
-def require_refused(
-    base: str, tuned: str, changes: Sequence[tuple[str, Callable[[Path], Any]]]
-) -> None:
-    """Each change of the tuned folder is refused in words that match."""
-    for match, change in changes:
-        with TemporaryDirectory() as scratch:
-            place = Path(shutil.copytree(tuned, Path(scratch) / "altered"))
-            change(place)
-            with pytest.raises(InputError, match=f"tuned must be .*{match}"):
-                Pair.open(base, place).network()
 
 
 def low_rank(rank: int = 3, size: float = 0.4, seed: int = 0, *, words: bool = False) -> Change:

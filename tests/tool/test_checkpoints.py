@@ -247,42 +247,6 @@ def test_equal_checkpoints_need_nothing(architecture: str, tmp_path: Path) -> No
     assert math.isnan(plan.measured.agreement) == (architecture == "BertModel")
 
 
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        *[({"error": value}, "error") for value in (0.0, 1.1, math.nan)],
-        ({"error": 0.1, "rank": 2}, "error, parameters and rank"),
-        *[({name: value}, name) for name in ("parameters", "rank") for value in (-1, 1.5)],
-        ({"max_rank": 0}, "max_rank"),
-        ({"tokens": 3}, "tokens"),
-        ({"held_out": TEXTS[:70]}, "held_out"),
-        *[({"modules": value}, "modules") for value in ("nothing of this name", "(")],
-        ({"leave": ["weights"]}, "leave"),
-        ({"device": "maybe"}, "device"),
-        *[({"estimate": True, name: 9}, "estimate") for name in ("rank", "parameters")],
-        *[({"serving": True, "max_rank": value}, "max_rank") for value in (0, 128)],
-        ({"serving": True, "leave": ["norm"]}, "leave"),
-    ],
-)
-def test_bad_requests(places: tuple[str, str], options: Any, name: str) -> None:
-    with pytest.raises(InputError, match=f"^{name} must be"):
-        checkpoints.plan(*places, TEXTS, **options)
-
-
-def test_heads_that_the_base_lacks_are_not_left_out(
-    places: tuple[str, str], tmp_path: Path
-) -> None:
-    with quiet():
-        body: Any = transformers.BertModel.from_pretrained(places[0])
-        body.save_pretrained(tmp_path)
-    for options in ({"leave": ["head"]}, {"serving": True}):
-        with pytest.raises(
-            InputError,
-            match=r"base must be one with a head, .* --format serving\); .* classifier\.bias",
-        ):
-            checkpoints.plan(str(tmp_path), places[1], TEXTS, **options)
-
-
 # Adapters in files
 
 
@@ -530,26 +494,6 @@ def test_a_wrong_adapter_is_not_written(
     with pytest.raises(LorapowerError, match="nothing was written"):
         checkpoints.extract(*places, TEXTS, tmp_path / "out", rank=4)
     assert not [*tmp_path.iterdir()]
-
-
-def test_adapters_that_do_not_fit(
-    places: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(InputError, match="adapter must be a folder with an adapter of peft"):
-        checkpoints.check(places[0], str(tmp_path), places[1], FRESH)
-    other = files.pair(tmp_path, "GPT2LMHeadModel")
-    out = tmp_path / "out"
-    checkpoints.extract(*other, TEXTS, out, rank=1)
-    # Before all texts are passed.
-    monkeypatch.setattr(_measuring.Reference, "record_tuned", None)
-    with pytest.raises(InputError, match="adapter must be one that peft reads into the base"):
-        checkpoints.check(places[0], str(out), places[1], FRESH)
-    with quiet():
-        network: Any = transformers.GPT2LMHeadModel.from_pretrained(other[0])
-        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-        peft.get_peft_model(network, config).save_pretrained(str(tmp_path / "prompts"))
-    with pytest.raises(InputError, match=r"adapter must be one that changes weights; .*PROMPT_TUN"):
-        checkpoints.check(other[0], str(tmp_path / "prompts"), other[1], FRESH)
 
 
 def test_reports_and_cards_of_numbers_that_json_lacks(

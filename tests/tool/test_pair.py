@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
-import re
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,95 +87,6 @@ def test_checkpoints_in_several_files_of_half_precision(dtype: torch.dtype, tmp_
         Pair.open(base, tuned)
 
 
-INDEX = "model.safetensors.index.json"
-WEIGHT = "bert.encoder.layer.0.attention.self.query.weight"
-EMBEDDING = "bert.embeddings.word_embeddings.weight"
-# What is done to the weights of a folder, or to its files, and what is said of it.
-WEIGHTS: list[tuple[str, Any]] = [
-    ("of one shape with the other", lambda w: w.update({WEIGHT: torch.ones(3, 3)})),
-    ("resize both vocabularies", lambda w: w.update({EMBEDDING: torch.ones(70, 24)})),
-    (f"got one without {WEIGHT}", lambda w: w.pop(WEIGHT)),
-    ("got one with strange", lambda w: w.update(strange=torch.ones(2))),
-    (f"finite weights; got {WEIGHT} with 2", lambda w: w[WEIGHT].view(-1)[:2].fill_(torch.nan)),
-    ("type i8", lambda w: w.update(q=torch.ones(2).char())),
-    ("type f8_e4m3", lambda w: w.update(q=torch.ones(2).to(torch.float8_e4m3fn))),
-]
-CONFIGS: list[tuple[str, dict[str, Any]]] = [
-    ("quantized by gptq: .*before", {"quantization_config": {"quant_method": "gptq"}}),
-    ("quantized by bitsandbytes: .*before", {"quantization_config": {"load_in_8bit": True}}),
-    ("quantized by some method: .*before", {"quantization_config": {"bits": 3}}),
-    ("type 'albert'", {"model_type": "albert"}),
-    ("type 'qwen3_moe'", {"model_type": "qwen3_moe"}),
-    ("type 'gemma3'", {"model_type": "gemma3"}),
-    ("got BertForMaskedLM", {"architectures": ["BertForMaskedLM"]}),
-    ("got MyBertModel", {"architectures": ["MyBertModel"]}),
-]
-FILES: list[tuple[str, Any]] = [
-    *[(match, functools.partial(files.alter, change=change)) for match, change in WEIGHTS],
-    *[(match, functools.partial(files.configure, **values)) for match, values in CONFIGS],
-    ("an adapter by LoRA", lambda p: (p / "adapter_config.json").write_text("{}")),
-    ("without config.json: name the", lambda p: (p / "config.json").unlink()),
-    ("without model.safetensors", lambda p: (p / "model.safetensors").unlink()),
-    ("which is damaged", lambda p: (p / "model.safetensors").write_bytes(b"damaged")),
-    *[
-        (r"index\.json, which is damaged", lambda p, index=index: (p / INDEX).write_text(index))
-        for index in ("{", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}')
-    ],
-]
-
-
-def test_what_cannot_be_planned_for_is_refused(tmp_path: Path) -> None:
-    base, tuned = files.pair(tmp_path / "whole")
-    files.require_refused(base, tuned, FILES)
-    place = Path(shutil.copytree(tuned, tmp_path / "strange"))
-    files.configure(place, num_hidden_layers="two")
-    with pytest.raises(InputError, match=r"model must be .* error for field 'num_hidden_layers'"):
-        Pair.open(base, str(place))
-    files.alter(Path(base), lambda w: w.pop(WEIGHT))
-    with pytest.raises(InputError, match="base must be with all weights of the blocks"):
-        Pair.open(base, tuned)
-    _, other = files.pair(tmp_path / "gpt2", "GPT2LMHeadModel")
-    with pytest.raises(InputError, match="tuned must be of type 'bert', like the base; got gpt2"):
-        Pair.open(tuned, other)
-
-
-# Entries of the tuned configuration with which the base's weights are another function.
-OTHERS: list[tuple[str, dict[str, Any]]] = [
-    ("BertForSequenceClassification", {"layer_norm_eps": 0.1}),
-    ("BertForSequenceClassification", {"hidden_act": "relu"}),
-    ("BertModel", {"num_attention_heads": 2}),
-    ("BertModel", {"is_decoder": True}),
-    ("GPT2LMHeadModel", {"scale_attn_weights": False}),
-    ("LlamaForCausalLM", {"rms_norm_eps": 0.1}),
-    ("LlamaForCausalLM", {"num_attention_heads": 2}),
-    ("LlamaForCausalLM", {"tie_word_embeddings": True}),
-    ("Gemma2ForCausalLM", {"final_logit_softcapping": 9.0}),
-    ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 9}),
-    ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}),
-    ("Qwen3ForCausalLM", {"head_dim": 4}),
-    ("StableLmForCausalLM", {"use_parallel_residual": True}),
-    ("BertModel", {"max_position_embeddings": 32}),
-    ("ModernBertForSequenceClassification", {"classifier_pooling": "mean"}),
-    ("GPT2ForSequenceClassification", {"pad_token_id": 7}),
-    ("RobertaModel", {"pad_token_id": 1}),
-    ("BertModel", {"num_hidden_layers": 1}),
-]
-
-
-@pytest.mark.parametrize(("architecture", "entries"), OTHERS, ids=str)
-def test_other_configurations_are_refused_by_name(
-    architecture: str, entries: dict[str, Any], tmp_path: Path
-) -> None:
-    """Adapters are served with the base's: weights alone are what they carry."""
-    base, tuned = files.pair(tmp_path, architecture, pad_token_id=0)
-    before = Pair.open(base, tuned).tuned.config
-    files.configure(Path(tuned), **entries)
-    (name, value), *_ = sorted(entries.items())
-    match = re.escape(f"{name} {value!r} instead of {getattr(before, name)!r}")
-    with pytest.raises(InputError, match=f"tuned must be with the base's .*; got {match}"):
-        Pair.open(base, tuned)
-
-
 SAME: dict[str, Any] = {
     "use_cache": False,
     "id2label": {"0": "bad", "1": "good"},
@@ -226,26 +134,14 @@ def test_entries_that_change_no_function_may_differ(architecture: str, tmp_path:
     Pair.open(base, tuned)
 
 
-def test_weights_of_the_base_that_no_network_of_its_configuration_has(tmp_path: Path) -> None:
-    base, tuned = files.pair(tmp_path / "deep", "LlamaForCausalLM", num_hidden_layers=3)
-    for place in map(Path, (base, tuned)):
-        files.configure(place, num_hidden_layers=2)
-    with pytest.raises(InputError, match=r"base must be of as many blocks .* got model\.layers\.2"):
-        Pair.open(base, tuned)
-    tied: dict[str, Any] = {"tie_word_embeddings": True}
-    base, tuned = files.pair(tmp_path / "tied", "LlamaForCausalLM", **tied)
+def test_a_head_that_is_stored_and_tied_is_one(tmp_path: Path) -> None:
+    def head(weights: dict[str, torch.Tensor]) -> None:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
 
-    def head(weights: dict[str, torch.Tensor], more: float) -> None:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + more
-
-    for place in map(Path, (base, tuned)):
-        files.alter(place, functools.partial(head, more=0.0))
-    Pair.open(base, tuned)
-    for place in map(Path, (base, tuned)):
-        files.alter(place, functools.partial(head, more=1.0))
-        with pytest.raises(InputError, match=r"lm_head\.weight.* tie_word_embeddings"):
-            Pair.open(base, tuned)
-        files.alter(place, functools.partial(head, more=0.0))
+    places = files.pair(tmp_path, "LlamaForCausalLM", tie_word_embeddings=True)
+    for place in map(Path, places):
+        files.alter(place, head)
+    assert Pair.open(*places).tuned.config.tie_word_embeddings
 
 
 def test_code_of_a_model_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,9 +167,6 @@ def test_checkpoints_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
         assert Pair.open(base, "somebody/tuned").tuned.source == "somebody/tuned"
     assert asked.keys() == {"somebody/tuned"}
     assert {"*.safetensors", "*.bin"} & {*asked["somebody/tuned"]} == {"*.safetensors"}
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="'somebody/other': no such folder, and the hub did not"):
-        Pair.open("somebody/other", tuned)
 
 
 # Texts
@@ -379,28 +272,6 @@ def test_batches_that_errors_are_measured_on_have_little_padding() -> None:
     assert len(found.test) > len(found.fit)
 
 
-@pytest.mark.parametrize(
-    ("given", "held_out", "name"),
-    [
-        ([], None, "texts"),
-        (files.texts(121), None, "texts"),
-        ([*files.texts(50)] * 3, None, "texts"),
-        (files.texts(61), files.texts(60, 1), "held_out"),
-        (files.texts(80), files.texts(80), "held_out"),
-        ("one text", None, "texts"),
-        ([*files.texts(140), "half of one \ud83d"], None, "texts"),
-        (files.texts(61), [*files.texts(61, 1), "\udc00"], "held_out"),
-        (
-            *([Text(t, None, str(i)) for i, t in enumerate(files.texts(61, k))] for k in (0, 1)),
-            "held_out",
-        ),
-    ],
-)
-def test_too_few_or_wrong_texts_are_refused(given: Any, held_out: Any, name: str) -> None:
-    with pytest.raises(InputError, match=f"^{name} must be"):
-        prepared(given, held_out)
-
-
 def test_files_of_texts(tmp_path: Path) -> None:
     plain, lines = tmp_path / "texts.txt", tmp_path / "texts.jsonl"
     for content, labels in {
@@ -452,9 +323,5 @@ def test_texts_have_groups(tmp_path: Path) -> None:
     plain.write_text("one\ntwo\n \n\nthree\n\n")
     groups = [text.group for text in read_texts(plain)]
     assert groups == [f"document {number} of {plain}" for number in (1, 1, 2)]
-    with pytest.raises(InputError, match=r"^group must be .*: separate documents by blank lines"):
-        read_texts(plain, group="of")
     lines.write_text('{"text": "one", "of": 3}\n{"text": "two", "of": "a"}\n')
     assert read_texts(lines, group="of") == [Text("one", None, "3"), Text("two", None, "a")]
-    with pytest.raises(InputError, match=r"^texts must be entries with a field by.*line 1"):
-        read_texts(lines, group="by")

@@ -28,7 +28,7 @@ from lorapower.checkpoints._models import quiet
 
 BERT, LLAMA, GPT = "BertForSequenceClassification", "LlamaForCausalLM", "GPT2LMHeadModel"
 CONFIG, FACTORS, WHOLE = "adapter_config.json", "adapter_model.safetensors", "model.safetensors"
-MANY, FEW = "\n".join(files.texts(140)), "\n".join(files.texts(40))
+MANY, FEW = "\n".join(files.texts(140)), "\n".join(files.texts(121))
 LINES = "--rank 1 --texts texts/lines.txt"
 PLAN = f"plan base tuned {LINES}"
 Change = Callable[[Path], Any]
@@ -73,7 +73,9 @@ def within(name: str, command: str, rows: list[tuple[str, Change]]) -> list[Row]
 
 
 def content(name: str, said: str, *written: str | bytes) -> list[Row]:
-    return [Row(f"plan base tuned --rank 1 --texts {name}", said, put(name, w)) for w in written]
+    """A file, and maybe flags after its name."""
+    command, file = f"plan base tuned --rank 1 --texts {name}", name.split()[0]
+    return [Row(command, said, put(file, each)) for each in written]
 
 
 def chats(said: str, *messages: object, template: str = "{{ messages[0].content }}") -> list[Row]:
@@ -90,6 +92,12 @@ def labelled(label: object) -> str:
     """A wrong label of one of many texts, and a text of half a character in the last line."""
     given = [{"text": text, "label": 0} for text in files.texts(140)]
     given[7]["label"] = label
+    return "\n".join(map(json.dumps, given))
+
+
+def grouped(of: int | None) -> str:
+    """Texts of so many groups, or without any group."""
+    given = ({"text": text, "of": of and i % of} for i, text in enumerate(files.texts(140)))
     return "\n".join(map(json.dumps, given))
 
 
@@ -110,9 +118,20 @@ TEXTS = [
             "texts/lines.txt --held-out texts/lines.txt": "held_out must be of texts that are not",
         }.items()
     ],
-    Row(f"{PLAN} --held-out one.txt", "held_out must be at least", put("one.txt", FEW)),
-    Row("check base lora tuned --texts one.txt", "texts must be at least", put("one.txt", FEW)),
-    *content("one.txt", "texts must be at least", "", "\n \n\t\n", FEW, f"{FEW}\r{FEW}"),
+    Row(f"{PLAN} --held-out one.txt", "held_out must be at least 61", put("one.txt", FEW[:300])),
+    Row("check base lora tuned --texts one.txt", "at least 61 texts", put("one.txt", FEW[:300])),
+    *content("one.txt", "texts must be at least 122 texts", "", "\n \n\t\n", FEW, FEW[:300] * 9),
+    *content("one.txt", "texts must be of at least 122 groups", MANY.replace("\nw1", "\n\nw1")),
+    *content("one.jsonl --group of", "texts must be of at least 122 groups", grouped(121)),
+    *content("one.jsonl --group by", "with a field by, a name or a number", grouped(61)),
+    *content("one.jsonl --group of", "with a field of", grouped(None), '{"text": "a", "of": []}'),
+    *content(
+        "one.csv --group of", "with a field of, a name or a number", "text\na\n", "text,of\na,\n"
+    ),
+    Row(
+        f"{PLAN} --group of",
+        "group must be given for .jsonl or .csv; got texts/lines.txt: separate",
+    ),
     *content("one.csv", "texts must be at least", "", "text\n"),
     *content("one.jsonl", "texts must be at least", "", "\n"),
     *content("one.txt", "got one.txt ('utf-8' codec", MANY.encode("utf-16"), b"na\xefve"),
@@ -127,6 +146,7 @@ TEXTS = [
     *content("one.jsonl", FIELDS, *(f'{{"text": {x}}}' for x in ("null", "3", "[]", "{}", "true"))),
     *content("one.jsonl", "chats have a field messages", '{"conversations": []}'),
     *content("one.jsonl", "texts must be of whole characters", HALF),
+    Row(f"{PLAN} --held-out a.jsonl", "held_out must be of whole", put("a.jsonl", HALF)),
     *content("one.csv", FIELDS, "one\ntwo\n", "text;label\na;1\n"),
     *content("one.csv", WIDE, "text,label\na,b,1\n", "text,label\na\n"),
     *content("one.csv", "rows of .csv; got one.csv, line", 'text\n"a"b\n', 'text\n"a'),
