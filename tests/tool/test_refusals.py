@@ -421,7 +421,6 @@ ADAPTERS = [
             "base nowhere tuned --texts texts/lines.txt": "a folder with an adapter of peft",
             "base tuned tuned --texts texts/lines.txt": "a folder with an adapter of peft",
             "base gpt/lora tuned --texts texts/lines.txt": READ,
-            "base adapter tuned --texts texts/lines.txt": "texts must be",
             "base lora ./nowhere --texts texts/lines.txt": "tuned must be a folder that exists",
             "lora lora tuned --texts texts/lines.txt": "base must be a checkpoint with all its",
             "base lora tuned --texts nowhere.txt": "(no such file)",
