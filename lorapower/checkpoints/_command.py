@@ -74,8 +74,8 @@ class _Options:
         ...,
     )
     group: str | None = _flag(
-        "Field of .jsonl that texts of one document or source share: such a group counts once. In "
-        "other files blank lines separate documents."
+        "Field of .jsonl or .csv that texts of one document or source share: a group counts once. "
+        "In .txt blank lines separate documents."
     )
     tokens: int | None = _flag("Each text is cut to this many tokens; 128, or as in the plan.")
     any_base: bool = _flag("Take adapters that name another base.", False, "--any-base")
@@ -217,19 +217,15 @@ def check(options: _CheckOptions) -> None:
     """
     measured = _call(workflow.check, options)
     carried, size = measure_peft(Path(options.adapter))
-    evidence = measured.evidence
+    about: dict[str, Any] = {"carried": carried, "adapter_bytes": size}
+    if evidence := measured.evidence:
+        about |= {"verdict": evidence.verdict, "evidence": evidence._asdict()}
     if options.as_json:
-        about: dict[str, Any] = {"carried": carried, "adapter_bytes": size}
-        if evidence is not None:
-            about |= {"verdict": evidence.verdict, "evidence": evidence._asdict()}
         _print(without_nan(measured._asdict() | about))
     else:
-        rows = _certificate(measured) if evidence is None else _evidence(evidence)
-        if evidence is not None and not measured.kept:
-            rows.append(("WARNING", "report.json cannot be written to, so this is not counted."))
-        rows += [*_measured(measured), ("Size", f"{megabytes(size)}, {carried:,} numbers")]
-        _tell(rows)
-    if evidence is not None and evidence.verdict == "failed":
+        rows = _evidence(evidence, measured.kept) if evidence else _certificate(measured)
+        _tell([*rows, *_measured(measured), ("Size", f"{megabytes(size)}, {carried:,} numbers")])
+    if evidence and evidence.verdict == "failed":
         raise typer.Exit(SHORT)
 
 
@@ -401,19 +397,18 @@ def _remedy(plan: Plan) -> str:
 
 def _certificate(measured: Measured, also: str = "") -> list[tuple[str, str]]:
     """What texts certify of an adapter on which they did not decide."""
-    if not math.isfinite(measured.certified):
-        return [("Certified", "nothing: too few texts")]
     by = f"by {measured.texts} texts at 95%" + f", {also}" * bool(also)
     return [("Certified", f"{_PROMISE} {most(measured.certified)} {_UNIT} ({by})")]
 
 
-def _evidence(evidence: Evidence) -> list[tuple[str, str]]:
+def _evidence(evidence: Evidence, kept: bool) -> list[tuple[str, str]]:
     """What all texts that were ever checked say of a certificate."""
     said = f"{evidence.exceeding} of {evidence.texts} fresh texts so far lose more than certified"
     if evidence.verdict == "undecided":
         few, many = (evidence.missing(share) for share in (0.03, 0.05))
         said += f". Check with more: about {few} if 3% of all texts do, {many} if 5% do"
-    return [("Verdict", f"{evidence.verdict.upper()}: {said}")]
+    warning = [("WARNING", "report.json cannot be written to: the next check starts anew.")]
+    return [("Verdict", f"{evidence.verdict.upper()}: {said}"), *warning[kept:]]
 
 
 def _measured(measured: Measured, *, certified: bool = True) -> list[tuple[str, str]]:

@@ -43,15 +43,12 @@ class Measured(NamedTuple):
         The mean divergence ``KL(f̄ ‖ f̂)`` of the distributions, in nats.
     texts : int
         The number of texts; of each group there is one.
-    certified : float
+    certified, own_effect : float
         At least 90% of texts like these lose at most this part of what tuning typically changes in
-        a text, at a confidence of 95% and for any distribution, if texts (or groups) were drawn
-        independently and had no part in making the adapter or choosing it [prop-certificate]. A
-        text loses ``‖f̂ − f̄‖``; what tuning typically changes is the root mean square of
+        a text, or of what it changes in this very text: at a confidence of 95% and for any
+        distribution, if texts (or groups) were drawn independently and decided on no adapter
+        [prop-certificate]. A text loses ``‖f̂ − f̄‖``; typical is the root mean square of
         ``‖f_0 − f̄‖`` over the texts by which a plan was selected or, without a plan, over these.
-        Infinite for fewer than 29 texts.
-    own_effect : float
-        The same with each text's own ``‖f_0 − f̄‖`` for the typical one.
     decisions : int
         The number of decisions: of texts or, for a language model, of tokens.
     variation : float
@@ -60,11 +57,9 @@ class Measured(NamedTuple):
     accuracy, base_accuracy, tuned_accuracy : float
         The share of right decisions of the adapted network, of the base and of the tuned network;
         NaN without labels.
-    evidence : Evidence, optional
+    evidence, kept : Evidence, optional, and bool
         What all texts that were ever checked say of the certificate in an adapter's
-        ``report.json``; ``None`` without one.
-    kept : bool
-        Whether ``report.json`` has this evidence, so that the next check goes on from it.
+        ``report.json``, and whether that has it now, so that the next check goes on from there.
     bfloat16, tuned_bfloat16 : float
         The error of the adapter, merged, and of the tuned network with weights and values in
         bfloat16, against the tuned outputs in float32; NaN unless asked for, and where peft cannot

@@ -120,8 +120,8 @@ def prepare(
 ) -> Texts:
     """Divide texts in three parts; without ``held_out``, half of them are to certify with.
 
-    Groups are divided as wholes, and before repetitions are left out of those to plan with: given
-    these, the others are independent draws as before [prop-certificate].
+    Groups are divided as wholes, before repetitions are left out of those to plan with: given
+    these, the others are independent draws [prop-certificate].
     """
     order = np.random.default_rng(randomness.number(seed, "planning texts"))
     if held_out is None:
@@ -170,10 +170,9 @@ def prepare_all(
     used: Collection[str],
     certify: bool,
 ) -> tuple[list[Batch], list[str]]:
-    """Make batches of one text of each group without any of the digests ``used``, at most 256.
+    """Make batches of at most 256 texts, one of each group without any that was ``used``.
 
-    There must be as many as ``certify`` a loss by themselves, or else one. Returns their digests
-    too.
+    There must be one, or as many as ``certify`` a loss. Returns their digests too.
     """
     needed = LEAST_TEXTS if certify else 1
     order = np.random.default_rng(randomness.number(seed, "checked texts"))
@@ -224,19 +223,15 @@ def _shuffle(
     return [[group[i] for i in order.permutation(len(group))] for group in mixed]
 
 
-def _require_apart(planning: list[_Group], held_out: list[_Group]) -> None:
-    """Refuse texts, and names of groups, that are in both."""
+def _require_apart(*parts: list[_Group]) -> None:
+    """Refuse texts to certify with, and names of their groups, that are also planned with."""
     for name in ("text", "group"):
-        each = (
-            {getattr(text, name) for g in part for _, text in g} for part in (planning, held_out)
-        )
-        if both := set.intersection(*each) - {None}:
-            raise InputError(
-                "held_out",
-                allowed=f"of {name}s that are not among those for planning",
-                given=f"{len(both)} that are, such as {min(both)!r}",
-                remedy="take them out of either file: what is certified would be too good",
-            )
+        one, other = ({getattr(text, name) for g in part for _, text in g} for part in parts)
+        if both := (one & other) - {None}:
+            allowed = f"of {name}s that are not among those for planning"
+            given = f"{len(both)} that are, such as {min(both)!r}"
+            remedy = "take them out of either file: what is certified would be too good"
+            raise InputError("held_out", allowed=allowed, given=given, remedy=remedy)
 
 
 def _class(pair: Pair, text: Text) -> int:

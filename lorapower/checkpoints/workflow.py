@@ -45,7 +45,7 @@ class Plan:
     planner: Planner
     #: The factors, and biases that make up for what they lack.
     adapter: Adapter
-    #: What the adapter loses on held-out texts.
+    #: What the adapter loses on the texts that certify.
     measured: Measured
     #: The error that was asked for.
     aim: float | None
@@ -202,14 +202,12 @@ def plan(
     A plan for an error is certified: at least 90% of texts like these lose at most this part of
     what tuning typically changes in a text (`Measured`), at a confidence of 95%
     [prop-certificate]. Texts, or groups of them, must be independent draws, on which the model was
-    not tuned, and the error chosen before what other plans with them found. The texts that certify
-    made none of the adapters; they decide only where the search stops. The error over all of them
-    is at most this too. If no adapter is certified, ``reached`` is false and the plan is the
-    largest that was tried. Raises `InputError` for unusable arguments, before any text is passed
-    through a network.
-
-    A plan for a size states the limit that `prices` does, which holds for all sizes of its list at
-    once: any of them may be taken after looking.
+    not tuned, and the error chosen before looking at plans with them. The texts that certify made
+    none of the adapters; they decide only where the search stops. The error over all of them is at
+    most this too. If no adapter is certified, ``reached`` is false and the plan is the largest that
+    was tried. A plan for a size of the list of `prices` may be made after looking at that: its
+    limit is the same. Raises `InputError` for unusable arguments, before any text is passed through
+    a network.
 
     Parameters
     ----------
@@ -412,14 +410,9 @@ def check(
     if tokens not in (None, planned.tokens):
         planned = planned._replace(tokens=tokens, typical=math.nan, limit=math.nan)
     said = require_memory(pair.memory)
-    batches, counted = _texts.prepare_all(
-        pair,
-        texts,
-        tokens=planned.tokens,
-        seed=seed,
-        used=planned.used,
-        certify=math.isnan(planned.limit),
-    )
+    about: dict[str, Any] = {"tokens": planned.tokens, "used": planned.used, "seed": seed}
+    certify = math.isnan(planned.limit)
+    batches, counted = _texts.prepare_all(pair, texts, certify=certify, **about)
     one = Batch._make(part[:1] for part in batches[0])
     # Before all texts are passed, and let go of: one network at a time is kept.
     _require_runs(adapter, pair, where, one)
@@ -442,7 +435,7 @@ def check(
         network = _export.merge(network)
         off = math.nan if network is None else _limits.ratio(reference.rounded(network), effect)
         measured = measured._replace(bfloat16=off, tuned_bfloat16=_limits.ratio(floor, effect))
-    if not math.isnan(planned.limit):
+    if not certify:
         exceeding = _limits.exceed(reference.losses(compared.squares), planned.limit)
         # Batches are sorted by length, which losses may depend on.
         order = np.random.default_rng(randomness.number(seed, "order")).permutation(len(exceeding))
@@ -541,7 +534,5 @@ def _state(
     if squares is not None:
         compared = compared._replace(squares=squares)
     doubt = _limits.DOUBT / (_limits.SIZES if aim is None else 1)
-    measured = planner.test.summarize(compared, doubt)
-    return Plan(
-        planner, adapter, measured._replace(differing=planner.pair.differing), aim, estimate
-    )
+    measured = planner.test.summarize(compared, doubt)._replace(differing=planner.pair.differing)
+    return Plan(planner, adapter, measured, aim, estimate)
