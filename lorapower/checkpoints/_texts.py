@@ -295,7 +295,7 @@ def _batches(
     In ``tight`` ones it is at most a fifth.
     """
     ordered = sorted(texts, key=lambda text: len(text.ids))
-    config, padding = pair.tuned.config, pair.tokenizer.pad_token_id
+    config, padding = pair.tuned.config, pair.padding
     # About 16 numbers of each unit are kept of a token while a network is differentiated.
     most = LOAD // (16 * config.hidden_size * config.num_hidden_layers)
     while ordered:

@@ -235,6 +235,13 @@ class Pair:
         return found
 
     @property
+    def padding(self) -> int:
+        """The token to pad with, by which a classifier on a decoder finds where texts end."""
+        own = getattr(self.tuned.config, "pad_token_id", None)
+        # Some configurations have -1, which no embedding has.
+        return int(self.tokenizer.pad_token_id if own is None or own < 0 else own)
+
+    @property
     def not_low_rank(self) -> dict[str, int]:
         """How many numbers are carried beside factors, by kind of parameter."""
         sizes = {kind: sum(o.size for o in self.others if o.kind == kind) for kind in KINDS}
@@ -272,9 +279,7 @@ class Pair:
         with quiet():
             network = build(config, self.architecture, "cpu")
         network.eval().requires_grad_(False)
-        if network.config.pad_token_id is None:
-            # A classifier on a decoder needs it to find where texts end.
-            network.config.pad_token_id = self.tokenizer.pad_token_id
+        network.config.pad_token_id = self.padding
         # Each text is passed once, and keys of one pass must not get into another.
         network.config.use_cache = False
         self.fill(network, which)

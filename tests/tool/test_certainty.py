@@ -87,7 +87,9 @@ class Tokenizer:
 
 CONFIG = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 2}
 TUNED = SimpleNamespace(config=SimpleNamespace(**CONFIG, max_position_embeddings=10))
-PAIR: Any = SimpleNamespace(tokenizer=Tokenizer(), tuned=TUNED, config=TUNED.config, task="encoder")
+PAIR: Any = SimpleNamespace(
+    tokenizer=Tokenizer(), padding=0, tuned=TUNED, config=TUNED.config, task="encoder"
+)
 
 
 class Scaled:

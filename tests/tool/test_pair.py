@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
 from lorapower.checkpoints import Pair, Text, _models, _texts, read_texts
+from lorapower.checkpoints._measuring import outputs
 from lorapower.errors import InputError
 
 
@@ -134,6 +135,22 @@ def test_entries_that_change_no_function_may_differ(architecture: str, tmp_path:
     Pair.open(base, tuned)
 
 
+@pytest.mark.parametrize("padding", [7, -1, None])
+def test_padding_changes_no_output(padding: int | None, tmp_path: Path) -> None:
+    """Classifiers of decoders look for the last token by what their configuration pads with."""
+    places = files.pair(tmp_path, "LlamaForSequenceClassification")
+    for place in places:
+        files.configure(Path(place), pad_token_id=padding)
+    pair = Pair.open(*places)
+    network, texts = pair.network(), files.texts()
+    batch = _texts.prepare(pair, texts, None, tokens=64, seed=0).fit[0]
+    assert not batch.is_token.all()
+    found = outputs(network, batch, pair.task)
+    for ids, there, row in zip(batch.input_ids, batch.is_token, found, strict=True):
+        (alone,) = network(ids[there][None]).logits
+        torch.testing.assert_close(row, alone - alone.mean(), rtol=1e-4, atol=1e-5)
+
+
 def test_a_head_that_is_stored_and_tied_is_one(tmp_path: Path) -> None:
     def head(weights: dict[str, torch.Tensor]) -> None:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
@@ -181,7 +198,7 @@ def pair_of_words() -> Any:
     """As a pair that takes ten tokens."""
     tuned = SimpleNamespace(config=SHORT)
     return SimpleNamespace(
-        tokenizer=files.words(), tuned=tuned, config=SHORT, task="classification"
+        tokenizer=files.words(), padding=0, tuned=tuned, config=SHORT, task="classification"
     )
 
 
