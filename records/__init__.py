@@ -77,10 +77,7 @@ def read(name: str) -> pd.DataFrame:
       (``numerical``); in all blocks, how many pairs of a head of the base and one of the tuned
       model are ``dependent``, and may differ by less than the full rank; the largest ``cosine`` of
       two tuned heads, and their ``shortest`` vector of scores over the median.
-    - ``floors``, on tokens of sentences: the cosine by which a block, or all, ``turn`` tokens.
-      ``floor`` is the share of the variance of one block's change that the other part cannot make
-      up [prop-floor-attention], [prop-floor-feed-forward]; ``far floor`` that of all blocks'
-      change, both parts, for far tokens with directions as behind this block.
+    - ``turns``, on tokens of sentences: the cosine by which a block, or all, ``turn`` tokens.
     - ``effect``, on held-out sentences: adapters of so many ``directions`` by a ``part``, of the
       largest singular values of all changes (``norm``), of one ``rank`` everywhere, and chosen by
       ``effect`` with multipliers; embeddings and norms are as tuned, with ``none`` of them too.

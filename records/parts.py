@@ -8,12 +8,10 @@ as it ends; when all is there, it is recorded::
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import math
-import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any, Literal, TypeAlias
 
@@ -35,10 +33,8 @@ from records.tables import begin, put
 
 # Texts for planning and for measuring.
 PLANNING, TEXTS = 120, 60
-# Of the floors: sentences, the tokens that each is cut to, and how many attention is measured on.
-SENTENCES, LENGTH, MIXED = 192, 24, 64
-# Blocks whose states give the directions of far tokens: half way, and behind the last.
-DEPTHS = (15, 30)
+# Sentences by which blocks turn tokens, and the tokens that each is cut to.
+SENTENCES, LENGTH = 192, 24
 # The sine of an angle below which spans meet: weights are stored in single precision.
 ROUNDING = 1e-6
 # A part of the effect of which nine tenths, as squares, are there.
@@ -52,15 +48,13 @@ PROBES = 4
 # Block, weight or part, quantity, value; -1 and "" stand for all. Of adapters also directions.
 Row: TypeAlias = tuple[int, str, str, float]
 Adapted: TypeAlias = tuple[int, str, str, float, int]
-# Tokens are columns, those of a text side by side.
-States = Float[Tensor, "texts width tokens"]
 
 
 class PartRun(sweeps.Record):
     """A tuning, and what is measured of it."""
 
     tuning: str
-    stage: Literal["weights", "heads", "floors", "effect"]
+    stage: Literal["weights", "heads", "turns", "effect"]
 
 
 class PartResults(sweeps.Results):
@@ -70,47 +64,6 @@ class PartResults(sweeps.Results):
     precision: str
     torch: str
     transformers: str
-
-
-def trace(network: Transformer, z: States) -> Iterator[tuple[States, States]]:
-    """Give tokens before and after attention, for each block, and at last those that leave."""
-    for l in range(network.depth):
-        n = network.normalize(z)
-        u = z + attention(network, l, n, n)
-        yield z, u
-        z = u + feed_forward(network, l, network.normalize(u))
-    yield z, z
-
-
-def feed_forward(network: Transformer, l: int, n: States) -> States:
-    """Compute what the feed-forward layer of a block adds to tokens with these norms."""
-    n = network.g_2[l][:, None] * n
-    gate = network.activate(network.W_1[l] @ n)
-    return network.W_2[l] @ (gate * (network.W_3[l] @ n))
-
-
-def attention(network: Transformer, l: int, n: States, others: States) -> States:
-    """Compute what attention adds to each token if those before it are ``others``.
-
-    A token's own norm is in ``n``; weights have no biases.
-    """
-    n, others = (network.g_1[l][:, None] * x[:, None] for x in (n, others))
-    W_K, W_V = (network.each_head(W[l]) for W in (network.W_K, network.W_V))
-    queries, keys, past = (
-        network.rotate(each) for each in (network.W_Q[l] @ n, W_K @ n, W_K @ others)
-    )
-    own = torch.eye(n.shape[-1], dtype=torch.bool)
-    scores = torch.where(own, keys.mT @ queries, past.mT @ queries)
-    P = network.patterns(scores)
-    kept = P.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-    mixed = (W_V @ others) @ P.masked_fill(own, 0) + (W_V @ n) * kept
-    return (network.W_O[l] @ mixed).sum(1)
-
-
-def alone(network: Transformer, l: int, n: States) -> States:
-    """Compute what attention adds to the only token of a sequence."""
-    values = network.each_head(network.W_V[l]) @ (network.g_1[l][:, None] * n)[:, None]
-    return (network.W_O[l] @ values).sum(1)
 
 
 def weights(pair: Pair) -> Iterator[Row]:
@@ -201,74 +154,19 @@ def largest_cosine(rows: Float[Tensor, "heads n"]) -> float:
     return float((rows @ rows.mT).abs().fill_diagonal_(0).max())
 
 
-def floors(base: Transformer, tuned: Transformer, z: States) -> Iterator[Row]:
-    """Measure how blocks turn own tokens, and what one part cannot do of the other's change.
+def turns(network: Any, ids: Tensor) -> Iterator[Row]:
+    """Measure the mean cosine of tokens before and after each block, and all.
 
-    First tokens are left out: attention heaps on them. Floors are over the variance of the change.
+    First tokens are left out: attention heaps on them.
     """
-    states = [*trace(tuned, z)]
-    yield -1, "", "turn", cosine(states[0][0], states[-1][0])
-    for l, ((z, u), (y, _)) in enumerate(itertools.pairwise(states)):
-        yield l, "", "turn", cosine(z, y)
-        n = tuned.normalize(u)
-        change = feed_forward(tuned, l, n) - feed_forward(base, l, n)
-        yield l, "attention", "floor", not_affine(change, n) / variance(change)
-        mixed, other = mix(base, tuned, tuned.normalize(z), [l])
-        yield l, "mlp", "floor", mean_square(mixed - other) / 2 / variance(mixed)
-    for depth in DEPTHS:
-        n = tuned.normalize(states[depth][0])
-        each = range(tuned.depth)
-        change = total(feed_forward(tuned, l, n) - feed_forward(base, l, n) for l in each)
-        single = change + total(alone(tuned, l, n) - alone(base, l, n) for l in each)
-        yield depth, "attention", "far floor", not_affine(change, n) / variance(single)
-        mixed, other = mix(base, tuned, n, each)
-        whole = variance(mixed + change[: len(mixed)])
-        yield depth, "mlp", "far floor", mean_square(mixed - other) / 2 / whole
-
-
-def mix(
-    base: Transformer, tuned: Transformer, n: States, blocks: Iterable[int]
-) -> tuple[States, States]:
-    """Add up attention's changes for tokens behind those of one other sentence, and another."""
-    n = n[:MIXED]
-    first, second = (
-        total(attention(tuned, l, n, other) - attention(base, l, n, other) for l in blocks)
-        for other in (n.roll(1, 0), n.roll(2, 0))
-    )
-    return first, second
-
-
-def total(changes: Iterable[States]) -> States:
-    """Add changes."""
-    return functools.reduce(operator.add, changes)
-
-
-def rows(x: States) -> Float[Tensor, "rows width"]:
-    """Give tokens but for first ones, as rows."""
-    return x[..., 1:].mT.flatten(0, 1).double()
-
-
-def mean_square(x: States) -> float:
-    """Compute the mean squared norm of tokens."""
-    return float(rows(x).square().sum(-1).mean())
-
-
-def variance(x: States) -> float:
-    """Compute the variance of tokens, summed over coordinates."""
-    return float(rows(x).var(0).sum())
-
-
-def cosine(x: States, y: States) -> float:
-    """Compute the mean cosine of tokens in two places."""
-    return float(torch.cosine_similarity(rows(x), rows(y)).mean())
-
-
-def not_affine(change: States, n: States) -> float:
-    """Compute the mean square of a change that no affine map of ``n`` makes, without bias."""
-    x, y = rows(n), rows(change)
-    x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
-    left = y - x @ torch.linalg.lstsq(x, y).solution
-    return float(left.square().sum() / (len(x) - x.shape[1]))
+    states = [network.get_input_embeddings()(ids)]
+    for layer in network.base_model.layers:
+        layer.register_forward_hook(lambda *given: states.append(given[-1]))
+    network.base_model(ids)
+    for l, (x, y) in enumerate(itertools.pairwise(states)):
+        yield l, "", "turn", float(torch.cosine_similarity(x[:, 1:], y[:, 1:], dim=-1).mean())
+    first, last = states[0][:, 1:], states[-1][:, 1:]
+    yield -1, "", "turn", float(torch.cosine_similarity(first, last, dim=-1).mean())
 
 
 class Distances:
@@ -416,19 +314,18 @@ def work(settings: list[PartRun]) -> list[PartResults]:
     (setting,) = settings
     folder, kind = plans.tuned(setting.tuning), plans.TUNINGS[setting.tuning].kind
     pair = Pair.open(models.LANGUAGE, str(folder))
-    modules = [models.decoder(name) for name in (models.LANGUAGE, str(folder))]
-    base, tuned = (from_decoder(module, final_norm=False) for module in modules)
     found: list[Row | Adapted]
     if setting.stage == "weights":
         found = [*weights(pair)]
     elif setting.stage == "heads":
+        networks = (models.decoder(name) for name in (models.LANGUAGE, str(folder)))
+        base, tuned = (from_decoder(one, final_norm=False) for one in networks)
         found = [*heads(base.to(torch.float64), tuned.to(torch.float64))]
-    elif setting.stage == "floors":
+    elif setting.stage == "turns":
         sentences = [s for part in ("test", "validation") for s in pairs.texts(kind, part)]
         ids = pair.tokenizer(sentences)["input_ids"]
         ids = [tokens[:LENGTH] for tokens in ids if len(tokens) >= LENGTH]
-        x = modules[1].get_input_embeddings()(torch.tensor(ids[:SENTENCES]))
-        found = [*floors(base, tuned, x.mT)]
+        found = [*turns(pair.network(), torch.tensor(ids[:SENTENCES]))]
     else:
         planning, held_out = (pairs.texts(kind, part) for part in ("validation", "test"))
         limits: Any = {"held_out": held_out[:TEXTS], "modules": plans.BLOCKS}
@@ -450,7 +347,7 @@ def unfold(runs: pd.DataFrame) -> pd.DataFrame:
 if __name__ == "__main__":
     begin()
     tunings = [name for name, about in plans.TUNINGS.items() if not about.rank]
-    asked = sweeps.grid(PartRun, tuning=tunings, stage=["weights", "floors", "effect"])
+    asked = sweeps.grid(PartRun, tuning=tunings, stage=["weights", "turns", "effect"])
     # Heads are compared for one tuning.
     asked.append(PartRun(tuning="tweets", stage="heads"))
     put(unfold(sweeps.run(asked, work, "parts.sqlite", size=1)), "parts")

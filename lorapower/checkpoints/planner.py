@@ -180,7 +180,7 @@ class Planner:
         """Make an adapter with at most so many parameters, chosen by its effect on outputs.
 
         Weighted directions of all modules' changes are taken by what they add to the effect for
-        their cost, and gains are fitted to all of them at once [prop-coherent].
+        their cost, and gains are fitted to all of them at once [prop-sketch].
         """
         choice = choose(self._pool, *self._sketches, parameters)
         return self._with_gains(choice.gains(parameters))

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import records
-from lorapower import bounds, lowrank, randomness
-from lorapower.checkpoints import Pair
+from lorapower import lowrank, randomness
+from lorapower.checkpoints import Adapter, Pair, Planner
 from lorapower.experiments import sweeps
-from lorapower.networks import Transformer, from_decoder
-from records import models, neighbours, pairs, parts, plans
+from lorapower.networks import Transformer
+from records import neighbours, pairs, parts, plans
 from records.plans import AdapterRun
 
 
@@ -53,44 +53,50 @@ def test_adapters_for_tunings_are_measured(
     assert planner.error(more) <= 0.1
 
 
-def blocks(folder: str) -> tuple[Any, Transformer]:
-    network = models.decoder(folder).double().requires_grad_(False)
-    return network, from_decoder(network, final_norm=False)
+def test_losses_of_a_few_directions_are_measured(tmp_path: Path) -> None:
+    """Errors with and without one shift of all logits, and what blocks lose together."""
+    large = files.low_rank(8)
 
+    def small(name: str, value: torch.Tensor) -> torch.Tensor | None:
+        change = large(name, value)
+        return None if change is None else change / 20
 
-def test_parts_are_those_of_the_module(llamas: tuple[str, str]) -> None:
-    network, own = blocks(llamas[1])
-    ids = torch.arange(40).view(4, 10) + 4
-    *_, (z, _) = parts.trace(own, network.get_input_embeddings()(ids).mT)
-    expected = network.base_model(ids).last_hidden_state
-    # Its norms are taken in float32.
-    z = network.base_model.norm.weight * own.normalize(z).mT
-    torch.testing.assert_close(z, expected, rtol=0, atol=1e-5)
-    n, others = randomness.normal(randomness.generator(0, "states"), 2, 5, 24, 6)
-    one = own.normalize(n[..., :1])
-    torch.testing.assert_close(parts.alone(own, 1, one), parts.attention(own, 1, one, one))
-    # Tokens stand behind those of others.
-    mixed = parts.attention(own, 1, n, others)
-    for j in range(6):
-        x = torch.cat([others[..., :j], n[..., j:]], -1)
-        torch.testing.assert_close(mixed[..., j], parts.attention(own, 1, x, x)[..., j])
+    pair = Pair.open(*files.pair(tmp_path, "LlamaForCausalLM", change=small))
+    texts = files.texts(60, 1), files.texts(60, 2)
+    planner = Planner(pair, texts[0], held_out=texts[1], modules=plans.BLOCKS)
+    adapter = planner.uniform(planner.parameters(2))
+    measured = parts.Distances(planner, planner.test.batches)
+    planner.put(adapter)
+    found = {row[2]: row[3] for row in measured.rows("rank", 2)}
+    expected = planner.measure(adapter)
+    assert found["error"] == pytest.approx(expected.error, rel=1e-4)
+    assert found["agreement"] == pytest.approx(expected.agreement)
+    gaps = []
+    for which in ("tuned", "base", adapter):
+        if isinstance(which, Adapter):
+            planner.put(which)
+        else:
+            pair.fill(planner.network, which)
+        batches = (
+            batch.rows(planner.network(**batch.on("cpu")).logits) for batch in measured.batches
+        )
+        logits = torch.cat([*batches]).double()
+        gaps.append(logits - logits.mean(1, keepdim=True))
+    effect, lost = (gap - gaps[0] for gap in gaps[1:])
+    rest = (lost - lost.mean(0)).norm() / (effect - effect.mean(0)).norm()
+    assert found["unshifted"] == pytest.approx(float(rest), rel=1e-3)
 
-
-def test_what_is_not_affine_is_the_floor_of_attention(llamas: tuple[str, str]) -> None:
-    base, tuned = (blocks(folder)[1] for folder in llamas)
-    draw = randomness.generator(0, "states")
-    n = base.normalize(randomness.normal(draw, 40, 24, 9))
-    # Affine changes, and noise of variance 1, of which the fit's freedom takes no part.
-    A, noise = randomness.normal(draw, 24, 24), randomness.normal(draw, 40, 24, 9)
-    assert parts.not_affine(A @ n + 1, n) < 1e-20
-    assert parts.not_affine(A @ n + noise, n) == pytest.approx(24, rel=0.1)
-    change = parts.total(
-        parts.feed_forward(tuned, l, n) - parts.feed_forward(base, l, n) for l in range(2)
-    )
-    floor = bounds.attention_floor(base, tuned, n[..., 1:].movedim(0, 1).flatten(1))
-    # The library's is that of these very tokens.
-    seen = (1 - 25 / 320) * parts.not_affine(change, n)
-    assert seen == pytest.approx(24 * float(floor.value), rel=1e-3)
+    changes = {name: lowrank.svd(pair.change(name)) for name in planner.modules}
+    few = parts.leading(changes, 5)
+    assert sum(few.ranks.values()) == 5
+    least = min(changes[name].S[rank - 1] for name, rank in few.ranks.items())
+    assert sum(int((change.S >= least).sum()) for change in changes.values()) == 5
+    # A small tuning is linear.
+    blocks, apart = parts.products(planner, adapter)
+    assert float(blocks.sum()) == pytest.approx(float(lost.square().sum()), rel=0.3)
+    assert torch.equal(blocks, blocks.mT)
+    assert 0 < apart
+    assert float(blocks.trace()) != pytest.approx(apart, rel=1e-3)
 
 
 def test_heads_differ_by_the_rank_of_their_changes() -> None:
