@@ -29,6 +29,8 @@ HALVES = ("attention", "mlp", "none")
 #: Errors for which the smallest adapter is looked for.
 AIMS = (0.2, 0.05)
 _RULES = {"same share": "peft, energy", "largest values": "PARA"}
+# Fields that `Lost` shares with `Measured`.
+_MEASURED = ("error", "agreement", "kl", "accuracy", "base_accuracy", "tuned_accuracy")
 # The part of the way from the tuned to the adapted weights over which derivatives are taken.
 _STEP = 0.05
 
@@ -189,8 +191,8 @@ def _measure(example: Prepared, setting: Adapted) -> Lost:
             more["kept"] = example.kept(int(setting.asked))
         planner.put(adapter)
     ranks = tuple(adapter.ranks.get(name, 0) for name in example.modules)
-    found = planner.test.summarize(planner.test.compare(planner.network))._asdict()
-    more |= {name: found[name] for name in Lost.model_fields.keys() & found.keys()}
+    found = planner.test.summarize(planner.test.compare(planner.network))
+    more |= {name: getattr(found, name) for name in _MEASURED}
     return Lost(parameters=adapter.parameters, ranks=ranks, **more)
 
 
