@@ -20,7 +20,7 @@ from records import neighbours, pairs
 
 PROTOCOL = (
     "Tunings of an encoder on docstrings, each with other texts, and adapters that are planned "
-    "with 120 texts and measured on 120 others."
+    "with 120 texts and measured on 116 others."
 )
 #: Ways to spend as many parameters as one rank for all modules.
 WAYS = ("same rank", "same share", "largest values", "by module", "by effect")
@@ -36,7 +36,7 @@ _STEP = 0.05
 
 
 class Example(sweeps.Record):
-    """An example, and how many of its texts serve to plan; as many others are held out."""
+    """An example, and how many of its texts serve to plan; about as many others are held out."""
 
     seed: int = 0
     sentences: int = 120
