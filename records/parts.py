@@ -32,7 +32,7 @@ from records import models, pairs, plans
 from records.tables import begin, put
 
 # Texts for planning and for measuring.
-PLANNING, TEXTS = 120, 60
+PLANNING, TEXTS = 120, 61
 # Sentences by which blocks turn tokens, and the tokens that each is cut to.
 SENTENCES, LENGTH = 192, 24
 # The sine of an angle below which spans meet: weights are stored in single precision.

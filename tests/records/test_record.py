@@ -62,7 +62,7 @@ def test_losses_of_a_few_directions_are_measured(tmp_path: Path) -> None:
         return None if change is None else change / 20
 
     pair = Pair.open(*files.pair(tmp_path, "LlamaForCausalLM", change=small))
-    texts = files.texts(60, 1), files.texts(60, 2)
+    texts = files.texts(61, 1), files.texts(61, 2)
     planner = Planner(pair, texts[0], held_out=texts[1], modules=plans.BLOCKS)
     adapter = planner.uniform(planner.parameters(2))
     measured = parts.Distances(planner, planner.test.batches)
