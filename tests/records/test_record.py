@@ -78,7 +78,8 @@ def test_losses_of_a_few_directions_are_measured(tmp_path: Path) -> None:
         else:
             pair.fill(planner.network, which)
         batches = (
-            batch.rows(planner.network(**batch.on("cpu")).logits) for batch in measured.batches
+            batch.rows(planner.network(**batch.on(planner.network.device)).logits)
+            for batch in measured.batches
         )
         logits = torch.cat([*batches]).double()
         gaps.append(logits - logits.mean(1, keepdim=True))
