@@ -229,8 +229,8 @@ WRONG = {
 
 
 def bound(plans: int, share: float = 0.05) -> float:
-    """A share and two standard errors."""
-    return share + 2 * math.sqrt(share * (1 - share) / plans)
+    """A share and three standard errors, as many cases are tried."""
+    return share + 3 * math.sqrt(share * (1 - share) / plans)
 
 
 nightly = pytest.mark.nightly
@@ -377,15 +377,16 @@ def test_checks_may_go_on_until_they_say_something(plans: int) -> None:
 
 
 @pytest.mark.parametrize("plans", PLANS)
-@pytest.mark.parametrize(("share", "median"), [(0.03, 84), (0.05, 153)])
-def test_checks_take_so_many_texts(share: float, median: int, plans: int) -> None:
+@pytest.mark.parametrize(("share", "median", "within"), [(0.03, 84, 0.559), (0.05, 139, 0.520)])
+def test_checks_take_so_many_texts(share: float, median: int, within: float, plans: int) -> None:
+    """``within`` is how often a certificate is confirmed by then, of all paths of so many texts."""
     draw, needed = np.random.default_rng(4), []
     for _ in range(plans):
         evidence = Evidence()
         while evidence.verdict != "confirmed" and evidence.texts < 1500:
             evidence = evidence.add(draw.random(1) < share)
         needed.append(evidence.texts)
-    assert np.median(needed) == pytest.approx(median, rel=3 / math.sqrt(plans))
+    assert abs(np.mean(np.array(needed) <= median) - within) <= 1.5 / math.sqrt(plans)
     assert Evidence().missing(share) == pytest.approx(np.mean(needed), rel=4 / math.sqrt(plans))
 
 
