@@ -61,9 +61,8 @@ def read(name: str) -> pd.DataFrame:
     texts were passed. Arrays over held-out texts are ``squares``, ``‖f̂ − f̄‖²``; ``effect``,
     ``‖f_0 − f̄‖²``; ``equal`` next tokens, their ``divergence``, and their number, ``decisions``.
     Where ``variation`` is recorded, it is their total variation. ``error``, ``agreement`` and
-    ``kl``, as in `Measured`, are computed from these. Adapters by effect of the tuning of rank 64
-    were chosen among singular directions, the others among those in the metrics of inputs and
-    outputs, each thoroughly.
+    ``kl``, as in `Measured`, are computed from these. Adapters by effect
+    were planned thoroughly.
 
     ``"parts"`` has what the tunings of all weights of ``"plans"`` change. A row has a ``value`` for
     a ``tuning``, a ``block`` (-1 for all), a ``part``, ``"attention"``, ``"mlp"`` or a weight
