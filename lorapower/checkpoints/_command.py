@@ -332,7 +332,7 @@ def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
     """What was asked, whether it holds, and what the adapter loses and takes."""
     rows, measured, planner = [], plan.measured, plan.planner
     if plan.aim is None:
-        rows += _certificate(measured, "for all sizes of the list at once")
+        rows += _certificate(measured, "each size of the price list at 99.3%")
     elif plan.estimate:
         aim = f"{100 * plan.aim:.4g}%"
         rows.append(("Asked", f"an estimated loss of at most {aim} over the texts to certify with"))
@@ -341,7 +341,7 @@ def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
         rows.append(("Asked", f"{_PROMISE} {100 * plan.aim:.4g}% {_UNIT}"))
         drawn = ", one of each group," * planner.texts.grouped
         verdict = f"CERTIFIED by {measured.texts} texts{drawn} at 95% (float32, nothing generated)"
-        made = ". They made none of the adapters tried and decided only where the search stops"
+        made = ". No adapter was made with these texts; they only ended the search"
         rows.append(("Verdict", verdict + made if plan.reached else f"NOT {verdict}"))
     if not plan.reached:
         rows.append(("", _remedy(plan)))
@@ -403,10 +403,11 @@ def _certificate(measured: Measured, also: str = "") -> list[tuple[str, str]]:
 
 def _evidence(evidence: Evidence, kept: bool) -> list[tuple[str, str]]:
     """What all texts that were ever checked say of a certificate."""
-    said = f"{evidence.exceeding} of {evidence.texts} fresh texts so far lose more than certified"
+    said = f"{evidence.exceeding} of {evidence.texts} fresh texts, over all checks, exceed the "
+    said += "certified loss"
     if evidence.verdict == "undecided":
         few, many = (evidence.missing(share) for share in (0.03, 0.05))
-        said += f". Check with more: about {few} if 3% of all texts do, {many} if 5% do"
+        said += f". About {few} more texts decide it if 3% of all texts do, {many} if 5% do"
     warning = [("WARNING", "report.json cannot be written to: the next check starts anew.")]
     return [("Verdict", f"{evidence.verdict.upper()}: {said}"), *warning[kept:]]
 
@@ -416,12 +417,12 @@ def _measured(measured: Measured, *, certified: bool = True) -> list[tuple[str, 
     rows = [("Estimate", f"{percent(measured.error)} lost over all {measured.texts} texts")]
     if math.isfinite(measured.own_effect):
         how = "95%" if certified else "estimate"
-        own = f"{most(measured.own_effect)} of what it changed in this very text ({how})"
+        own = f"{most(measured.own_effect)} of what tuning changed in that text ({how})"
         rows.insert(0, ("Own effect", f"9 of 10 texts lose at most {own}"))
     if math.isfinite(measured.agreement):
         equal = round(measured.agreement * measured.decisions)
         decisions = f"{equal:,} of {measured.decisions:,} as the tuned model"
-        drawn = f"{percent(measured.variation)} differ if both draw from their probabilities"
+        drawn = f"if both sample, they differ on {percent(measured.variation)}"
         rows.append(("Decisions", f"{decisions}; {drawn}"))
     if math.isfinite(measured.accuracy):
         parts = measured.base_accuracy, measured.tuned_accuracy, measured.accuracy

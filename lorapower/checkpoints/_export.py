@@ -256,8 +256,8 @@ def measure_peft(folder: Path) -> tuple[int, int]:
 class Certified(NamedTuple):
     """What a report certifies: the unit of losses and their limit, and the evidence so far.
 
-    It holds for texts of so many ``tokens`` at most. Those of the digests ``used`` have been seen
-    by the plan or by checks.
+    It holds for texts of so many ``tokens`` at most, and for the pair of this `Pair.fingerprint`.
+    Texts of the digests ``used`` have been seen by the plan or by checks.
     """
 
     tokens: int = TOKENS
@@ -265,6 +265,7 @@ class Certified(NamedTuple):
     limit: float = math.nan
     used: frozenset[str] = frozenset()
     evidence: Evidence = Evidence()
+    models: str = ""
 
 
 def read_report(folder: Path | str) -> Certified:
@@ -278,7 +279,12 @@ def read_report(folder: Path | str) -> Certified:
         typical, limit = float(report["typical_effect"]), float(report["certified"])
         if 0 < typical < math.inf and 0 <= limit < math.inf:
             counts = (type(x)(kept.get(name, x)) for name, x in Evidence()._asdict().items())
-            return Certified(found.tokens, typical, limit, used, Evidence(*counts))
+            return found._replace(
+                typical=typical,
+                limit=limit,
+                evidence=Evidence(*counts),
+                models=str(report.get("models", "")),
+            )
     return found
 
 

@@ -31,6 +31,22 @@ def _digest(file: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def sample(folder: Path) -> str:
+    """Compute a digest of pieces of all weights in a folder, and of the names and sizes of files.
+
+    Of each file 64 pieces of 4 kB are read, evenly spaced.
+    """
+    found = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        found.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as opened:
+            for k in range(64):
+                opened.seek(k * max(size - 4096, 0) // 63)
+                found.update(opened.read(4096))
+    return found.hexdigest()[:16]
+
+
 def nearest(folder: Path) -> Path:
     """Find the folder, or the first above it that exists."""
     return next(part for part in (folder, *folder.parents) if part.exists())

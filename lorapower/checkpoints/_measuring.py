@@ -45,7 +45,7 @@ class Measured(NamedTuple):
         The number of texts; of each group there is one.
     certified, own_effect : float
         At least 90% of texts like these lose at most this part of what tuning typically changes in
-        a text, or of what it changes in this very text: at a confidence of 95% and for any
+        a text, or of what it changes in that text: at a confidence of 95% and for any
         distribution, if texts (or groups) were drawn independently and decided on no adapter
         [prop-certificate]. A text loses ``‖f̂ − f̄‖``; typical is the root mean square of
         ``‖f_0 − f̄‖`` over the texts by which a plan was selected or, without a plan, over these.

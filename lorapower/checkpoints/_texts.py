@@ -157,7 +157,7 @@ def prepare(
         sum(text.length > len(text.ids) for text in whole),
         unknown / sum(len(text.ids) for text in whole),
         sorted({_digest(text.text) for text in whole}),
-        any(text.group is not None for group in planning for _, text in group),
+        any(text.group is not None for group in certifying for _, text in group),
     )
 
 
@@ -214,7 +214,7 @@ def _shuffle(
         allowed, remedy = f"at least {needed} text{'s' * (needed > 1)}", ""
         if any(isinstance(key, str) for key in found):
             allowed = f"of at least {needed} group{'s' * (needed > 1)}, which count once each"
-            remedy = "give more; or no groups, if each text was drawn independently of the others"
+            remedy = "give more documents, or no groups if every text was drawn independently"
         if needed > LEAST_TEXTS:
             allowed += f": {LEAST_TEXTS} to plan with and {LEAST_TEXTS} to certify with"
         allowed += " that neither the adapter's plan nor a check has used" * bool(used)
@@ -230,7 +230,7 @@ def _require_apart(*parts: list[_Group]) -> None:
         if both := (one & other) - {None}:
             allowed = f"of {name}s that are not among those for planning"
             given = f"{len(both)} that are, such as {min(both)!r}"
-            remedy = "take them out of either file: what is certified would be too good"
+            remedy = "take them out here: the certificate is then for other texts than those"
             raise InputError("held_out", allowed=allowed, given=given, remedy=remedy)
 
 

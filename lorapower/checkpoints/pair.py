@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..lowrank import LowRank
 from ._adapters import MergedCheckpoint, open_tuned
+from ._folders import sample
 from ._models import (
     Checkpoint,
     build,
+    find,
     listed,
     quiet,
     require_libraries,
@@ -240,6 +242,12 @@ class Pair:
         own = getattr(self.tuned.config, "pad_token_id", None)
         # Some configurations have -1, which no embedding has.
         return int(self.tokenizer.pad_token_id if own is None or own < 0 else own)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Digests of pieces of the weights of both, by which another pair is told apart."""
+        folders = (find(name, getattr(self, name).source) for name in ("base", "tuned"))
+        return " ".join(map(sample, folders))
 
     @property
     def not_low_rank(self) -> dict[str, int]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .. import _checks, randomness
+from .. import _checks
 from ..errors import InputError, LorapowerError, ResultsError
 from . import _export, _limits, _texts
 from ._folders import require_apart, require_free, write_folder
@@ -92,7 +92,7 @@ class Plan:
         if not math.isfinite(self.certified):
             return "Nothing is certified."
         drawn = "one text of each of these groups" if self.planner.texts.grouped else "these texts"
-        chosen = "which were certified for all sizes of the list at once"
+        chosen = "each of whose seven sizes in the price list holds at 99.3%"
         if self.aim is not None:
             chosen = "and decided only at which of them the search stopped"
         return (
@@ -174,6 +174,7 @@ class Plan:
                 "unknown_tokens": texts.unknown,
                 "options": self.planner.options,
                 "used_texts": texts.used,
+                "models": pair.fingerprint,
                 "grouped": texts.grouped,
                 "neighbours_alike": self.neighbours_alike,
                 "seconds": self.seconds,
@@ -396,18 +397,20 @@ def check(
 
     If its ``report.json`` has a certificate, texts are evidence for or against it (`Evidence`),
     which is added to that of earlier checks and kept in this file; any number of new texts will
-    do. Without one 61 are needed, and they certify a loss by themselves. Texts that the plan or
-    earlier checks have used are left out, with all of their groups; at most 256 are drawn by
-    ``seed``, one of each group. They are cut off after ``tokens``: by default as in
-    ``report.json``, without whose certificate all else is measured, or else after 128. Other
-    arguments are those of `plan` and `Planner`. Raises `InputError` for unusable arguments, and for
-    an adapter that peft does not read into the base.
+    do. Without one, or for another pair than the plan's, 61 are needed, and they certify a loss by
+    themselves. Texts that the plan or earlier checks have used are left out, with their groups, so
+    that evidence is of other texts than those; at most 256 are drawn by ``seed``, one of each
+    group. They are counted in the order in which they were given, and cut off after ``tokens``: by
+    default as in ``report.json``, without whose certificate all else is measured, or else after
+    128. Other arguments are those of `plan` and `Planner`. Raises `InputError` for unusable
+    arguments, and for an adapter that peft does not read into the base.
     """
     where = require_device(device)
     _checks.choice("dtype", dtype, DTYPES)
     pair = Pair.open(base, tuned, any_base=any_base)
     planned = _export.read_report(adapter)
-    if tokens not in (None, planned.tokens):
+    if tokens not in (None, planned.tokens) or planned.models not in ("", pair.fingerprint):
+        tokens = planned.tokens if tokens is None else tokens
         planned = planned._replace(tokens=tokens, typical=math.nan, limit=math.nan)
     said = require_memory(pair.memory)
     about: dict[str, Any] = {"tokens": planned.tokens, "used": planned.used, "seed": seed}
@@ -437,9 +440,9 @@ def check(
         measured = measured._replace(bfloat16=off, tuned_bfloat16=_limits.ratio(floor, effect))
     if not certify:
         exceeding = _limits.exceed(reference.losses(compared.squares), planned.limit)
-        # Batches are sorted by length, which losses may depend on.
-        order = np.random.default_rng(randomness.number(seed, "order")).permutation(len(exceeding))
-        evidence = planned.evidence.add(exceeding[order])
+        # Batches are sorted by length, which losses may depend on: in the order of the file.
+        places = torch.cat([batch.places for batch in batches])
+        evidence = planned.evidence.add(exceeding[places.argsort()])
         kept = _export.keep_evidence(adapter, evidence, counted)
         measured = measured._replace(evidence=evidence, kept=kept)
     tell(3, 3)

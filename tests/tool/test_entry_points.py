@@ -14,6 +14,7 @@ import checkpoint_files as files
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from lorapower import __main__
 from lorapower.checkpoints import (
@@ -94,7 +95,7 @@ def test_plans_extracts_and_checks(own: Path, call: Call) -> None:
     # Texts that the plan drew last were dropped.
     said = call(f"{check}/lines.txt")[0]
     assert said.startswith("Verdict UNDECIDED: ")
-    assert "9 fresh texts so far lose more than certified. Check with more: about" in said
+    assert "9 fresh texts, over all checks, exceed the certified loss. About" in said
     err = call(f"{check}/lines.txt", 2)[1]
     assert "at least 1 text that neither the adapter's plan nor a check has used; got 0" in err
     found = json.loads(call(f"{check}/fresh.txt --json")[0])
@@ -102,6 +103,13 @@ def test_plans_extracts_and_checks(own: Path, call: Call) -> None:
     assert found["verdict"] in ("confirmed", "undecided")
     assert all(found[name] == written[name] for name in ("carried", "adapter_bytes"))
     assert f"{found['carried']:,} numbers" in said
+    # Another tuned model says nothing of what is certified for this one.
+    shutil.copytree(own / "tuned", own / "other")
+    weights = load_file(own / "other" / "model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, own / "other/model.safetensors")
+    assert call("check base out other --quiet --texts texts/lines.txt", 2)[1]
+    kept = json.loads((own / "out" / "report.json").read_text())["evidence"]
+    assert kept["texts"] == 149
     # What is kept with the adapter is no change of it by others.
     call(f"{command} --overwrite")
 
@@ -128,10 +136,10 @@ def test_verdict_comes_first_and_details_are_asked_for(call: Call) -> None:
     assert said.startswith("Asked at least 90% of texts like these lose at most 30%")
     assert said.endswith("Next the same with extract and --out FOLDER writes this adapter")
     for words in (
-        "Verdict CERTIFIED by 61 texts at 95% (float32, nothing generated). They made none of",
+        "Verdict CERTIFIED by 61 texts at 95% (float32, nothing generated). No adapter was made",
         "Own effect 9 of 10 texts lose at most",
         "of 61 as the tuned model",
-        "differ if both draw",
+        "if both sample",
         "Ranks block",
     ):
         assert words in said
