@@ -257,7 +257,7 @@ def test_groups_are_divided_as_wholes_and_certify_once() -> None:
         pair_of_words(), given, tokens=128, seed=0, used=found.used, certify=False
     )
     assert _texts.count(fresh) == len(digests) == 4
-    few = "groups, which count once each: 61 .*; got 121: give more; or no groups"
+    few = "groups, which count once each: 61 .*; got 121: give more documents, or no groups"
     with pytest.raises(InputError, match=few):
         prepared([Text(text, group=str(i % 121)) for i, text in enumerate(files.texts(390))])
 
