@@ -23,7 +23,7 @@ from rich.progress import Progress
 from . import _example, workflow
 from ._export import measure_peft, megabytes, most, percent, without_nan
 from ._folders import require_apart
-from ._limits import Evidence
+from ._limits import DOUBT, SIZES, Evidence
 from ._measuring import Measured
 from ._reading import read_texts
 from .planner import Report
@@ -180,9 +180,9 @@ def plan(options: _PlanOptions) -> None:
 
     With --error the status is 0 if the plan is certified: at least 90% of texts like these lose at
     most so much of what tuning typically changes in a text. The confidence is 95%: of all first
-    plans made so, at most one in 20 gets a certificate that is wrong. Texts (or groups of them)
-    must be independent draws. Half of them certify; they make none of the adapters and decide only
-    where the search stops. Losses are measured in float32 on texts as given; nothing is generated.
+    plans made this way, at most one in 20 gets a certificate that is wrong. Texts (or groups of
+    them) must be independent draws. Half of them certify: no adapter is made with these, they only
+    end the search. Losses are measured in float32 on texts as given; nothing is generated.
     With --estimate only the root mean square over these texts is compared.
     """
     if options.error is options.parameters is options.rank is None and not options.estimate:
@@ -332,7 +332,7 @@ def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
     """What was asked, whether it holds, and what the adapter loses and takes."""
     rows, measured, planner = [], plan.measured, plan.planner
     if plan.aim is None:
-        rows += _certificate(measured, "each size of the price list at 99.3%")
+        rows += _certificate(measured, f"{1 - DOUBT / SIZES:.1%}, as each size of the price list")
     elif plan.estimate:
         aim = f"{100 * plan.aim:.4g}%"
         rows.append(("Asked", f"an estimated loss of at most {aim} over the texts to certify with"))
@@ -397,7 +397,7 @@ def _remedy(plan: Plan) -> str:
 
 def _certificate(measured: Measured, also: str = "") -> list[tuple[str, str]]:
     """What texts certify of an adapter on which they did not decide."""
-    by = f"by {measured.texts} texts at 95%" + f", {also}" * bool(also)
+    by = f"by {measured.texts} texts at {also or '95%'}"
     return [("Certified", f"{_PROMISE} {most(measured.certified)} {_UNIT} ({by})")]
 
 

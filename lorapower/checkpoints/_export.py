@@ -265,26 +265,30 @@ class Certified(NamedTuple):
     limit: float = math.nan
     used: frozenset[str] = frozenset()
     evidence: Evidence = Evidence()
-    models: str = ""
+    fingerprint: str = ""
 
 
 def read_report(folder: Path | str) -> Certified:
     """Read what the report beside an adapter certifies; without one nothing."""
     found = Certified()
-    with suppress(OSError, ValueError, TypeError, KeyError):
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         report = json.loads((Path(folder) / REPORT).read_text(encoding="utf-8"))
-        kept = report.get("evidence", {})
+        kept = report.get("evidence") or {}
         used = frozenset([*report.get("used_texts", ()), *kept.get("checked_texts", ())])
         found = Certified(int(report["options"]["tokens"]), used=used)
         typical, limit = float(report["typical_effect"]), float(report["certified"])
         if 0 < typical < math.inf and 0 <= limit < math.inf:
             counts = (type(x)(kept.get(name, x)) for name, x in Evidence()._asdict().items())
-            return found._replace(
+            found = found._replace(
                 typical=typical,
                 limit=limit,
                 evidence=Evidence(*counts),
-                models=str(report.get("models", "")),
+                fingerprint=str(report.get("fingerprint", "")),
             )
+    evidence = found.evidence
+    if not (0 <= evidence.exceeding <= evidence.texts and all(map(math.isfinite, evidence))):
+        allowed, remedy = f"with evidence as checks write it to {REPORT}", "remove that entry"
+        raise InputError("adapter", allowed=allowed, given=str(folder), remedy=remedy)
     return found
 
 
@@ -292,7 +296,7 @@ def keep_evidence(folder: Path | str, evidence: Evidence, counted: list[str]) ->
     """Write evidence and the digests of more counted texts to the report; false if that fails."""
     file = Path(folder) / REPORT
     report = json.loads(file.read_text(encoding="utf-8"))
-    before = report.get("evidence", {}).get("checked_texts", [])
+    before = (report.get("evidence") or {}).get("checked_texts", [])
     report["evidence"] = evidence._asdict() | {"checked_texts": [*before, *counted]}
     with suppress(ResultsError):
         rewrite(Path(folder), REPORT, json.dumps(report, indent=2, allow_nan=False) + "\n")

@@ -103,6 +103,8 @@ def _csv(path: Path | str, content: str) -> Iterator[tuple[str, Mapping[str, Any
     """Read rows below a header, and name them; an empty label is none."""
     rows = csv.DictReader(io.StringIO(content, newline=""), strict=True)
     try:
+        if len({*(rows.fieldnames or ())}) < len(rows.fieldnames or ()):
+            raise _refuse("a header that names each field once", f"{path}: {rows.fieldnames}")
         for row in rows:
             where = f"{path}, line {rows.line_num}: {row}"
             if None in row or None in row.values():

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -181,6 +182,17 @@ def prepare_all(
     if certify:
         encoded = encoded[: fewest(len(encoded))]
     return [*_batches(pair, encoded, tight=True)], sorted({_digest(text.text) for text in encoded})
+
+
+def mix(batches: Sequence[Batch], seed: int) -> NDArray[np.int64]:
+    """Draw an order of all texts of batches that depends on their places alone.
+
+    Batches are sorted by length and files may be in any order, either of which losses may follow.
+    """
+    places = np.concatenate([batch.places for batch in batches])
+    draw = np.random.default_rng(randomness.number(seed, "order of checked texts"))
+    order: NDArray[np.int64] = places.argsort()[draw.permutation(len(places))]
+    return order
 
 
 def _digest(text: str) -> str:

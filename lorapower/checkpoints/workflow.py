@@ -92,16 +92,19 @@ class Plan:
         if not math.isfinite(self.certified):
             return "Nothing is certified."
         drawn = "one text of each of these groups" if self.planner.texts.grouped else "these texts"
-        chosen = "each of whose seven sizes in the price list holds at 99.3%"
+        sure = (
+            f"is {1 - _limits.DOUBT / _limits.SIZES:.1%}, so that all {_limits.SIZES} sizes of the "
+            "price list hold at once at 95%"
+        )
         if self.aim is not None:
-            chosen = "and decided only at which of them the search stopped"
+            sure = "is 95%: of all first plans made this way, at most one in 20 gets a certificate "
+            sure += "that is wrong"
         return (
             f"At least {_limits.SHARE:.0%} of texts like these lose at most "
             f"{_export.most(self.certified)} of what tuning typically changes in a text. The "
-            "confidence is 95%: of all first plans made so, at most one in 20 gets a certificate "
-            f"that is wrong. {self.measured.texts} texts certify it; they made none of the "
-            f"adapters, {chosen}. This takes {drawn} to be independent draws. Losses are measured "
-            "in float32 on texts as given; nothing is generated."
+            f"confidence {sure}. {self.measured.texts} texts certify it; no adapter was made with "
+            f"them. This takes {drawn} to be independent draws. Losses are measured in float32 on "
+            "texts as given; nothing is generated."
         )
 
     @property
@@ -174,7 +177,7 @@ class Plan:
                 "unknown_tokens": texts.unknown,
                 "options": self.planner.options,
                 "used_texts": texts.used,
-                "models": pair.fingerprint,
+                "fingerprint": pair.fingerprint,
                 "grouped": texts.grouped,
                 "neighbours_alike": self.neighbours_alike,
                 "seconds": self.seconds,
@@ -400,16 +403,16 @@ def check(
     do. Without one, or for another pair than the plan's, 61 are needed, and they certify a loss by
     themselves. Texts that the plan or earlier checks have used are left out, with their groups, so
     that evidence is of other texts than those; at most 256 are drawn by ``seed``, one of each
-    group. They are counted in the order in which they were given, and cut off after ``tokens``: by
-    default as in ``report.json``, without whose certificate all else is measured, or else after
-    128. Other arguments are those of `plan` and `Planner`. Raises `InputError` for unusable
-    arguments, and for an adapter that peft does not read into the base.
+    group. They are counted in random order, and cut off after ``tokens``: by default as in
+    ``report.json``, without whose certificate all else is measured, or else after 128. Other
+    arguments are those of `plan` and `Planner`. Raises `InputError` for unusable arguments, for an
+    adapter that peft does not read into the base, and for evidence that no check has written.
     """
     where = require_device(device)
     _checks.choice("dtype", dtype, DTYPES)
     pair = Pair.open(base, tuned, any_base=any_base)
     planned = _export.read_report(adapter)
-    if tokens not in (None, planned.tokens) or planned.models not in ("", pair.fingerprint):
+    if tokens not in (None, planned.tokens) or planned.fingerprint not in ("", pair.fingerprint):
         tokens = planned.tokens if tokens is None else tokens
         planned = planned._replace(tokens=tokens, typical=math.nan, limit=math.nan)
     said = require_memory(pair.memory)
@@ -440,9 +443,7 @@ def check(
         measured = measured._replace(bfloat16=off, tuned_bfloat16=_limits.ratio(floor, effect))
     if not certify:
         exceeding = _limits.exceed(reference.losses(compared.squares), planned.limit)
-        # Batches are sorted by length, which losses may depend on: in the order of the file.
-        places = torch.cat([batch.places for batch in batches])
-        evidence = planned.evidence.add(exceeding[places.argsort()])
+        evidence = planned.evidence.add(exceeding[_texts.mix(batches, seed)])
         kept = _export.keep_evidence(adapter, evidence, counted)
         measured = measured._replace(evidence=evidence, kept=kept)
     tell(3, 3)

@@ -148,6 +148,7 @@ TEXTS = [
     *content("one.jsonl", "texts must be of whole characters", HALF),
     Row(f"{PLAN} --held-out a.jsonl", "held_out must be of whole", put("a.jsonl", HALF)),
     *content("one.csv", FIELDS, "one\ntwo\n", "text;label\na;1\n"),
+    *content("one.csv", "names each field once", "text,text\na,b\n"),
     *content("one.csv", WIDE, "text,label\na,b,1\n", "text,label\na\n"),
     *content("one.csv", "rows of .csv; got one.csv, line", 'text\n"a"b\n', 'text\n"a'),
     *content("one.csv", "field larger than field limit", "text\n" + "a" * 200_000),
@@ -389,6 +390,15 @@ SHRUNK: list[tuple[str, Change]] = [
     ("file is missing or damaged", cut(FACTORS, 999)),
 ]
 READ = "adapter must be one that peft reads into the base"
+# As a report that a check has written, but for the number of texts.
+COUNTED = json.dumps(
+    {
+        "options": {"tokens": 128},
+        "typical_effect": 1.0,
+        "certified": 0.1,
+        "evidence": {"texts": -500, "exceeding": 0, "confirming": 99.0},
+    }
+)
 CHECKED: list[tuple[str, Change]] = [
     ("adapter must be a folder with an adapter of peft", drop(CONFIG)),
     *[(READ, put(CONFIG, written)) for written in ("{", "{}")],
@@ -398,6 +408,7 @@ CHECKED: list[tuple[str, Change]] = [
     (READ, drop(FACTORS)),
     (READ, put(FACTORS, "no")),
     (READ, cut(FACTORS, 999)),
+    ("adapter must be with evidence as checks write it", put("report.json", COUNTED)),
     (READ, tensors(lambda t: t.update({KEY: torch.ones(3, 9)}))),
     (READ, tensors(renamed)),
     ("one of finite numbers that brings", tensors(lambda t: t[KEY].fill_(torch.nan))),
