@@ -43,6 +43,20 @@ class LowRank:
         """Multiply out ``A Bᵀ``."""
         return self.left @ self.right.mT
 
+    @property
+    def shape(self) -> torch.Size:
+        """``[out, in]``, the sizes of ``A Bᵀ``."""
+        return torch.Size([self.left.shape[-2], self.right.shape[-2]])
+
+    @property
+    def mT(self) -> LowRank:  # noqa: N802
+        """The transpose, ``B Aᵀ``."""
+        return LowRank(self.right, self.left)
+
+    def __matmul__(self, columns: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
+        """Multiply columns, without multiplying out ``A Bᵀ``."""
+        return self.left.to(columns) @ (self.right.to(columns).mT @ columns)
+
     def leading(self, rank: int) -> LowRank:
         """Keep the first columns of both factors."""
         return LowRank(self.left[..., :rank], self.right[..., :rank])

@@ -12,12 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import _checks, lowrank, randomness
+from . import _checks, lowrank
 from .errors import InputError
-from .lowrank import SVD, LowRank
-
-# Columns beyond the wanted ones, and rounds of multiplication, to find a leading subspace.
-_EXTRA, _ROUNDS = 16, 3
+from .lowrank import LowRank
 
 
 class Regression(NamedTuple):
@@ -125,7 +122,6 @@ def truncate(
     *,
     inputs: Float[Tensor, "*#batch in samples"] | None = None,
     metric: Float[Tensor, "*#batch rows out"] | None = None,
-    approximate: bool = False,
 ) -> _Truncation:
     """Find the matrix of rank at most ``r`` that is nearest in metrics of inputs and outputs.
 
@@ -133,9 +129,7 @@ def truncate(
     singular vectors and the singular values of ``R M Z``. ``M`` is the ``matrix``
     ``[..., out, in]``, ``r`` at most its smaller side; ``Z`` are ``inputs`` ``[..., in, samples]``,
     or other columns of the same second moment, and ``R`` is the ``metric`` ``[..., rows, out]``
-    (see `second_moment_root`), both by default identities. For a matrix large against the rank
-    ``approximate`` finds only the leading subspace, by rounds of multiplication (Halko, Martinsson
-    and Tropp, 2011), in time proportional to its entries. Source: [prop-two-metrics].
+    (see `second_moment_root`), both by default identities. Source: [prop-two-metrics].
 
     Returns the ``update`` ``K``, whose first ``s`` columns are the nearest matrix of rank ``s``;
     its ``values`` ``σ_1 ≥ … ≥ σ_r``; and the ``total`` ``Σ_d σ_d²`` over all directions, the
@@ -148,22 +142,11 @@ def truncate(
     if inputs is not None:
         wide = inputs.shape[-1] > inputs.shape[-2]
         product = weighted @ (torch.linalg.qr(inputs.mT, mode="r").R.mT if wide else inputs)
-    subspace = approximate and min(product.shape[-2:]) > 2 * (rank + _EXTRA)
-    U, values, _ = _leading(product, rank + _EXTRA) if subspace else lowrank.svd(product)
+    U, values, _ = lowrank.svd(product)
     U, values = U[..., :rank], values[..., :rank]
     left = U if metric is None else _apply_inverse(metric, U)
     update = LowRank(left, weighted.mT @ U)
     return _Truncation(update, values, product.square().sum((-2, -1)))
-
-
-def _leading(matrix: Tensor, size: int) -> SVD:
-    """Decompose in a subspace of this size that is near the leading one."""
-    draw, sides = randomness.generator(0, "subspace"), (matrix.shape[-1], size)
-    Q = torch.linalg.qr(matrix @ randomness.normal(draw, *sides, dtype=matrix.dtype).to(matrix)).Q
-    for _ in range(_ROUNDS):
-        Q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ Q).Q).Q
-    U, S, V = lowrank.svd(Q.mT @ matrix)
-    return SVD(Q @ U, S, V)
 
 
 def _apply_inverse(metric: Tensor, columns: Tensor) -> Tensor:

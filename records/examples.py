@@ -12,8 +12,12 @@ import pandas as pd
 import torch
 
 import records
-from lorapower import checkpoints, lowrank
+from lorapower import checkpoints, lowrank, regression
 from lorapower.checkpoints import Adapter, Pair, Planner
+from lorapower.checkpoints._measuring import run_trials
+from lorapower.checkpoints._models import Rows
+from lorapower.checkpoints._streams import stream
+from lorapower.checkpoints._texts import count_tokens
 from lorapower.experiments import sweeps
 from lorapower.lowrank import LowRank
 from records import neighbours, pairs
@@ -95,12 +99,6 @@ class Prepared:
         """Decompose all changes."""
         return {name: lowrank.svd(self.pair.change(name)) for name in self.modules}
 
-    @functools.cached_property
-    def order(self) -> neighbours.Allocation:
-        """Order the directions of all modules by gain for cost."""
-        gains = {name: found.values for name, found in self.planner.weighted.items()}
-        return neighbours.allocate(gains, self.modules)
-
     def make(self, way: str, number: int) -> Adapter:
         """Make an adapter in one of the `WAYS` with at most so many parameters."""
         if way == "same rank":
@@ -108,58 +106,71 @@ class Prepared:
         if way == "by effect":
             return self.planner.candidate(number)
         if way == "by module":
-            weighted, taken = self.planner.weighted, self.order.ranks(number)
-            return self.corrected({m: weighted[m].update.leading(r) for m, r in taken.items()})
+            weighted = self.planner.weighted
+            gains = {name: found.values for name, found in weighted.items()}
+            ranks = neighbours.allocate(gains, self.modules).ranks(number)
+            biases = {
+                name: self.pair.tuned.read(f"{name}.bias") + found.bias(ranks.get(name, 0))
+                for name, found in weighted.items()
+                if self.pair.frees_bias(self.modules[name])
+            }
+            return Adapter({n: weighted[n].update.leading(r) for n, r in ranks.items()}, biases)
         return neighbours.choose(_RULES[way], self.changes, self.modules, number)[1]
-
-    def corrected(self, factors: dict[str, LowRank]) -> Adapter:
-        """Add biases that make up on average for what factors lack."""
-        biases = {}
-        for name in (n for n, module in self.modules.items() if self.pair.frees_bias(module)):
-            found, kept = self.planner.weighted[name], torch.zeros(())
-            if name in factors:
-                kept = factors[name].left @ (factors[name].right.mT @ found.mean.float())
-            tuned = self.pair.tuned.read(f"{name}.bias")
-            biases[name] = (tuned + found.shift - kept).float()
-        return Adapter(factors, biases)
 
     def predict(self, adapter: Adapter) -> dict[str, float]:
         """Predict what an adapter by module loses on the texts for choosing, and measure it."""
-        planner, network = self.planner, self.planner.network
-        planner.put(adapter)
-        adapted = {name: value.clone() for name, value in network.state_dict().items()}
-        self.pair.fill(network, "tuned")
-        tuned = {name: value.clone() for name, value in network.state_dict().items()}
-        ends = []
-        for step in (_STEP, -_STEP):
-            network.load_state_dict({n: v.lerp(adapted[n], step) for n, v in tuned.items()})
-            with torch.no_grad():
-                rows = [planner.readout.states(network, one) for one in planner.select.batches]
-            ends.append(planner.readout.rows(torch.cat(rows)))
-        moved = float((ends[0] - ends[1]).square().sum()) / (2 * _STEP) ** 2
+        planner, tuned = self.planner, self.pair.reader("tuned")
+        adapted = self.pair.reader(adapter)
+
+        def read(step: float, name: str, rows: Rows = None) -> torch.Tensor:
+            return tuned(name, rows).lerp(adapted(name, rows), step)
+
+        readers = (functools.partial(read, step) for step in (_STEP, -_STEP))
+        networks = (stream(self.pair, "tuned", planner.device, read=each) for each in readers)
+        one, other = run_trials([(network, planner.select) for network in networks])
+        moved = torch.cat(one.states) - torch.cat(other.states)
+        derivative = float(moved.square().sum()) / (2 * _STEP) ** 2
         # Metrics are means over tokens, and errors are sums over those of a text.
-        fit = planner.texts.fit
-        texts = sum(len(batch.input_ids) for batch in fit)
-        tokens = sum(int(batch.attention_mask.sum()) for batch in fit) / texts
-        apart = 0.0
-        for name, found in planner.weighted.items():
-            gained = float(found.values[: adapter.ranks.get(name, 0)].double().square().sum())
+        fit, apart = planner.texts.fit, 0.0
+        tokens = count_tokens(fit) / sum(len(batch.input_ids) for batch in fit)
+        for name, known in planner.moments(self.modules).items():
+            inputs = known.inputs - planner.weighted[name].mean
+            Z, R = (
+                regression.second_moment_root(rows.mT, known.ridge)
+                for rows in (inputs, known.outputs)
+            )
+            missing = tuned(f"{name}.weight") - adapted(f"{name}.weight")
             once = self.modules[name].kind == "other"
-            apart += (found.total - gained) * (1 if once else tokens)
+            apart += float((R @ missing @ Z.mT).square().sum()) * (1 if once else tokens)
         effect = planner.select.effect
         return {
-            "derivative": math.sqrt(moved / effect.sum()),
-            "apart": math.sqrt(max(apart, 0.0) / effect.mean()),
+            "derivative": math.sqrt(derivative / effect.sum()),
+            "apart": math.sqrt(apart / effect.mean()),
             "chosen": planner.error(adapter),
         }
 
-    def kept(self, rank: int) -> float:
-        """Compute the share of the squared norm of all changes that one rank keeps."""
-        squares = torch.stack(
-            [change.S.square().cumsum(0)[[rank - 1, -1]] for change in self.changes.values()]
-        )
-        part, whole = squares.sum(0).tolist()
-        return part / whole
+    def measure(self, way: str, asked: float) -> Lost:
+        """Make an adapter and measure it."""
+        planner, adapter = self.planner, Adapter({}, {})
+        more: dict[str, float] = {}
+        if way == "least":
+            adapter = planner.smallest(asked)
+        elif way in WAYS:
+            adapter = self.make(way, planner.parameters(int(asked)))
+        if way == "by module":
+            more |= self.predict(adapter)
+        if way == "same rank":
+            squares = [change.S.square() for change in self.changes.values()]
+            kept = torch.cat([each[: int(asked)] for each in squares])
+            more["kept"] = float(kept.sum() / torch.cat(squares).sum())
+        # Of a half the whole changes, as no factors of the adapter.
+        names = [name for name, module in self.modules.items() if module.kind == way]
+        changes = {name: self.pair.change(name) for name in names}
+        halves = {name: LowRank(E, torch.eye(E.shape[1])) for name, E in changes.items()}
+        found = planner.measure(Adapter(adapter.factors | halves, adapter.biases))
+        more |= {name: getattr(found, name) for name in _MEASURED}
+        ranks = tuple(adapter.ranks.get(name, 0) for name in self.modules)
+        return Lost(parameters=adapter.parameters, ranks=ranks, **more)
 
 
 @functools.lru_cache(maxsize=1)
@@ -170,30 +181,7 @@ def prepare(example: Example) -> Prepared:
 
 def measure(settings: list[Adapted]) -> list[Lost]:
     """Make adapters of one example and measure them."""
-    return [_measure(prepare(setting.problem), setting) for setting in settings]
-
-
-def _measure(example: Prepared, setting: Adapted) -> Lost:
-    way, planner = setting.way, example.planner
-    more: dict[str, float] = {}
-    if way in HALVES:
-        adapter = Adapter({}, {})
-        planner.only(way)
-    elif way == "least":
-        adapter = planner.smallest(setting.asked)
-        planner.put(adapter)
-    else:
-        number = planner.parameters(int(setting.asked))
-        adapter = example.make(way, number)
-        if way == "by module":
-            more |= example.predict(adapter)
-        if way == "same rank":
-            more["kept"] = example.kept(int(setting.asked))
-        planner.put(adapter)
-    ranks = tuple(adapter.ranks.get(name, 0) for name in example.modules)
-    found = planner.test.summarize(planner.test.compare(planner.network))
-    more |= {name: getattr(found, name) for name in _MEASURED}
-    return Lost(parameters=adapter.parameters, ranks=ranks, **more)
+    return [prepare(setting.problem).measure(setting.way, setting.asked) for setting in settings]
 
 
 def sweep(settings: list[Adapted], results: Path | None, profile: str) -> pd.DataFrame:

@@ -77,24 +77,19 @@ class Allocation(NamedTuple):
 
 
 def allocate(
-    values: Mapping[str, Float[Tensor, " k"]], modules: Mapping[str, Module], step: int = 1
+    values: Mapping[str, Float[Tensor, " k"]], modules: Mapping[str, Module]
 ) -> Allocation:
-    """Order directions by ``σ²/cost``, the largest first, ``step`` of a module at once.
+    """Order directions by ``σ²/cost``, the largest first.
 
-    Among all ranks that are multiples of ``step`` and cost as much, those after each step have the
-    least predicted squared error ``Σ_m Σ_{d>r_m} σ_d²`` [prop-allocation]. ``ranks(parameters)`` of
-    the result are those for at most so many parameters, ``after(steps)`` those after so many steps.
+    Among all ranks that cost as much, those after each step have the least predicted squared error
+    ``Σ_m Σ_{d>r_m} σ_d²`` [prop-allocation]. ``ranks(parameters)`` of the result are those for at
+    most so many parameters, ``after(steps)`` those after so many steps.
     """
-    items = []
-    for order, (name, sigma) in enumerate(values.items()):
-        squares = sigma.double().square()
-        for start in range(0, len(squares), step):
-            taken = squares[start : start + step]
-            density = float(taken.sum()) / (modules[name].cost * len(taken))
-            items.append((-density, order, start, name, len(taken)))
-    items = sorted(item for item in items if item[0] < 0)
-    names = [name for *_, name, size in items for _ in range(size)]
-    costs = np.cumsum([modules[name].cost for name in names], dtype=np.int64)
-    # A step is bought as a whole.
-    ends = np.cumsum([size for *_, size in items], dtype=np.int64) - 1
-    return Allocation(names, np.repeat(costs[ends], np.diff(ends, prepend=-1)))
+    items = [
+        (square / modules[name].cost, name)
+        for name, sigma in values.items()
+        for square in sigma.double().square().tolist()
+        if square
+    ]
+    names = [name for _, name in sorted(items, key=lambda item: -item[0])]
+    return Allocation(names, np.cumsum([modules[name].cost for name in names], dtype=np.int64))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import platform
 import subprocess
@@ -76,15 +74,6 @@ def linked(folder: Path) -> Path:
     for path in folder.iterdir():
         (new / path.name).symlink_to(path)
     return new
-
-
-def run_here(*words: str) -> str:
-    """Run ``lorapower`` in this process, which spares its imports; return what it prints."""
-    from lorapower.checkpoints import _command
-
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        _command.app([*words, "--quiet"], standalone_mode=False)
-    return printed.getvalue()
 
 
 def run_command(*words: str, folder: Path | str | None = None) -> tuple[str, float, float]:

@@ -8,27 +8,32 @@ as it ends; when all is there, it is recorded::
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lorapower import lowrank, randomness
 from lorapower.checkpoints import Adapter, Pair, Planner
-from lorapower.checkpoints._effect import choose
-from lorapower.checkpoints._measuring import watch
-from lorapower.checkpoints._texts import Batch
+from lorapower.checkpoints._effect import Slopes, choose, draw_rows
+from lorapower.checkpoints._measuring import Reference, run_trials
+from lorapower.checkpoints._metrics import Directions, Moments
+from lorapower.checkpoints._streams import Network, Pass, advance, stream
 from lorapower.experiments import sweeps
-from lorapower.lowrank import SVD, LowRank
+from lorapower.lowrank import LowRank
 from lorapower.networks import Transformer, from_decoder
-from records import models, pairs, plans
+from records import models, neighbours, pairs, plans
 from records.tables import begin, put
 
 # Texts for planning and for measuring.
@@ -169,94 +174,72 @@ def turns(network: Any, ids: Tensor) -> Iterator[Row]:
     yield -1, "", "turn", float(torch.cosine_similarity(first, last, dim=-1).mean())
 
 
-class Distances:
-    """Measure distances of outputs from the tuned network's on some of a plan's texts.
+class Unshifted(Reference):
+    """Distances without one shift of all logits: the mean over all tokens of what is missed."""
 
-    A network misses a vector of logits at each token. The mean of these over all tokens is one
-    shift; the second of two squares leaves it out.
-    """
+    def __init__(self, whole: Reference, base: Network) -> None:
+        """Pass the texts through the base, for the effect without its shift."""
+        super().__init__(whole.batches, whole.readout, whole._states)
+        (trial,) = run_trials([(base, self)])
+        self.record(base, trial.states)
 
-    def __init__(self, planner: Planner, batches: Sequence[Batch]) -> None:
-        """Pass the texts through the tuned network and the base."""
-        self.planner, self.batches = planner, batches
-        planner.pair.fill(planner.network, "tuned")
-        self.tuned = self._states()
-        planner.pair.fill(planner.network, "base")
-        self.whole = self._squares(self._states())
+    def squares(self, network: Network, states: list[Tensor]) -> NDArray[np.float64]:
+        """Measure squared distances; what the shift has of them is taken off all texts alike."""
+        squares = super().squares(network, states)
+        # Logits are linear in states.
+        means = (torch.cat(each).mean(0, keepdim=True) for each in (states, self._states))
+        shift = float(self._distances(network, *means)) * sum(map(len, states))
+        return squares - shift / len(squares)
 
-    @torch.no_grad()
-    def _states(self) -> list[Tensor]:
-        network, readout = self.planner.network, self.planner.readout
-        return [readout.states(network, batch) for batch in self.batches]
 
-    @torch.no_grad()
-    def _squares(self, states: list[Tensor]) -> tuple[float, float]:
-        missed = self.planner.readout.missed(self.planner.network)
-        assert missed is not None
-        rows = torch.cat([*map(missed, states, self.tuned)]).double()
-        mean, squares = rows.mean(0), float(rows.square().sum())
-        return squares, squares - len(rows) * float(mean.square().sum())
-
-    def errors(self, states: list[Tensor] | None = None) -> tuple[float, float]:
-        """Measure ``η`` of the network as it is, and without the shift of loss and of effect."""
-        squares = self._squares(self._states() if states is None else states)
-        error, rest = (math.sqrt(a / b) for a, b in zip(squares, self.whole, strict=True))
-        return error, rest
-
-    @torch.no_grad()
-    def rows(self, part: str, directions: int) -> Iterator[Adapted]:
-        """Measure the network as it is, the tuned one but for modules: errors, equal tokens."""
-        states, head = self._states(), self.planner.readout.outputs
-        pairs = zip(states, self.tuned, strict=True)
-        equal = torch.cat([head(x).argmax(-1) == head(y).argmax(-1) for x, y in pairs])
-        error, rest = self.errors(states)
-        found = {"error": error, "unshifted": rest, "agreement": float(equal.double().mean())}
-        yield from ((-1, part, quantity, value, directions) for quantity, value in found.items())
+def measure(
+    planner: Planner, unshifted: Unshifted, part: str, adapter: Adapter
+) -> Iterator[Adapted]:
+    """Measure errors of an adapter on the texts for stating, and equal tokens."""
+    (trial,) = planner.run((adapter, planner.test))
+    found = planner.test.summarize(trial.compare())
+    rest = unshifted.error(trial._replace(reference=unshifted).squares)
+    values = {"error": found.error, "unshifted": rest, "agreement": found.agreement}
+    number = sum(adapter.ranks.values())
+    yield from ((-1, part, quantity, value, number) for quantity, value in values.items())
 
 
 def effect(planner: Planner) -> Iterator[Row | Adapted]:
     """Measure what adapters of a few directions lose, and halves, and what blocks lose together."""
-    test, select = (Distances(planner, part.batches) for part in (planner.test, planner.select))
-
-    def measured(part: str, adapter: Adapter) -> Iterator[Adapted]:
-        planner.put(adapter)
-        yield from test.rows(part, sum(adapter.ranks.values()))
-
-    def unshifted(adapter: Adapter) -> float:
-        planner.put(adapter)
-        return select.errors()[1]
-
-    yield -1, "", "alike", 1 - test.whole[1] / test.whole[0]
+    base = stream(planner.pair, "base", planner.device)
+    test = Unshifted(planner.test, base)
+    measured = functools.partial(measure, planner, test)
+    yield -1, "", "alike", 1 - float(test.effect.sum() / planner.test.effect.sum())
     for part in ("attention", "mlp"):
-        planner.only(part)
-        yield -1, part, "error", test.errors()[0]
+        yield -1, part, "error", planner.only(part)
     yield from measured("none", Adapter({}, {}))
     changes = {name: lowrank.svd(planner.pair.change(name)) for name in planner.modules}
     choice = choose(planner._pool, *planner._sketches, planner.parameters(MOST))
     costs = planner._pool.costs[choice.order].cumsum(0)
+    # By norm each direction counts as one.
+    alike = {name: module._replace(shape=(1, 0)) for name, module in planner.modules.items()}
     for number in DIRECTIONS:
-        yield from measured("norm", leading(changes, number))
+        yield from measured("norm", neighbours.choose("PARA", changes, alike, number)[1])
         gains = choice.gains(float(costs[number - 1]))
         yield from measured("effect", planner._with_gains(gains))
     for rank in RANKS:
         yield from measured("rank", planner.uniform(planner.parameters(rank)))
-    for part, lost in {"smallest": None, "smallest unshifted": unshifted}.items():
-        adapter = planner.smallest(LEFT, lost)
-        yield from measured(part, adapter)
-        if lost is None:
-            for name, rank in adapter.ranks.items():
-                yield *place(name), "taken", rank
+    adapter = planner.smallest(LEFT)
+    yield from measured("smallest", adapter)
+    for name, rank in adapter.ranks.items():
+        yield *place(name), "taken", rank
+    unshifted = copy.copy(planner)
+    unshifted.select = Unshifted(planner.select, base)
+    yield from measured("smallest unshifted", unshifted.smallest(LEFT))
     # Blocks lose together what a rule by modules adds up.
-    adapter = planner.uniform(planner.parameters(1))
-    blocks, apart = products(planner, adapter)
+    blocks, apart = products(planner, planner.uniform(planner.parameters(1)))
     whole = float(planner.test.effect.sum())
     yield -1, "", "apart", apart / whole
     for l, row in enumerate((blocks / whole).tolist()):
         yield from ((l, str(k), "product", value) for k, value in enumerate(row))
-    nothing, known = Adapter({}, {}), planner.weighted
-    total, missing = planner.losses(nothing), {*planner.modules}
+    total, missing = planner.losses(Adapter({}, {})), {*planner.modules}
     for rank in range(1, planner.max_rank + 1):
-        best = {name: known[name].update.leading(rank) for name in missing}
+        best = {name: planner.weighted[name].update.leading(rank) for name in missing}
         left = planner.losses(Adapter(best, {}))
         for name in [name for name in missing if left[name] <= LEFT * total[name]]:
             yield *place(name), "alone", rank
@@ -265,47 +248,32 @@ def effect(planner: Planner) -> Iterator[Row | Adapted]:
             break
 
 
-def leading(changes: Mapping[str, SVD], number: int) -> Adapter:
-    """Make the adapter of the largest singular values over all modules."""
-    least = torch.cat([change.S for change in changes.values()]).sort(descending=True).values
-    ranks = {name: int((c.S >= least[number - 1]).sum()) for name, c in changes.items()}
-    factors = {}
-    for name, rank in ranks.items():
-        if rank:
-            U, S, V = changes[name]
-            factors[name] = LowRank(U[:, :rank] * S[:rank], V[:, :rank])
-    return Adapter(factors, {})
-
-
 def products(planner: Planner, adapter: Adapter) -> tuple[Tensor, float]:
     """Estimate the products of what blocks lose, and the sum of squares over modules.
 
     They are to first order at the tuned network, summed over texts for measuring, from products
     with random outputs [prop-sketch].
     """
-    pair, network, readout = planner.pair, planner.network, planner.readout
-    missing = {name: pair.change(name) for name in planner.modules}
-    for name, factors in adapter.factors.items():
-        missing[name] = missing[name] - factors.matrix()
-    pair.fill(network, "tuned")
-    draw = randomness.generator(0, "products")
-    number = 1 + max(place(name)[0] for name in missing)
-    blocks, apart = torch.zeros(number, number), 0.0
-    for batch in planner.test.batches:
-        with torch.enable_grad(), watch(network, missing) as seen:
-            values = readout.rows(readout.states(network, batch))
-        after = [output for _, output in seen.values()]
-        moved = {name: given @ missing[name].mT for name, (given, _) in seen.items()}
-        for _ in range(PROBES):
-            along = randomness.normal(draw, *values.shape).to(values)
-            slopes = torch.autograd.grad(values, after, along, retain_graph=True)
-            lost = torch.zeros(len(batch.input_ids), number)
-            for (name, move), slope in zip(moved.items(), slopes, strict=True):
-                part = (slope * move).sum((1, 2))
-                lost[:, place(name)[0]] += part
-                apart += float(part.square().sum()) / PROBES
-            blocks += lost.mT @ lost / PROBES
-    return blocks, apart
+    readout, modules, batches = planner.readout, planner.modules, planner.test.batches
+    passed = Pass(readout.network, batches, len(batches))
+    advance([passed])
+    generator = randomness.generator(0, "products")
+    tuned, adapted = planner.pair.reader("tuned"), planner.pair.reader(adapter)
+
+    def find(name: str, _: Moments | None) -> Directions:
+        """Take what is missing in columns, which are no singular directions."""
+        missing = tuned(f"{name}.weight") - adapted(f"{name}.weight")
+        out, into = map(torch.zeros, missing.shape)
+        return Directions(LowRank(missing, torch.eye(len(into))), into, out, into)
+
+    rows = Slopes(passed, readout, modules, {}, ()).take(
+        find, lambda i, x: draw_rows(generator, x, len(batches[i].places), PROBES), seed=0
+    )
+    sides = [module.shape[1] for module in modules.values()]
+    lost = torch.stack([part.sum(1) for part in torch.cat(rows).split(sides, 1)])
+    places = torch.tensor([place(name)[0] for name in modules])
+    blocks = lost.new_zeros(1 + int(places.max()), lost.shape[1]).index_add_(0, places, lost)
+    return blocks @ blocks.mT / PROBES, float(lost.square().sum()) / PROBES
 
 
 @torch.no_grad()

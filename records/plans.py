@@ -21,6 +21,7 @@ import pandas as pd
 
 from lorapower import lowrank, randomness
 from lorapower.checkpoints import Adapter, Pair, Planner, _export
+from lorapower.checkpoints._measuring import run_trials
 from lorapower.experiments import sweeps
 from records import models, neighbours, pack, pairs
 from records.tables import HERE, begin, put
@@ -142,8 +143,7 @@ def make(planner: Planner, method: str, parameters: int) -> Adapter:
         return planner.candidate(parameters)
     if method == "uniform":
         return planner.uniform(parameters)
-    # In single precision, as other tools do.
-    changes = {n: lowrank.svd(planner.pair.change(n).float()) for n in planner.modules}
+    changes = {name: lowrank.svd(planner.pair.change(name)) for name in planner.modules}
     return neighbours.choose(method, changes, planner.modules, parameters)[1]
 
 
@@ -153,9 +153,10 @@ def work(settings: list[AdapterRun]) -> list[AdapterResults]:
     blocks = plan(setting.tuning, BLOCKS)
     about: dict[str, Any] = {"parameters": math.nan, "seconds": math.nan}
     if setting.method == "mergekit":
-        planner, folder = blocks, other(setting)
+        folder = other(setting)
         carried, size = _export.measure_peft(folder)
-        network = _export.load(folder, blocks.pair)
+        network = _export.load(folder, blocks.pair, blocks.device)
+        (trial,) = run_trials([(network, blocks.test)])
     else:
         method = setting.method.removesuffix(" of blocks")
         in_blocks = method in neighbours.RULES or method != setting.method
@@ -167,9 +168,8 @@ def work(settings: list[AdapterRun]) -> list[AdapterResults]:
             adapter = make(planner, method, blocks.parameters(int(setting.asked)))
         about = {"parameters": adapter.parameters, "seconds": time.perf_counter() - start}
         carried, size = _export.estimate(planner.pair, adapter)
-        planner.put(adapter)
-        network = planner.network
-    arrays = planner.test.compare(network)._asdict() | {"effect": planner.test.effect}
+        (trial,) = planner.run((adapter, planner.test))
+    arrays = trial.compare()._asdict() | {"effect": trial.reference.effect}
     del arrays["right"]  # There are no labels.
     about |= {name: pack(values) for name, values in arrays.items()}
     about |= {name: metadata.version(name) for name in ("torch", "peft")}
@@ -195,8 +195,7 @@ def every(tuning: str) -> list[AdapterRun]:
         methods = ["peft, energy", "uniform", "effect"]
     settings = sweeps.grid(AdapterRun, tuning=tuning, method=methods, asked=[*map(float, RANKS)])
     settings = [s for s in settings if s.method != "mergekit" or other(s).exists()]
-    methods = ["least effect", "least uniform"]
-    methods += ["least peft, energy"] if about.rank else []
+    methods = ["least effect", "least uniform", *(["least peft, energy"] if about.rank else [])]
     return settings + sweeps.grid(AdapterRun, tuning=tuning, method=methods, asked=[*about.errors])
 
 

@@ -45,9 +45,8 @@ def _setting(kind: type[R], row: pd.Series[Any]) -> R:
     values = {}
     for name, field in kind.model_fields.items():
         # A record within a record is of one kind, or of several that have their column.
-        kinds = [
-            each for each in (field.annotation, *get_args(field.annotation)) if _is_record(each)
-        ]
+        among: list[Any] = [field.annotation, *get_args(field.annotation)]
+        kinds = [k for k in among if isinstance(k, type) and issubclass(k, sweeps.Record)]
         if kinds:
             inner = next((k for k in kinds if row.get(name) in _names(k)), kinds[0])
             values[name] = _setting(inner, row.rename({name: "kind"}))
@@ -58,7 +57,3 @@ def _setting(kind: type[R], row: pd.Series[Any]) -> R:
 
 def _names(kind: type[sweeps.Record]) -> tuple[Any, ...]:
     return get_args(kind.model_fields["kind"].annotation) if "kind" in kind.model_fields else ()
-
-
-def _is_record(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, sweeps.Record)

@@ -90,6 +90,29 @@ def usually(cases: Sequence[Any]) -> list[Any]:
     return [marked(case) for case in cases]
 
 
+def outputs(network: Any, batch: Any, task: str) -> torch.Tensor:
+    """What a whole network gives, by its own forward: a row for each text or token.
+
+    Hidden states as they are; logits minus their mean.
+    """
+    result = network(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    rows = batch.rows(result.last_hidden_state if task == "encoder" else result.logits).float()
+    return rows if task == "encoder" or rows.shape[-1] == 1 else rows - rows.mean(-1, keepdim=True)
+
+
+def distances(one: Any, other: Any, batches: Sequence[Any], task: str) -> torch.Tensor:
+    """Squared distances of two whole networks' outputs, of each text."""
+    found = []
+    with torch.no_grad():
+        for batch in batches:
+            off = outputs(one, batch, task).double() - outputs(other, batch, task).double()
+            sizes = (
+                [1] * len(off) if task == "classification" else batch.attention_mask.sum(1).tolist()
+            )
+            found += [part.square().sum() for part in off.split(sizes)]
+    return torch.stack(found)
+
+
 def texts(number: int = 140, seed: int = 0) -> list[str]:
     """Different sentences of some of `WORDS`."""
     draw = np.random.default_rng(seed)

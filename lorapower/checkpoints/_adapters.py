@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..lowrank import LowRank
-from ._models import PEFT_CONFIG, Checkpoint, find, listed, public_name, quiet, reason
+from ._models import PEFT_CONFIG, Checkpoint, Rows, find, listed, public_name, quiet, reason
 
 # Entries of the configuration that make LoRA something other than W + s B A.
 _VARIANTS = (
@@ -33,6 +34,30 @@ _VARIANTS = (
 # With these starts peft changes the base's weights when it loads an adapter.
 _STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _HEADS = (".classifier.weight", ".classifier.out_proj.weight", ".score.weight")
+
+
+@contextmanager
+def staying() -> Iterator[dict[str, Any]]:
+    """Let peft put an adapter into an empty network, and keep its numbers where they are.
+
+    It would move them to the device of the base's weights, which are on none. Yields its options.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    moves = "_move_adapter_to_device_of_base_layer"
+    before = getattr(BaseTunerLayer, moves)
+    setattr(BaseTunerLayer, moves, lambda *_, **__: None)
+    try:
+        yield {"low_cpu_mem_usage": True}
+    finally:
+        setattr(BaseTunerLayer, moves, before)
+
+
+def changes_base(config: Any) -> bool:
+    """Whether an adapter of peft is something else than factors beside the base's own weights."""
+    plain = getattr(config.peft_type, "value", None) == "LORA"
+    started = str(getattr(config, "init_lora_weights", "")).lower().startswith(_STARTS)
+    return not plain or started or any(getattr(config, entry, None) for entry in _VARIANTS)
 
 
 class MergedCheckpoint:
@@ -71,9 +96,10 @@ class MergedCheckpoint:
             if ".modules_to_save." not in key and ".original_module." not in key
         }
         self.config: Any = self._choose_architecture()
-        # What the adapter changes of a parameter, by factors or not; and a head of its own.
-        self._changes: dict[str, LowRank | Tensor] = {}
-        self._own: dict[str, Tensor] = {}
+        # What the adapter changes: factors of parameters, other values for them, or for some rows.
+        self._factors: dict[str, LowRank] = {}
+        self._values: dict[str, Tensor] = {}
+        self._rows: dict[str, tuple[Tensor, Tensor]] = {}
         # Parameters that are kept as [in, out].
         self._transposed: set[str] = set()
 
@@ -142,18 +168,15 @@ class MergedCheckpoint:
             config.num_labels = labels
         return config
 
-    def _merge(self, network: Any) -> dict[str, LowRank]:
-        """Have peft merge the adapter into a network; return the factors that it has merged."""
+    def _wrap(self, network: Any) -> Any:
+        """Have peft put the adapter into an empty network."""
         from peft import PeftModel, set_peft_model_state_dict
-        from peft.tuners.lora import LoraLayer
-        from peft.utils.other import ModulesToSaveWrapper
 
         fitting = f"an adapter for {type(network).__name__} of the base"
-        head = network.get_output_embeddings()
-        tied = head is not None and head.weight is network.get_input_embeddings().weight
         try:
-            wrapped: Any = PeftModel(network, self._about)
-            found: Any = set_peft_model_state_dict(wrapped, self._tensors)
+            with staying() as options:
+                wrapped: Any = PeftModel(network, self._about, **options)
+                found: Any = set_peft_model_state_dict(wrapped, self._tensors, **options)
         except KeyError as error:
             remedy = "train it with that in modules_to_save, or name a base that has it"
             raise self._refuse(fitting, f"without {error.args[0]}", remedy) from error
@@ -169,72 +192,114 @@ class MergedCheckpoint:
             raise self._refuse(fitting, f"with {listed(unknown)}, which it lacks", remedy)
         if missing := [key for key in found.missing_keys if ".lora_" in key]:
             raise self._refuse("an adapter with all its factors", f"without {listed(missing)}")
-        shared = (network.get_input_embeddings(), network.get_output_embeddings()) if tied else ()
-        factors = {}
-        for name, module in wrapped.base_model.model.named_modules():
-            if isinstance(module, LoraLayer):
-                A, B = module_factors(module)
-                factors[name] = LowRank(module.scaling["default"] * B.detach(), A.detach().mT)
-            elif not isinstance(module, ModulesToSaveWrapper):
-                continue
-            if module in shared and not self._about.ensure_weight_tying:
-                raise self._refuse(
-                    "an adapter that changes embeddings and head as one, as they are in the base",
-                    f"which changes {name} alone",
-                    "train with ensure_weight_tying=True, or save the base with a head of its own "
-                    "(tie_word_embeddings=False) and name that",
-                )
-        wrapped.base_model.merge_and_unload()
-        return factors
+        return wrapped.base_model.model
 
     def fit(self, network: Any) -> None:
-        """Find all changes, with a network of transformers whose weights are used up."""
+        """Find all changes, with an empty network of transformers, which is used up."""
+        from peft.tuners.lora import LoraLayer
+        from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
         from transformers.pytorch_utils import Conv1D
 
+        head, words = network.get_output_embeddings(), network.get_input_embeddings()
+        tied = head is not None and head.weight is words.weight
         self._transposed = {
             f"{name}.weight"
             for name, module in network.named_modules()
             if isinstance(module, Conv1D | nn.Embedding)
         }
-        with torch.no_grad():
-            for name, value in network.named_parameters():
-                # An adapter may bring what the base lacks.
-                value.copy_(self.base.read(name) if self.base.has(name) else torch.nan)
-        names = [name for name, _ in network.named_parameters()]
         with quiet(), warnings.catch_warnings(action="ignore"):
-            factors = self._merge(network)
-        merged = dict(network.named_parameters())
-        for name in names:
-            value, update = merged[name].detach(), factors.get(name.removesuffix(".weight"))
-            if not self.base.has(name):
-                if not value.isnan().any():
-                    self._own[name] = value.clone()
-            elif update is not None and name.endswith(".weight"):
-                if update.matrix().any():
-                    self._changes[name] = update
-            elif not value.equal(base := self.base.read(name)):
-                self._changes[name] = value - base
-        if not self._changes and not self._own:
+            wrapped = self._wrap(network)
+        shared = [wrapped.get_input_embeddings(), wrapped.get_output_embeddings()] * tied
+        sides = [s for s in shared if isinstance(s, LoraLayer | ModulesToSaveWrapper)]
+        if len(sides) == 1 or (sides and not self._about.ensure_weight_tying):
+            raise self._refuse(
+                "an adapter that changes embeddings and head as one, as they are in the base",
+                f"which changes {'embeddings' if sides[0] is shared[0] else 'the head'} alone",
+                "train with ensure_weight_tying=True, or save the base with a head of its own "
+                "(tie_word_embeddings=False) and name that",
+            )
+        for name, module in wrapped.named_modules():
+            if isinstance(module, LoraLayer):
+                self._keep_factors(name, module)
+            elif isinstance(module, ModulesToSaveWrapper):
+                for part, value in module.modules_to_save["default"].named_parameters():
+                    self._keep_value(f"{name}.{part}", value)
+            elif isinstance(module, TrainableTokensWrapper):
+                one = module.token_adapter
+                places = torch.tensor(one.token_indices["default"])
+                self._rows[f"{name}.weight"] = (
+                    places,
+                    one.trainable_tokens_delta["default"].detach(),
+                )
+        for name, value in wrapped.named_parameters():
+            if name.endswith(".bias") and not re.search(
+                r"\.(lora_|modules_to_save|original_)", name
+            ):
+                self._keep_value(name.replace(".base_layer.", "."), value)
+        if not (self._factors or self._values or self._rows):
             given, remedy = "of which nothing is left", "name one that was trained"
             raise self._refuse("an adapter that changes the base", given, remedy)
 
+    def _keep_factors(self, name: str, module: Any) -> None:
+        """Keep the factors of a module that peft has wrapped, and what they add to its bias."""
+        A, B = module_factors(module)
+        scale = module.scaling["default"]
+        if A.any() and B.any():
+            self._factors[f"{name}.weight"] = LowRank(scale * B.detach(), A.detach().mT)
+        if getattr(self._about, "lora_bias", False):
+            if not self.base.has(f"{name}.bias"):
+                given, allowed = (
+                    f"with lora_bias on {name}, which has none",
+                    "one that can be merged",
+                )
+                raise self._refuse(allowed, given, "train it without lora_bias")
+            shift = scale * module.lora_B["default"].bias.detach()
+            self._values[f"{name}.bias"] = self.base.read(f"{name}.bias") + shift
+
+    def _keep_value(self, name: str, value: Tensor) -> None:
+        """Keep another value of a parameter, or one that the base lacks, if the file has it."""
+        if value.is_meta:
+            return
+        value = value.detach()
+        if not (self.base.has(name) and value.equal(self.base.read(name))):
+            self._values[name] = value
+
     def has(self, key: str) -> bool:
         """Whether there is a tensor of this name."""
-        return key in self._own or self.base.has(key)
+        return key in self._values or self.base.has(key)
 
-    def read(self, key: str) -> Tensor:
-        """Read one tensor in float32."""
-        if key in self._own:
-            return self._own[key]
-        base, change = self.base.read(key), self._changes.get(key)
-        if isinstance(change, LowRank):
-            change = change.matrix().mT if key in self._transposed else change.matrix()
-        return base if change is None else base + change
+    @property
+    def size(self) -> int:
+        """How many bytes the files take."""
+        return self.base.size
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The sizes of a tensor."""
+        own = self._values.get(key)
+        return self.base.shape(key) if own is None else tuple(own.shape)
+
+    def read(self, name: str, rows: Rows = None) -> Tensor:
+        """Read one tensor, or some of its rows, in float32."""
+        if name in self._values:
+            return self._values[name] if rows is None else self._values[name][rows]
+        value = self.base.read(name, rows)
+        if name in self._factors:
+            change = self._factors[name].mT if name in self._transposed else self._factors[name]
+            left = change.left if rows is None else change.left[rows]
+            value = value + left @ change.right.mT
+        if name in self._rows:
+            places, others = self._rows[name]
+            order = torch.full(self.base.shape(name)[:1], -1)
+            order[places] = torch.arange(len(places))
+            order = order if rows is None else order[rows]
+            value = torch.where((order >= 0)[:, None], others[order], value)
+        return value
 
     def update(self, key: str, shape: tuple[int, int]) -> LowRank | None:
         """The factors of a module's change, of rank 0 for none; ``None`` if it has another one."""
-        change = self._changes.get(key, LowRank(*(torch.zeros(side, 0) for side in shape)))
-        return change if isinstance(change, LowRank) else None
+        if key in self._values or key in self._rows:
+            return None
+        return self._factors.get(key, LowRank(*(torch.zeros(side, 0) for side in shape)))
 
 
 def open_tuned(

@@ -81,8 +81,8 @@ class _Options:
     any_base: bool = _flag("Take adapters that name another base.", False, "--any-base")
     seed: int = _flag("Draws texts and probes.", 0)
     dtype: Literal["float32", "bfloat16"] = _flag(
-        "bfloat16: say too what is lost with weights and values of that. Certificates are for "
-        "float32.",
+        "bfloat16: say too what is lost with weights and values of that, and select in it where "
+        "the device has it. Certificates are for float32.",
         "float32",
     )
     device: str = _flag("Where networks run: cpu, cuda, cuda:1, mps.", "cpu")
@@ -112,6 +112,10 @@ class _PlanOptions(_Options):
         "Require the estimate over all texts, not the certificate, to be at most --error.",
         False,
         "--estimate",
+    )
+    work: Path | None = _flag(
+        "Folder for results of finished stages: the same command goes on from there if it was "
+        "interrupted."
     )
     details: bool = _flag("Print the size, rank and loss of each module.", False, "--details")
     thorough: bool = _flag(

@@ -9,16 +9,18 @@ effect ``Σ_d J_d``. Products with random outputs sketch all ``J_d`` at once: fo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import randomness
-from ._measuring import Readout, Reference, fast, sum_by_text, watch
-from ._metrics import Directions
-from ._texts import Batch
+from ..lowrank import LowRank
+from ._measuring import Readout, fast, sum_by_text
+from ._metrics import Directions, Moments
+from ._streams import Pass, ahead
+from ._work import Work
 from .pair import Module
 
 #: Random combinations of a text's outputs that are differentiated.
@@ -62,100 +64,230 @@ class Pool:
         self.bundles = torch.tensor(bundles, dtype=torch.int64)
 
 
-def sketch(
-    network: Any,
-    pool: Pool,
-    reference: Reference,
-    *,
-    probes: int = PROBES,
-    seed: int,
-    report: Callable[[int, int], None] = lambda *_: None,
-) -> Float[Tensor, "rows directions"]:
-    """Differentiate random outputs of the tuned network along all directions.
+class _Run(NamedTuple):
+    """A stage computed for a batch: what its outputs depend on, and modules' inputs and outputs.
 
-    Rows ``φ``, some for each text, have ``E φφᵀ`` the products ``⟨J_d, J_k⟩``.
-    """
-    draw = randomness.generator(seed, "sketch")
-    derivatives = Derivatives(network, pool, reference.readout)
-    parts = []
-    for i, batch in enumerate(reference.batches):
-        report(i, len(reference.batches))
-        values = derivatives.rows(batch)
-        if values.shape[-1] <= probes and len(values) == len(batch.input_ids):
-            # So few outputs of each text need no sketch.
-            unit = torch.eye(values.shape[-1]) * values.shape[-1] ** 0.5
-            drawn = [row.expand(len(values), -1) for row in unit]
-        else:
-            drawn = [randomness.normal(draw, *values.shape) for _ in range(probes)]
-        parts += [derivatives.products(each) for each in drawn]
-    report(len(reference.batches), len(reference.batches))
-    return torch.cat(parts)
-
-
-class Derivatives:
-    """Derivatives of a tuned network's outputs along all directions, one batch at a time.
-
-    A language model's head may be a module of the pool, or share the weight of embeddings that are.
-    Logits, before any cap, are linear in states and in what directions take in of these; of both at
-    once there are rows with the distances of logits, as `Readout.rows` are of states alone.
+    ``rows`` are the outputs of a stage but, after the blocks, with what the head's directions add;
+    ``of_states`` is what these take in.
     """
 
-    def __init__(self, network: Any, pool: Pool, readout: Readout) -> None:
-        self._network, self._pool, self._readout = network, pool, readout
-        # Of the head: its name in the pool, what its directions take in, and the joint root.
+    leaves: list[Tensor]
+    outputs: Tensor
+    rows: Tensor
+    of_states: Tensor | None
+    seen: dict[str, tuple[Tensor, Tensor]]
+
+    def slopes(self, values: Tensor, along: Tensor) -> list[Tensor]:
+        """Differentiate a combination of values by all leaves, and by all that modules give."""
+        after = [*self.leaves, *(given for _, given in self.seen.values())]
+        options = {"retain_graph": True, "materialize_grads": True}
+        return [*torch.autograd.grad(values, after, along.to(values), **options)]
+
+
+def draw_rows(
+    draw: torch.Generator, values: Float[Tensor, "rows columns"], texts: int, probes: int
+) -> list[Float[Tensor, "rows columns"]]:
+    """Draw random combinations ``r`` of a batch's outputs.
+
+    Rows ``φ`` of their products with ``J_d``, one for each text, have ``E φφᵀ`` the products
+    ``⟨J_d, J_k⟩``.
+    """
+    if values.shape[-1] <= probes and len(values) == texts:
+        # So few outputs of each text need no sketch.
+        unit = torch.eye(values.shape[-1]) * values.shape[-1] ** 0.5
+        return [row.expand(len(values), -1) for row in unit]
+    return [randomness.normal(draw, *values.shape) for _ in range(probes)]
+
+
+class Slopes:
+    """Outputs of the tuned network, differentiated stage by stage from the last to the first.
+
+    A stage is a block, all that comes after the blocks, or all before them. It is computed again
+    from the hidden states that ``passed`` has kept. A language model's head may be a module, or
+    share the weight of embeddings that are one. Logits, before any cap, are linear in states and in
+    what directions take in of these; of both at once there are rows with the distances of logits,
+    as `Readout.rows` are of states alone.
+
+    Parameters
+    ----------
+    passed, readout
+        The tuned network with the hidden states of texts, and its head.
+    modules : dict
+        The modules whose directions are looked for or, of ``words`` of a `Pair`, known (``known``).
+    taking : sequence of int
+        The batches over which moments are taken.
+    """
+
+    def __init__(
+        self,
+        passed: Pass,
+        readout: Readout,
+        modules: Mapping[str, Module],
+        known: Mapping[str, Directions],
+        taking: Sequence[int],
+    ) -> None:
+        self._passed, self._readout, self._modules = passed, readout, modules
+        self._network, self._taking, self._known = passed.network, taking, known
+        #: Directions of all modules whose stage has been passed.
+        self.directions: dict[str, Directions] = {**known}
+        # Of the head: its name, what its directions take in, and the joint root.
         self._head: tuple[str, Tensor, Tensor] | None = None
-        for name, found in pool.directions.items() if readout.task == "language" else ():
-            if network.get_submodule(name).weight is network.get_output_embeddings().weight:
+        for name, found in known.items():
+            if self._network.has_head_of(name):
                 taken, given = found.update.right, found.update.left
-                if pool.modules[name].kind == "embedding":
+                if modules[name].kind == "embedding":
                     # Which are the transpose of a head.
                     taken, given = given, taken
                 self._head = name, taken, readout.root_with(given)
 
-    def rows(self, batch: Batch) -> Float[Tensor, "rows columns"]:
-        """The outputs for a batch, whose derivatives `products` takes."""
-        self._batch = batch
-        with torch.enable_grad():
-            with fast(self._network, self._readout), watch(self._network, self._pool.places) as at:
-                self._values = self.rows_of(self._readout.states(self._network, batch))
-            self._inputs = {name: self._taken(name, given) for name, (given, _) in at.items()}
-        self._after = [output for _, output in at.values()]
-        return self._values.detach()
+    def take(
+        self,
+        find: Callable[[str, Moments | None], Directions | None],
+        draw: Callable[[int, Tensor], Sequence[Tensor]] | None,
+        *,
+        seed: int,
+        work: Work | None = None,
+        report: Callable[[int, int], None] = lambda *_: None,
+    ) -> list[Float[Tensor, "rows directions"]]:
+        """Take moments, find directions, and differentiate along them: one pass over all stages.
 
-    def rows_of(self, states: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-        """Rows of states, with nothing that directions of the head add to them."""
+        ``find`` makes directions of a module from its moments. ``draw`` makes some ``r``, each as
+        long as the outputs of a batch of this number; the result has for each batch ``⟨r, J_d⟩`` of
+        all directions, with a row for each ``r`` and text.
+        """
+        network, probes = self._network, randomness.generator(seed, "probes")
+        once: dict[int, Tensor] = {}
+        many: dict[int, list[Tensor]] = {}
+        products: dict[str, dict[int, Tensor]] = {name: {} for name in self._modules}
+        stages: dict[int, list[str]] = {k: [] for k in range(len(network.blocks), -1, -1)}
+        for name in self._modules:
+            stages.setdefault(network.stage(name), []).append(name)
+        work, finished = work or Work(None, {}), 0
+        if before := work.find("slopes"):
+            finished, once, many, products, kept = before
+            self.directions = {
+                name: Directions(LowRank(*two), *x) for name, (two, *x) in kept.items()
+            }
+        report(finished, len(stages))
+        loaded = ahead([*stages][finished:], network.stage_weights, network.device)
+        for done, (k, weights) in enumerate(loaded, 1 + finished):
+            runs = self._moments(k, stages[k], weights, once, probes, find)
+            for i in range(self._passed.keep if draw else 0):
+                run = runs.pop(i, None) or self._run(k, i, weights, stages[k])
+                if draw and i not in many:
+                    many[i] = [*draw(i, run.rows.detach())]
+                taken = {name: self._taken(name, i, given) for name, (given, _) in run.seen.items()}
+                parts: dict[str, list[Tensor]] = {}
+                for j, along in enumerate(many[i]):
+                    slopes = run.slopes(run.rows, along)
+                    many[i][j] = slopes[0]
+                    if run.of_states is not None and self._head:
+                        both = slopes.pop(1).float() * run.of_states
+                        part = sum_by_text(both, self._passed.batches[i], "language")
+                        parts.setdefault(self._head[0], []).append(part)
+                    after = slopes[len(slopes) - len(taken) :]
+                    for (name, inputs), slope in zip(taken.items(), after, strict=True):
+                        left = self.directions[name].update.left.to(slope.device)
+                        both = (slope.float() @ left) * inputs
+                        parts.setdefault(name, []).append(both.sum(1) if both.ndim == 3 else both)
+                for name, found in parts.items():
+                    before = products[name].get(i, 0.0)
+                    products[name][i] = before + torch.stack(found).cpu()
+            kept = {
+                name: ((found.update.left, found.update.right), *found[1:])
+                for name, found in self.directions.items()
+            }
+            work.save("slopes", (done, once, many, products, kept))
+            report(done, len(stages))
+        return [self._joined(products, i, len(rows)) for i, rows in sorted(many.items())]
+
+    def _joined(
+        self, products: dict[str, dict[int, Tensor]], i: int, rows: int
+    ) -> Float[Tensor, "rows directions"]:
+        """Products of all modules side by side; 0 for those that no text passes."""
+        texts = len(self._passed.batches[i].places)
+        parts = [
+            found.get(i, torch.zeros(rows, texts, len(self.directions[name].values)))
+            for name, found in products.items()
+        ]
+        return torch.cat(parts, -1).flatten(0, 1).double()
+
+    def _moments(
+        self,
+        k: int,
+        names: Sequence[str],
+        weights: dict[str, Tensor],
+        once: dict[int, Tensor],
+        probes: Any,
+        find: Callable[[str, Moments | None], Directions | None],
+    ) -> dict[int, _Run]:
+        """Take the moments of a stage's modules, and find their directions.
+
+        ``once`` has the derivatives of random outputs by what the stage gives, and then by what it
+        is given. What was computed for that is returned, if derivatives need it too.
+        """
+        rows: dict[str, list[tuple[Tensor, Tensor]]] = {
+            n: [] for n in names if n not in self._known
+        }
+        runs = {}
+        for i in self._taking if k >= 0 else ():
+            run, batch = self._run(k, i, weights, names), self._passed.batches[i]
+            if i not in once:
+                once[i] = randomness.normal(probes, *run.outputs.shape)
+            once[i], *slopes = run.slopes(run.outputs, once[i])
+            after = slopes[len(slopes) - len(run.seen) :]
+            for (name, (given, _)), slope in zip(run.seen.items(), after, strict=True):
+                rows[name].append((batch.rows(given), batch.rows(slope)))
+            if names:
+                runs[i] = run
+        for name in [*rows]:
+            # One after the other, as they may take much memory.
+            parts = rows.pop(name)
+            about = Moments(*map(torch.cat, zip(*parts, strict=True))) if parts else None
+            if found := find(name, about):
+                self.directions[name] = found
+        return runs
+
+    def _run(self, k: int, i: int, weights: dict[str, Tensor], names: Sequence[str]) -> _Run:
+        """Compute a stage for a batch."""
+        network, passed, last = self._network, self._passed, len(self._network.blocks)
+        batch, of_states = passed.batches[i], None
+        more: list[Tensor] = []
+        with torch.enable_grad(), fast(self._readout), network.watch(names) as seen:
+            if k < 0:
+                outputs, _ = network.begin(batch, passed.outer)
+                return _Run([], outputs, outputs, None, seen)
+            hidden = (passed.kept[k] if k < last else passed.hidden)[i]
+            leaf = hidden.to(network.device).detach().requires_grad_()
+            if k < last:
+                outputs = rows = network.run_block(k, weights, leaf, passed.given[i])
+            else:
+                states = network.end(batch, passed.outer, leaf)
+                outputs = self._readout.rows(states)
+                rows, of_states, *more = self.rows(states)
+        return _Run([leaf, *more], outputs, rows, of_states, seen)
+
+    def rows(
+        self, states: Float[Tensor, "rows columns"]
+    ) -> tuple[Tensor, Tensor | None, *tuple[Tensor, ...]]:
+        """Rows of states with what the head's directions add, nothing here, to differentiate by."""
         if self._head is None:
-            return self._readout.rows(states)
+            return self._readout.rows(states), None
         _, taken, root = self._head
-        self._of_states = states.detach().float() @ taken.to(states.device)
-        self._added = torch.zeros_like(self._of_states, requires_grad=True)
-        both = torch.cat([states, self._added.to(states)], -1)
-        return self._readout.rows(both, root)
+        of_states = states.detach().float() @ taken.to(states.device)
+        added = torch.zeros_like(of_states, requires_grad=True)
+        both = torch.cat([states, added.to(states)], -1)
+        return self._readout.rows(both, root), of_states, added
 
-    def products(self, along: Float[Tensor, "rows columns"]) -> Float[Tensor, "texts directions"]:
-        """``⟨r, J_d⟩`` of each text and direction, for rows ``r`` as long as the outputs."""
-        after = [*self._after] if self._head is None else [*self._after, self._added]
-        along, options = along.to(self._values), {"retain_graph": True, "materialize_grads": True}
-        slopes = [*torch.autograd.grad(self._values, after, along, **options)]
-        texts = len(self._batch.input_ids)
-        parts = {n: torch.zeros(texts, at.stop - at.start) for n, at in self._pool.places.items()}
-        if self._head is not None:
-            both = (slopes.pop().float() * self._of_states).cpu()
-            parts[self._head[0]] = sum_by_text(both, self._batch, "language")
-        for (name, inputs), slope in zip(self._inputs.items(), slopes, strict=True):
-            left = self._pool.directions[name].update.left
-            both = (slope.float() @ left.to(slope.device)) * inputs
-            parts[name] = parts[name] + (both.sum(1) if both.ndim == 3 else both).cpu()
-        return torch.cat([*parts.values()], -1).double()
-
-    def _taken(self, name: str, given: Tensor) -> Tensor:
+    def _taken(self, name: str, i: int, given: Tensor) -> Tensor:
         """What the directions of a module take in."""
-        found = self._pool.directions[name]
-        right = found.update.right.to(given.device)
-        if self._pool.modules[name].kind == "embedding":
+        found = self.directions[name]
+        right = found.update.right.to(self._network.device)
+        if self._modules[name].kind == "embedding":
             # Gemma multiplies what it looks up.
-            return right[given] * getattr(self._network.get_submodule(name), "embed_scale", 1)
-        return (given.float() - found.mean.to(given.device)) @ right
+            scale = getattr(self._network.skeleton.get_submodule(name), "embed_scale", 1)
+            return right[self._passed.batches[i].input_ids.to(right.device)] * scale
+        return (given.float() - found.mean.to(right)) @ right
 
 
 class Choice:
@@ -178,12 +310,13 @@ class Choice:
         """Take directions until their cost is at most ``most``; ``intensity`` is ``α``."""
         self._pool, self._growth = pool, growth
         squares = features.square().mean(0)
-        self._rows = features * ((1 - intensity) / len(features)) ** 0.5
-        self._whole = self._rows.sum(1)
+        # A row for each direction, as some of them are taken often.
+        self._rows = (features.mT * ((1 - intensity) / len(features)) ** 0.5).contiguous()
+        self._whole = self._rows.sum(0)
         self._floor = _FLOOR * float(squares.mean())
         self._weights = intensity * squares + self._floor
         # Where no output depends on a direction, nothing is gained by it.
-        self._own = (self._rows.square().sum(0) + self._weights).clamp(min=1e-300)
+        self._own = (self._rows.square().sum(1) + self._weights).clamp(min=1e-300)
         self.order = self._pursue(most)
 
     def gains(self, parameters: float) -> Float[Tensor, " directions"]:
@@ -192,18 +325,19 @@ class Choice:
         costs = self._pool.costs[self.order].cumsum(0)
         ends = torch.cat([bundles[1:] != bundles[:-1], bundles.new_ones(1, dtype=torch.bool)])
         paid = (ends[: len(costs)] & (costs <= parameters)).nonzero().flatten()
-        return self._fit(self.order[: int(paid[-1]) + 1 if len(paid) else 0])
+        taken = self.order[: int(paid[-1]) + 1 if len(paid) else 0]
+        return self._fit(taken, self._inner(taken))
 
     def _pursue(self, most: float) -> Int[Tensor, " taken"]:
         costs, bundles = self._pool.costs, self._pool.bundles
         number = int(bundles.max()) + 1
         price = torch.zeros(number, dtype=costs.dtype).index_add_(0, bundles, costs)
         free = torch.ones(number, dtype=torch.bool)
-        gains = torch.zeros_like(costs)
+        rest, spent = self._whole, 0.0
         taken: list[Tensor] = []
-        spent = 0.0
+        inner: Tensor | float = 0.0
         while True:
-            slopes = self._rows.mT @ (self._whole - self._rows @ gains)
+            slopes = self._rows @ rest
             # What texts say nothing of is not taken for its own sake.
             falls = (slopes + self._weights).square() / self._own - self._floor
             density = torch.zeros_like(price).index_add_(0, bundles, falls) / price
@@ -221,25 +355,37 @@ class Choice:
             rank[chosen] = torch.arange(len(chosen))
             members = (rank[bundles] < number).nonzero().flatten()
             taken.append(members[rank[bundles[members]].argsort(stable=True)])
-            gains = self._fit(torch.cat(taken))
+            # Those taken before have been multiplied.
+            inner = inner + self._inner(taken[-1])
+            together = torch.cat(taken)
+            rest = self._whole - self._fit(together, inner)[together] @ self._rows[together]
         return torch.cat(taken) if taken else torch.zeros(0, dtype=torch.int64)
 
-    def _fit(self, taken: Int[Tensor, " taken"]) -> Float[Tensor, " directions"]:
+    def _inner(self, taken: Int[Tensor, " taken"]) -> Float[Tensor, "rows rows"]:
+        """What these directions add to the products of rows, each by its weight."""
+        rows = self._rows[taken]
+        return rows.mT @ (rows / self._weights[taken, None])
+
+    def _fit(
+        self, taken: Int[Tensor, " taken"], inner: Float[Tensor, "rows rows"]
+    ) -> Float[Tensor, " directions"]:
         """The best gains of these directions, by the Woodbury identity where they are many."""
         gains = torch.zeros_like(self._own)
-        if not len(taken):
-            return gains
-        rows, weights = self._rows[:, taken], self._weights[taken]
-        right = rows.mT @ (self._whole - rows.sum(1))
-        if len(taken) <= len(rows):
-            step = torch.linalg.solve(rows.mT @ rows + weights.diag(), right)
+        rows, weights = self._rows[taken], self._weights[taken]
+        right = rows @ (self._whole - rows.sum(0))
+        if len(taken) <= len(inner):
+            step = _solve(rows @ rows.mT + weights.diag(), right)
         else:
-            inner = (rows / weights) @ rows.mT
-            inner.diagonal().add_(1)
-            step = torch.linalg.solve(inner, rows @ (right / weights))
-            step = (right - rows.mT @ step) / weights
+            right = right / weights
+            identity = torch.eye(len(inner), dtype=inner.dtype)
+            step = right - rows @ _solve(inner + identity, right @ rows) / weights
         gains[taken] = 1 + step
         return gains
+
+
+def _solve(matrix: Float[Tensor, "n n"], right: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Solve for a positive definite matrix."""
+    return torch.cholesky_solve(right[:, None], torch.linalg.cholesky(matrix))[:, 0]
 
 
 def predict(features: Tensor, gains: Tensor) -> float:
@@ -261,6 +407,8 @@ def predict_least(
     pool: Pool, fit: Tensor, select: Tensor, aim: float, numbers: Sequence[int]
 ) -> int:
     """The first of rising numbers that is predicted to lose at most ``aim``, or the last."""
-    path = Choice(pool, fit, INTENSITIES[len(INTENSITIES) // 2], numbers[-1], _COARSE)
-    reached = (number for number in numbers if predict(select, path.gains(number)) <= aim)
-    return next(reached, numbers[-1])
+    for number in numbers:
+        path = Choice(pool, fit, INTENSITIES[len(INTENSITIES) // 2], number, _COARSE)
+        if predict(select, path.gains(number)) <= aim:
+            break
+    return number

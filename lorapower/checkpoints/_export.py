@@ -6,20 +6,21 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError, ResultsError
 from ..lowrank import LowRank
-from ._adapters import module_factors
+from ._adapters import MergedCheckpoint, changes_base, module_factors, staying
 from ._folders import rewrite
 from ._limits import Evidence
-from ._models import PEFT_CONFIG, build, public_name, quiet, require_libraries, tokenizer
+from ._models import PEFT_CONFIG, Rows, public_name, quiet, require_libraries, tokenizer
+from ._streams import Network, stream
 from ._texts import TOKENS
 from .pair import Adapter, Pair
 
@@ -39,6 +40,12 @@ _UNEQUAL = (
     "`lorapower extract --format serving` writes one rank for all."
 )
 REPORT, CARD = "report.json", "README.md"
+# What peft adds to the names of parameters within an adapter.
+_WRAPPED = re.compile(
+    r"\.(base_layer|original_module|token_adapter|modules_to_save\.default)(?=\.)"
+)
+# Rows of embeddings that an adapter has.
+_TOKENS = re.compile(r"(.*)\.token_adapter\.trainable_tokens_delta\.default")
 # ``task_type`` of an adapter in peft.
 _TASKS = {"classification": "SEQ_CLS", "language": "CAUSAL_LM", "encoder": "FEATURE_EXTRACTION"}
 # A name that peft accepts where no module is named, and one of those among which it ties weights.
@@ -72,17 +79,39 @@ def save_peft(
     **options
         Other entries of ``peft.LoraConfig``, such as ``modules_to_save``.
     """
+    _write(folder, _attach(network, updates, biases=biases, **options), base)
+
+
+def _attach(network: nn.Module, updates: Mapping[str, LowRank], **options: Any) -> Any:
+    """Give a network's modules the factors of updates as an adapter of peft."""
     modules = dict(network.named_modules())
     for name, update in updates.items():
         _require_fit(name, modules.get(name), update)
     kept = {name: update for name, update in updates.items() if update.rank}
-    ranks = {name: update.rank for name, update in kept.items()}
-    wrapped = _wrap(network, ranks, biases=biases, **options)
-    with torch.no_grad():
-        for name, update in kept.items():
-            A, B = module_factors(wrapped.base_model.model.get_submodule(name))
-            A.copy_(update.right.mT)
-            B.copy_(update.left)
+    wrapped = _wrap(network, {name: update.rank for name, update in kept.items()}, **options)
+    model = wrapped.base_model.model
+    for name, update in kept.items():
+        module = model.get_submodule(name)
+        for factor, values in zip(
+            module_factors(module), (update.right.mT, update.left), strict=True
+        ):
+            if factor.is_meta:
+                (key,) = (key for key, value in module.named_parameters() if value is factor)
+                _set(module, key, values)
+            else:
+                # In place, as a tied head has views of them.
+                factor.data.copy_(values)
+    return wrapped
+
+
+def _set(module: nn.Module, name: str, values: Tensor) -> None:
+    """Give a parameter of a module, which is on no device, its values."""
+    owner, _, part = name.rpartition(".")
+    module.get_submodule(owner)._parameters[part] = nn.Parameter(values.clone().contiguous())
+
+
+def _write(folder: Path | str, wrapped: Any, base: str | None) -> None:
+    """Write an adapter that is in a network."""
     config = wrapped.peft_config["default"]
     config.base_model_name_or_path = base
     if not isinstance(config.target_modules, str):
@@ -172,61 +201,119 @@ def _peft_options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def save(folder: Path, pair: Pair, network: Any, adapter: Adapter) -> None:
-    """Write an adapter through peft; the network is used up."""
-    biases = {f"{name}.bias": values.clone for name, values in adapter.biases.items()}
-    # Modules to save are copied as they are now.
-    pair.fill(network, "adapted", updates=dict(biases))
+def save(folder: Path, pair: Pair, adapter: Adapter) -> None:
+    """Write an adapter through peft."""
+    read = pair.reader(Adapter({}, adapter.biases))
+    skeleton = pair.skeleton("base")
+    words, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+    tied = head is not None and head.weight is words.weight
+    embeds = any(pair.modules[name].kind == "embedding" for name in adapter.factors)
+    # A head that is tied to embeddings with factors needs them, to share them, on a device.
+    network = pair.network("base", read) if tied and embeds else pair.build(empty=True)
     options = _peft_options(pair, network, adapter)
     with quiet():
-        save_peft(folder, network, adapter.factors, base=public_name(pair.base.source), **options)
+        wrapped = _attach(network, adapter.factors, **options)
+        model = wrapped.base_model.model
+        # What tied parameters share is under the names of both.
+        for name, value in [*model.named_parameters(remove_duplicate=False)]:
+            plain, rows = plain_name(name), None
+            if token := _TOKENS.fullmatch(name):
+                plain = f"{token[1]}.weight"
+                rows = torch.tensor(options["trainable_token_indices"][token[1]])
+            elif not (".modules_to_save." in name or name.endswith(".bias")):
+                continue
+            if value.is_meta:
+                _set(model, name, read(plain, rows))
+        _write(folder, wrapped, public_name(pair.base.source))
 
 
-def save_merged(folder: Path, pair: Pair, adapter: Adapter) -> Any:
-    """Write the base with an adapter merged into it, and the tokenizer; return the network."""
-    merged = pair.network("base")
+def plain_name(name: str) -> str:
+    """The name that a parameter has without the adapter into which peft has wrapped it."""
+    return _WRAPPED.sub("", name)
+
+
+def save_merged(folder: Path, pair: Pair, adapter: Adapter) -> None:
+    """Write the base with an adapter merged into it, and the tokenizer."""
     # peft would add what embeddings and a tied head share twice.
-    pair.put(merged, adapter)
+    merged = pair.network(adapter)
     with quiet():
         merged.config.use_cache = True
         merged.save_pretrained(folder)
-        merged.config.use_cache = False
         tokenizer(str(pair.tuned.folder)).save_pretrained(folder)
-    return merged
 
 
-def load(folder: Path | str, pair: Pair, device: torch.device | str = "cpu") -> Any:
+def load(folder: Path | str, pair: Pair, device: torch.device) -> Network:
     """Load the base with an adapter read by peft; a head that is in neither is NaN."""
-    from peft import PeftModel
+    from peft import PeftConfig
 
     if not (Path(folder) / PEFT_CONFIG).is_file():
         raise InputError("adapter", allowed="a folder with an adapter of peft", given=str(folder))
-    network = pair.network("base")
-    for name, parameter in network.named_parameters():
-        if not pair.base.has(name):
-            parameter.fill_(torch.nan)
+
+    def read(name: str, rows: Rows = None) -> Tensor:
+        name = plain_name(name)
+        if pair.base.has(name):
+            return pair.base.read(name, rows)
+        return torch.full_like(pair.tuned.read(name, rows), torch.nan)
+
+    with _reading(folder):
+        about: Any = PeftConfig.from_pretrained(str(folder))
+    # Others than factors may be made of the weights themselves.
+    whole = changes_base(about)
+    adapted = _read(folder, pair.network("base", read) if whole else pair.build(empty=True))
+    parts = adapted.get_base_model().named_parameters()
+    if not all(pair.tuned.has(plain_name(name)) for name, value in parts if value.is_meta):
+        # The file has one side of what is tied.
+        adapted = _read(folder, pair.network("base", read))
+    if about.is_prompt_learning:
+        given = f"{folder}, of type {about.peft_type.value}, whose prompts have own outputs"
+        raise InputError("adapter", allowed="one that changes weights", given=given)
+    network = Network(pair, adapted.get_base_model(), read, device=device)
+    if (number := len(network.blocks)) != (own := len(stream(pair, "base", device).blocks)):
+        allowed, given = f"one that keeps all {own} blocks", f"{folder}, with {number}"
+        raise InputError("adapter", allowed=allowed, given=given)
+    return network
+
+
+@contextmanager
+def _reading(folder: Path | str) -> Iterator[None]:
+    """Refuse an adapter that peft cannot read."""
     with quiet(), warnings.catch_warnings(action="ignore"):
         # Else an adapter of which it finds nothing would be none.
         warnings.filterwarnings("error", "Found missing adapter keys")
         try:
-            adapted = PeftModel.from_pretrained(network, str(folder))
+            yield
         except Exception as error:  # whatever peft raises for a folder like any other
             given = f"{folder} ({' '.join(str(error).split())})"
             allowed = "one that peft reads into the base"
             raise InputError("adapter", allowed=allowed, given=given) from error
-    about: Any = adapted.peft_config["default"]
-    if about.is_prompt_learning:
-        given = f"{folder}, of type {about.peft_type.value}, whose prompts have own outputs"
-        raise InputError("adapter", allowed="one that changes weights", given=given)
-    return adapted.eval().requires_grad_(False).to(device)
 
 
-def merge(adapted: Any) -> Any:
-    """Merge what `load` has read; ``None`` where peft cannot, or would add what is tied twice."""
+def _read(folder: Path | str, network: Any) -> Any:
+    """Have peft read an adapter into a network, also into an empty one."""
+    from peft import PeftModel
+
+    empty = next(network.parameters()).is_meta
+    stays: AbstractContextManager[dict[str, Any]] = staying() if empty else nullcontext({})
+    with _reading(folder), stays as options:
+        adapted = PeftModel.from_pretrained(network, str(folder), **options)
+    return adapted.eval().requires_grad_(False)
+
+
+def load_merged(folder: str, pair: Pair, device: torch.device) -> Network | None:
+    """The base with an adapter merged into it, in bfloat16; ``None`` where peft cannot merge."""
+    options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+    with suppress(InputError):
+        merged = MergedCheckpoint(pair.base, folder, Path(folder))
+        merged.fit(pair.build(empty=True))
+        return Network(pair, pair.skeleton("base"), merged.read, **options)
+    # Others than LoRA are merged by peft, into a whole network.
+    adapted = _read(folder, pair.network("base"))
     if getattr(adapted.peft_config["default"], "ensure_weight_tying", False):
+        # It would add what is tied twice.
         return None
     with suppress(AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        return adapted.merge_and_unload()
+        whole = adapted.merge_and_unload()
+        return Network(pair, whole, pair.reader("base"), **options)
     return None
 
 
@@ -234,7 +321,7 @@ def estimate(pair: Pair, adapter: Adapter) -> tuple[int, int]:
     """Count the numbers that `save` would write, and about how many bytes they take."""
     from peft import get_peft_model_state_dict
 
-    network = build(pair.config, pair.architecture, "meta")
+    network = pair.build(empty=True)
     wrapped = _wrap(network, adapter.ranks, **_peft_options(pair, network, adapter))
     with warnings.catch_warnings(action="ignore"):
         tensors = get_peft_model_state_dict(wrapped, save_embedding_layers=False)

@@ -32,11 +32,13 @@ def _digest(file: Path, size: int, changed: int) -> str:
 
 
 def sample(folder: Path) -> str:
-    """Compute a digest of pieces of all weights in a folder, and of the names and sizes of files.
+    """Compute a digest of configurations and of pieces of all weights in a folder.
 
-    Of each file 64 pieces of 4 kB are read, evenly spaced.
+    Of each file of weights 64 pieces of 4 kB are read, evenly spaced, besides its name and size.
     """
     found = hashlib.sha256()
+    for file in sorted([*folder.glob("*config.json"), *folder.glob("adapter_model.bin")]):
+        found.update(file.read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
         found.update(f"{file.name} {size} ".encode())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,13 +15,12 @@ from torch import Tensor
 
 from ._limits import DOUBT, Evidence, quantile_limit, ratio
 from ._models import has_bfloat16
+from ._streams import Network, Pass, advance, centre
 from ._texts import Batch
 from .pair import Task
 
-# Rows of a head that are taken at a time.
-_WORDS = 2**13
-# And so many rows of logits.
-_ROWS = 64
+# Rows of logits that are computed at a time.
+_ROWS = 2**11
 
 
 class Measured(NamedTuple):
@@ -102,7 +100,7 @@ class Compared(NamedTuple):
 
 
 class Readout:
-    """The head of a network of transformers, by which states become outputs.
+    """The tuned network's head, by which states become rows with the distances of outputs.
 
     ``states`` have a row for each text, or each token: last hidden states, or a classifier's logits
     minus their mean. A language model's logits minus their mean are linear in its states, so that
@@ -111,35 +109,30 @@ class Readout:
     is ``root`` the weight of the head itself.
     """
 
-    def __init__(self, network: Any, task: Task) -> None:
-        self.task = task
-        self.root: Tensor | None = None
-        if task == "language":
-            head = network.get_output_embeddings()
-            self._weight = head.weight.detach().clone()
-            self._bias = None if head.bias is None else head.bias.detach().clone()
-            self._cap = getattr(network.config, "final_logit_softcapping", None)
-            self.root = self.root_with(self._weight[:, :0])
+    def __init__(self, network: Network) -> None:
+        self.network, self.task = network, network.task
+        self.root = self.root_with(None) if self.task == "language" else None
 
-    def root_with(self, columns: Float[Tensor, "words more"]) -> Float[Tensor, "all all"]:
+    def root_with(self, columns: Float[Tensor, "words more"] | None) -> Float[Tensor, "all all"]:
         """``root`` of this head, with more columns that logits are made of beside its own."""
-        columns = columns.to(self._weight)
-        if self._cap:
-            return torch.cat([self._weight, columns], 1) if columns.numel() else self._weight
-        total: Any = 0.0
-        mean = torch.cat([each.mean(0, dtype=torch.float64) for each in (self._weight, columns)])
-        # Some words at a time, as a whole copy would need as much memory as the network.
-        for part, more in zip(self._weight.split(_WORDS), columns.split(_WORDS), strict=True):
-            rows = torch.cat([part, more], 1).float() - mean.float()
-            total = total + (rows.mT @ rows).double()
-        values, vectors = torch.linalg.eigh(total.cpu())
-        return (values.clamp(0).sqrt()[:, None] * vectors.mT).to(self._weight)
 
-    def states(self, network: Any, batch: Batch) -> Float[Tensor, "rows columns"]:
-        """The states of a network of transformers."""
-        if self.task == "language":
-            return batch.rows(network.base_model(**batch.on(network.device)).last_hidden_state)
-        return outputs(network, batch, self.task)
+        def rows() -> Iterator[Tensor]:
+            done = 0
+            for weight, _ in self.network.head_rows():
+                more = None if columns is None else columns[done : done + len(weight)].to(weight)
+                yield weight if more is None else torch.cat([weight, more], 1)
+                done += len(weight)
+
+        if self.network.cap:
+            return torch.cat([*rows()])
+        sums = torch.stack([each.sum(0, dtype=torch.float64) for each in rows()]).sum(0)
+        mean = (sums / self.network.words).float()
+        total: Any = 0.0
+        for each in rows():
+            centred = each - mean
+            total = total + (centred.mT @ centred).double()
+        values, vectors = torch.linalg.eigh(total.cpu())
+        return (values.clamp(0).sqrt()[:, None] * vectors.mT).to(mean)
 
     def rows(
         self, states: Float[Tensor, "rows columns"], root: Tensor | None = None
@@ -148,63 +141,32 @@ class Readout:
         root = self.root if root is None else root
         if root is None:
             return states
-        values = states @ root.to(states).mT
-        return self._capped(values) if self._cap else values
+        values, cap = states @ root.to(states).mT, self.network.cap
+        return centre(cap * (values / cap).tanh()) if cap else values
 
-    def outputs(self, states: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-        """Outputs of this head."""
-        if self.root is None:
-            return states
-        logits = torch.nn.functional.linear(states.to(self._weight), self._weight, self._bias)
-        return self._capped(logits)
-
-    def _capped(self, logits: Float[Tensor, "rows words"]) -> Float[Tensor, "rows words"]:
-        return _centre(self._cap * (logits / self._cap).tanh() if self._cap else logits)
-
-    def missed(self, network: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """How a network's states and the tuned ones become rows with the distances of outputs.
-
-        ``None`` if the network's head differs in more than the weight, or caps logits: then only
-        outputs tell.
-        """
-        if self.root is None:
-            return torch.sub
-        head = network.get_output_embeddings()
-        if self._bias is not None and not head.bias.equal(self._bias):
-            return None
-        if head.weight.equal(self._weight):
-            return lambda states, target: self.rows(states) - self.rows(target)
-        if self._cap:
-            return None
-        # W h − W̄ h̄ = W̄ (h − h̄) + (W − W̄) h.
-        root = self.root_with(head.weight - self._weight.to(head.weight))
-        return lambda states, target: self.rows(torch.cat([states - target, states], -1), root)
+    def measures(self, network: Network) -> bool:
+        """Whether states of a network tell distances of outputs, as its head is this one."""
+        return self.root is None or (network.same_head and not self.network.cap)
 
 
 class Reference:
-    """The tuned network's states, and ``effect``, ``‖f_0 − f̄‖²`` of each text."""
+    """The tuned network's states on some texts, and ``effect``, ``‖f_0 − f̄‖²`` of each text."""
 
-    def __init__(self, batches: Sequence[Batch], readout: Readout) -> None:
-        self.batches, self.readout = batches, readout
+    def __init__(self, batches: Sequence[Batch], readout: Readout, states: list[Tensor]) -> None:
+        self.batches, self.readout, self._states = batches, readout, states
         self.effect: NDArray[np.float64] = np.zeros(0)
         #: The typical effect that losses of texts are parts of, NaN for that of these texts.
         self.typical = math.nan
-        self._states: list[Tensor] = []
         # Shares of right decisions of the base and of the tuned network.
         self._accuracies = math.nan, math.nan
 
-    @torch.no_grad()
-    def record_tuned(self, network: Any) -> None:
-        """Keep the states of the tuned network."""
-        self._states = [self.readout.states(network, batch).cpu() for batch in self.batches]
-
-    def record_base(self, network: Any) -> None:
-        """Compute the tuning's effect from the base's outputs."""
+    def record(self, base: Network, states: list[Tensor]) -> None:
+        """Compute the tuning's effect from the states of the base."""
         labels = torch.cat([batch.labels for batch in self.batches])
         if (labels < 0).any():
-            self.effect = self.squares(network)
+            self.effect = self.squares(base, states)
             return
-        compared = self.compare(network)
+        compared = self.compare(base, states)
         decided = torch.cat(self._states).argmax(-1) == labels
         self.effect = compared.squares
         self._accuracies = float(compared.right.mean()), float(decided.double().mean())
@@ -213,20 +175,15 @@ class Reference:
         """Take the batches of the longest texts that are at least this part of all."""
         sizes = np.cumsum([len(batch.input_ids) for batch in reversed(self.batches)])
         number = 1 + int(np.searchsorted(sizes, part * sizes[-1]))
-        some = Reference(self.batches[-number:], self.readout)
-        some._states = self._states[-number:]
-        return some
+        return Reference(self.batches[-number:], self.readout, self._states[-number:])
 
     @torch.no_grad()
     def rounding(self) -> float:
         """How far outputs of all texts are off together, when each is rounded once."""
-        values = (self.readout.outputs(states).cpu().double() for states in self._states)
-        squares = sum(float(each.square().sum()) for each in values)
+        squares = 0.0
+        for rows in torch.cat(self._states).split(_ROWS):
+            squares += sum(float(each.double().square().sum()) for each in self._tuned(rows))
         return torch.finfo(torch.float32).eps * math.sqrt(squares)
-
-    def error(self, network: Any) -> float:
-        """Measure ``η`` of a network of transformers."""
-        return ratio(self.squares(network), self.effect)
 
     def summarize(self, compared: Compared, doubt: float = DOUBT) -> Measured:
         """Measure what a network loses, from what it does on each text (`compare`).
@@ -247,53 +204,147 @@ class Reference:
             *self._accuracies,
         )
 
+    def error(self, squares: NDArray[np.float64]) -> float:
+        """``η`` of a network with these squared distances."""
+        return ratio(squares, self.effect)
+
     def losses(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
         """The part of the tuning's typical effect that each text loses."""
         typical = math.sqrt(self.effect.mean()) if math.isnan(self.typical) else self.typical
         return _parts(squares, np.full_like(squares, typical**2))
 
-    def squares(self, network: Any) -> NDArray[np.float64]:
-        """Measure the squared distance of each text from the tuned network's outputs."""
-        if (missed := self.readout.missed(network)) is None:
-            return self.compare(network).squares
-        parts = []
-        with torch.no_grad():
-            for batch, target in zip(self.batches, self._states, strict=True):
-                states = self.readout.states(network, batch)
-                rows = missed(states, target.to(states)).cpu().double()
-                column = rows.square().sum(-1, keepdim=True)
-                parts.append(sum_by_text(column, batch, self.readout.task)[:, 0].numpy())
-        return np.concatenate(parts)
+    @torch.no_grad()
+    def squares(self, network: Network, states: list[Tensor]) -> NDArray[np.float64]:
+        """Measure the squared distance of each text's outputs from the tuned network's."""
+        if self.readout.measures(network):
+            parts = (
+                self.readout.rows(found.float() - target).double().square().sum(-1)
+                for found, target in zip(states, self._states, strict=True)
+            )
+        else:
+            rows = (torch.cat(each).split(_ROWS) for each in (states, self._states))
+            pairs = zip(*rows, strict=True)
+            parts = (self._distances(network, *pair) for pair in pairs)
+        return self._sum(torch.cat([*parts])[:, None])[:, 0]
 
-    def rounded(self, network: Any) -> NDArray[np.float64]:
-        """Measure squared distances in bfloat16, to which a network's weights are rounded.
+    @torch.no_grad()
+    def compare(self, network: Network, states: list[Tensor]) -> Compared:
+        """Compare the outputs of a network with the tuned one's on each text, given its states."""
+        task, found, target = self.readout.task, torch.cat(states), torch.cat(self._states)
+        # Rows of other tasks are of tokens, and have no labels.
+        by_text = task == "classification"
+        labels = torch.cat([batch.labels for batch in self.batches])
+        labels = labels if by_text else torch.full((len(found),), -1)
+        # Some rows at a time, as logits need much memory.
+        some = zip(*(rows.split(_ROWS) for rows in (found, target, labels)), strict=True)
+        columns = torch.cat([self._contrast(network, *each) for each in some])
+        return Compared(*self._sum(columns).T)
 
-        Frequencies of rotations are no weights, and stay in float32 as servers have them.
-        """
-        for parameter in network.parameters():
-            parameter.data = parameter.data.bfloat16()
-        try:
-            return self.compare(network).squares
-        finally:
-            for parameter in network.parameters():
-                parameter.data = parameter.data.float()
+    def _sum(self, columns: Float[Tensor, "rows columns"]) -> NDArray[np.float64]:
+        """Rows of all batches, summed over each text."""
+        sizes = [len(each) for each in self._states]
+        parts = zip(columns.split(sizes), self.batches, strict=True)
+        return torch.cat([sum_by_text(p, b, self.readout.task) for p, b in parts]).numpy()
 
-    def compare(self, network: Any) -> Compared:
-        """Compare a network, of transformers or peft, with the tuned one on each text."""
-        task = self.readout.task
-        parts: list[NDArray[np.float64]] = []
-        with torch.no_grad():
-            for batch, states in zip(self.batches, self._states, strict=True):
-                values = outputs(network, batch, task)
-                target = self.readout.outputs(states.to(values))
-                # Other rows are of tokens, and have no labels.
-                by_text = task == "classification"
-                labels = batch.labels if by_text else torch.full((len(values),), -1)
-                # Some rows at a time, as logits in float64 need much memory.
-                some = zip(*(rows.split(_ROWS) for rows in (values, target, labels)), strict=True)
-                columns = torch.cat([_contrast(x, y, known, task) for x, y, known in some])
-                parts.append(sum_by_text(columns, batch, task).numpy())
-        return Compared(*np.concatenate(parts).T)
+    def _tuned(self, states: Float[Tensor, "rows columns"]) -> Iterator[Tensor]:
+        return self._outputs(self.readout.network, states)
+
+    def _outputs(self, network: Network, states: Float[Tensor, "rows columns"]) -> Iterator[Tensor]:
+        """Outputs of a network, some words at a time."""
+        language = self.readout.task == "language"
+        return network.logits(states) if language else iter([states.float()])
+
+    def _both(
+        self, network: Network, states: Tensor, target: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Outputs of a network and of the tuned one, some words at a time."""
+        pairs: Iterator[tuple[Tensor, Tensor]]
+        if network.same_head and self.readout.task == "language":
+            # One reading of the head serves both.
+            both = self._tuned(torch.cat([states.float(), target]))
+            pairs = ((each[: len(states)], each[len(states) :]) for each in both)
+        else:
+            pairs = zip(self._outputs(network, states), self._tuned(target), strict=True)
+        # Some devices have no float64, in which all is summed.
+        mps = self.readout.network.device.type == "mps"
+        return ((x.cpu(), y.cpu()) if mps else (x, y) for x, y in pairs)
+
+    def _distances(self, network: Network, states: Tensor, target: Tensor) -> Tensor:
+        """The squared distance of each row of outputs from the tuned ones."""
+        sums = squares = torch.zeros(len(states), dtype=torch.float64)
+        words = 0
+        for found, wanted in self._both(network, states, target):
+            off, words = found - wanted, words + found.shape[-1]
+            sums, squares = sums + _sum(off), squares + _sum(off.square())
+        return self._centred(squares, sums, words)
+
+    def _centred(self, squares: Tensor, sums: Tensor, words: int) -> Tensor:
+        """Squares about the mean for logits of language models, which count up to a constant."""
+        language = self.readout.task == "language"
+        return (squares - sums.square() / words).clamp(0) if language else squares
+
+    def _contrast(
+        self, network: Network, states: Tensor, target: Tensor, labels: Tensor
+    ) -> Float[Tensor, "rows columns"]:
+        """A row of what `Compared` sums for each row of outputs, and the tuned ones."""
+        sums, squares, shift, varied, ones = torch.zeros(5, len(states), dtype=torch.float64)
+        ones, nothing = ones + 1, torch.full_like(ones, math.nan)
+        levels = torch.full((2, len(states)), -math.inf, dtype=torch.float64)
+        best, decided = levels.clone(), torch.zeros(2, len(states), dtype=torch.int64)
+        words = 0
+        for pair in self._both(network, states, target):
+            off = pair[0] - pair[1]
+            sums, squares = sums + _sum(off), squares + _sum(off.square())
+            for one, values in enumerate(pair):
+                most, place = values.max(-1)
+                parts = _sum((values - most[:, None]).exp())
+                most, place = most.cpu().double(), place.cpu()
+                decided[one] = torch.where(most > best[one], words + place, decided[one])
+                best[one] = torch.maximum(best[one], most)
+                levels[one] = torch.logaddexp(levels[one], most + parts.log())
+            words += pair[0].shape[-1]
+        squares = self._centred(squares, sums, words)
+        if self.readout.task == "encoder" or words == 1:
+            return torch.stack([squares, nothing, nothing, ones, nothing, nothing], -1)
+        for pair in self._both(network, states, target):
+            both = zip(pair, levels, strict=True)
+            p, p_target = ((x - level.to(x)[:, None]).exp() for x, level in both)
+            shift += _sum(p_target * (pair[1] - pair[0]))
+            varied += _sum((p - p_target).abs()) / 2
+        equal = (decided[0] == decided[1]).double()
+        right = (decided[0] == labels).double().where(labels >= 0, nothing)
+        divergence = (shift + levels[0] - levels[1]).clamp(0)
+        return torch.stack([squares, equal, divergence, ones, varied, right], -1)
+
+
+def _sum(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, " rows"]:
+    """Sum rows in double precision."""
+    return rows.sum(-1, dtype=torch.float64).cpu()
+
+
+class Trial(NamedTuple):
+    """What a network gives for texts of which the tuned network's states are known."""
+
+    reference: Reference
+    network: Network
+    states: list[Tensor]
+
+    @property
+    def squares(self) -> NDArray[np.float64]:
+        """The squared distance of each text's outputs from the tuned ones."""
+        return self.reference.squares(self.network, self.states)
+
+    def compare(self) -> Compared:
+        """What the network does on each text."""
+        return self.reference.compare(self.network, self.states)
+
+
+def run_trials(trials: Sequence[tuple[Network, Reference]]) -> list[Trial]:
+    """Pass texts through networks, all together, block by block."""
+    passes = [Pass(network, reference.batches) for network, reference in trials]
+    advance(passes)
+    each = zip(trials, passes, strict=True)
+    return [Trial(reference, network, one.states) for (network, reference), one in each]
 
 
 def _parts(squares: NDArray[np.float64], wholes: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -302,62 +353,9 @@ def _parts(squares: NDArray[np.float64], wholes: NDArray[np.float64]) -> NDArray
         return np.where(squares == 0, 0.0, np.sqrt(squares / wholes))
 
 
-def _contrast(values: Tensor, target: Tensor, labels: Tensor, task: Task) -> Tensor:
-    """A row of what `Compared` sums for each row of outputs, and the tuned ones."""
-    if values.device.type == "mps":
-        # Which has no float64.
-        values, target = values.cpu(), target.cpu()
-    squares = (values - target).double().square().sum(-1)
-    ones, nothing = torch.ones_like(squares), torch.full_like(squares, math.nan)
-    if task == "encoder" or values.shape[-1] == 1:
-        return torch.stack([squares, nothing, nothing, ones, nothing, nothing], -1).cpu()
-    log, log_target = (x.double().log_softmax(-1) for x in (values, target))
-    p, p_target = log.exp(), log_target.exp()
-    decided = values.argmax(-1)
-    labels = labels.to(decided)
-    equal = (decided == target.argmax(-1)).double()
-    divergence = (p_target * (log_target - log)).sum(-1)
-    right = (decided == labels).double().where(labels >= 0, nothing)
-    varied = (p_target - p).abs().sum(-1) / 2
-    return torch.stack([squares, equal, divergence, ones, varied, right], -1).cpu()
-
-
-def outputs(network: Any, batch: Batch, task: Task) -> Float[Tensor, "rows columns"]:
-    """A row for each text, or each token, minus its mean; hidden states as they are."""
-    result = network(**batch.on(network.device))
-    if task == "encoder":
-        return batch.rows(result.last_hidden_state).float()
-    return _centre(batch.rows(result.logits).float())
-
-
-def _centre(logits: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-    return logits - logits.mean(-1, keepdim=True) if logits.shape[-1] > 1 else logits
-
-
-@contextmanager
-def watch(network: Any, modules: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Collect inputs and outputs of modules in the order of their calls; gradients may be on."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def keep(name: str, _: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[name] = inputs[0].detach(), output
-
-    def start(_: Any, __: Any, output: Tensor) -> Tensor:
-        return output.detach().requires_grad_(torch.is_grad_enabled())
-
-    with ExitStack() as stack:
-        # Before the others, as what it gives is what follows depends on.
-        first = network.get_input_embeddings()
-        stack.callback(first.register_forward_hook(start).remove)
-        for name in modules:
-            module = network.get_submodule(name)
-            stack.callback(module.register_forward_hook(functools.partial(keep, name)).remove)
-        yield seen
-
-
-def fast(network: Any, readout: Readout) -> AbstractContextManager[Any]:
+def fast(readout: Readout) -> AbstractContextManager[Any]:
     """Make products of a language model in bfloat16, where the processor has it."""
-    kind = network.device.type
+    kind = readout.network.device.type
     fits = readout.task == "language" and has_bfloat16(kind)
     return torch.autocast(kind, torch.bfloat16, enabled=fits)
 

@@ -9,10 +9,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -61,6 +61,8 @@ MODELS = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
+#: Rows of a tensor: some, or all of them.
+Rows: TypeAlias = "slice | Tensor | None"
 #: The file by which a folder is an adapter of peft.
 PEFT_CONFIG = "adapter_config.json"
 # What the work of the extra `checkpoints` imports.
@@ -241,15 +243,16 @@ def load(kind: Any, model: str, **options: Any) -> Any:
         raise InputError("model", allowed=allowed, given=f"{model!r} ({reason(error)})") from error
 
 
-def build(config: Any, architecture: str, device: str) -> Any:
-    """A network of transformers with any weights, or without on the device ``"meta"``."""
+def build(config: Any, architecture: str, *, empty: bool = False) -> Any:
+    """A network of transformers with any weights, or an ``empty`` one: on the device ``"meta"``."""
     import transformers
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
     kind = getattr(transformers, architecture)
-    with torch.device(device):
+    with init_empty_weights() if empty else contextlib.nullcontext():
         # Attention written out gives the same gradients and tuned outputs on every machine.
         network = kind._from_config(config, attn_implementation="eager", dtype=torch.float32)
-        network.tie_weights()
+    network.tie_weights()
     return network
 
 
@@ -284,7 +287,6 @@ class Checkpoint:
             raise self._quantized(f"weights quantized by {method.get('quant_method', unnamed)}")
         #: Tensors that the network of `bind` does not use.
         self.unused: set[str] = set()
-        self._finite: set[str] = set()
         # Each tensor's file, key there, sizes and type.
         self._tensors: dict[str, tuple[Path, str, tuple[int, ...], str]] = {}
         for file in self._files():
@@ -325,17 +327,38 @@ class Checkpoint:
         """Whether there is a tensor of this name."""
         return key in self._tensors
 
-    def read(self, key: str) -> Tensor:
-        """Read one tensor in float32, which must be finite."""
+    def read(self, key: str, rows: Rows = None) -> Tensor:
+        """Read one tensor, or some of its rows, in float32."""
+        tensor = self._map(key)
+        return (tensor if rows is None else tensor[rows]).float()
+
+    def _map(self, key: str) -> Tensor:
+        """Map a tensor's part of its file, of which only what is used is read."""
         file, stored, *_ = self._tensors[key]
         with safe_open(file, framework="pt") as opened:
-            tensor = opened.get_tensor(stored).float()
-        # Once, as weights are read again for every adapter.
-        if key not in self._finite and (bad := int((~tensor.isfinite()).sum())):
-            given = f"{key} with {bad} entries that are NaN or infinite"
-            raise InputError(self.name, allowed="of finite weights", given=given)
-        self._finite.add(key)
+            tensor: Tensor = opened.get_tensor(stored)
         return tensor
+
+    def require_finite(self, keys: Iterable[str]) -> None:
+        """Refuse tensors with entries that are NaN or infinite."""
+        for key in filter(self.has, keys):
+            tensor = self._map(key)
+            # Sums tell at once, some numbers at a time; a very large one may be of finite numbers.
+            parts = tensor.flatten().split(2**22)
+            if all(part.sum(dtype=torch.float64).isfinite() for part in parts):
+                continue
+            if bad := int((~tensor.isfinite()).sum()):
+                given = f"{key} with {bad} entries that are NaN or infinite"
+                raise InputError(self.name, allowed="of finite weights", given=given)
+
+    @property
+    def size(self) -> int:
+        """How many bytes the files take."""
+        return sum(file.stat().st_size for file in {about[0] for about in self._tensors.values()})
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The sizes of a tensor."""
+        return self._tensors[key][2]
 
     def _files(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"

@@ -28,7 +28,7 @@ LEAST_TEXTS = 61
 #: At most so many texts of each part are used, as time grows with them.
 MOST_TEXTS = 256
 # About so many tokens of each part, unless `LEAST_TEXTS` have more or all are to be used.
-_TOKENS_OF_PART = 3072
+_TOKENS_OF_PART = 4096
 # The part of the texts for planning by which candidates are selected.
 _SELECTING = 0.25
 _BATCH = 32
@@ -38,9 +38,9 @@ _PADDING = 0.2
 TOKENS = 128
 # What JSON may escape, but UTF-8 does not have.
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-#: About how many numbers a network may keep for one batch: half a gigabyte. Small batches take up
-#: to three times as long, as all weights are read for each.
-LOAD = 2**27
+# About how many numbers a block may keep for one batch. Small batches take longer, as all of its
+# weights are read for each.
+_LOAD = 2**26
 
 
 class Batch(NamedTuple):
@@ -308,8 +308,8 @@ def _batches(
     """
     ordered = sorted(texts, key=lambda text: len(text.ids))
     config, padding = pair.tuned.config, pair.padding
-    # About 16 numbers of each unit are kept of a token while a network is differentiated.
-    most = LOAD // (16 * config.hidden_size * config.num_hidden_layers)
+    # About 24 numbers of each unit are kept of a token while a block is differentiated.
+    most = _LOAD // (24 * config.hidden_size)
     while ordered:
         size, filled = 1, len(ordered[0].ids)
         for text in ordered[1:_BATCH]:

@@ -6,10 +6,10 @@ import copy
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -19,16 +19,7 @@ from ..errors import InputError
 from ..lowrank import LowRank
 from ._adapters import MergedCheckpoint, open_tuned
 from ._folders import sample
-from ._models import (
-    Checkpoint,
-    build,
-    find,
-    listed,
-    quiet,
-    require_libraries,
-    require_memory,
-    tokenizer,
-)
+from ._models import Checkpoint, Rows, build, find, listed, quiet, require_libraries, tokenizer
 
 Task = Literal["classification", "language", "encoder"]
 # Where the equal blocks are in the model without its head, by ``model_type`` of transformers.
@@ -71,8 +62,10 @@ _SERVED = re.compile(
 _HEAD = re.compile("architectures|id2label|label2id|problem_type|vocab_size|.*_token_id")
 # What networks take an entry for where a configuration lacks it, as those of other releases do.
 _IMPLIED = {"position_embedding_type": "absolute"}
-# Bytes of memory that a process takes with all libraries.
-_LIBRARIES = 0.4e9
+# Rows of embeddings and heads that are compared at a time.
+_ROWS = 2**13
+#: Matrices of more numbers are not subtracted as wholes.
+LARGE = 2**27
 # Modules that servers compute as one, by the ends of their names.
 _FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "query", "key", "value"), "qkv"),
@@ -104,6 +97,35 @@ class Module(NamedTuple):
         """Name it and those that servers compute together with it, such as all of ``q, k, v``."""
         owner, _, end = self.name.rpartition(".")
         return f"{owner}.{_FUSED.get(end, end)}"
+
+
+class Reader(Protocol):
+    """Finds a network's parameter by its name, or some of its rows."""
+
+    def __call__(self, name: str, rows: Rows = None) -> Tensor: ...
+
+
+class Sliced:
+    """A matrix, or its transpose, of which some rows are read at a time to multiply columns."""
+
+    def __init__(
+        self, read: Callable[[slice], Tensor], stored: tuple[int, ...], transposed: bool = False
+    ) -> None:
+        self._read, self._stored, self._transposed = read, stored, transposed
+        self.shape = stored[::-1] if transposed else stored
+
+    @property
+    def mT(self) -> Sliced:  # noqa: N802
+        """The transpose."""
+        return Sliced(self._read, self._stored, not self._transposed)
+
+    def __matmul__(self, columns: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
+        """Multiply columns."""
+        parts = [slice(start, start + _ROWS) for start in range(0, self._stored[0], _ROWS)]
+        if not self._transposed:
+            return torch.cat([self._read(some).to(columns) @ columns for some in parts])
+        products = (self._read(some).to(columns).mT @ columns[some] for some in parts)
+        return functools.reduce(torch.add, products)
 
 
 class _Other(NamedTuple):
@@ -142,9 +164,9 @@ class Pair:
     values for kinds in ``leave``. Of these, ``words`` could be modules too (`with_words`): word
     embeddings and a language model's head, where what differs is more than an adapter of rank 1
     has; tied ones are one, by the embeddings' name. ``prefix`` begins names in the model without
-    its head, such as ``"bert."``. The base and adapted networks have the base's own ``config``,
-    with which adapters are served; ``differing`` are its entries of which the tuned model has
-    others, with both values.
+    its head, such as ``"bert."``, and ``blocks`` those of its blocks. The base and adapted networks
+    have the base's own ``config``, with which adapters are served; ``differing`` are its entries of
+    which the tuned model has others, with both values.
     """
 
     base: Checkpoint
@@ -152,14 +174,13 @@ class Pair:
     architecture: str
     task: Task
     prefix: str
+    blocks: str
     config: Any
     differing: dict[str, tuple[Any, Any]]
     modules: dict[str, Module]
     others: tuple[_Other, ...] = ()
     words: dict[str, Module] = field(default_factory=dict)
     leave: frozenset[str] = field(default=frozenset())
-    #: About how many bytes one network of it takes, and all that comes with it.
-    memory: float = 0.0
 
     @classmethod
     def open(cls, base: str, tuned: str | Path, *, any_base: bool = False) -> Pair:
@@ -181,12 +202,8 @@ class Pair:
             raise InputError("tuned", allowed=f"of type {kind!r}, like the base", given=tuned_kind)
         differing = _compare_configurations(base_files.config, tuned_files.config, task)
         config = _with_head(base_files.config, tuned_files.config)
-        network = build(config, architecture, "meta")
+        network = build(config, architecture, empty=True)
         sizes = {name: tuple(value.shape) for name, value in network.named_parameters()}
-        head = network.get_output_embeddings() if task == "language" else None
-        kept = sum(map(math.prod, sizes.values())) + (0 if head is None else head.weight.numel())
-        memory = _LIBRARIES + 4 * kept
-        require_memory(memory)
         stem, body = network.base_model_prefix, network.base_model
         prefix = "" if body is network else f"{stem}."
         new = base_files.bind(sizes, stem)
@@ -197,7 +214,7 @@ class Pair:
         _require_used(base_files, network, blocks.removeprefix(prefix))
         if isinstance(tuned_files, MergedCheckpoint):
             with quiet():
-                tuned_files.fit(build(tuned_files.config, architecture, "cpu"))
+                tuned_files.fit(build(tuned_files.config, architecture, empty=True))
         else:
             tuned_files.bind(sizes, stem)
             _require_used(tuned_files, network, blocks.removeprefix(prefix))
@@ -207,13 +224,16 @@ class Pair:
         if missing := sorted(name for name in sizes if not tuned_files.has(name)):
             allowed, given = f"with all weights of {architecture}", f"one without {listed(missing)}"
             raise InputError("tuned", allowed=allowed, given=given)
+        base_files.require_finite(sizes)
+        if isinstance(tuned_files, Checkpoint):
+            tuned_files.require_finite(sizes)
         modules = {
             module.name: module
             for module in _linear_modules(body, prefix, blocks, task)
             if not new & {f"{module.name}.weight", f"{module.name}.bias"}
         }
-        about = architecture, task, prefix, config, differing, modules
-        pair = cls(base_files, tuned_files, *about, memory=memory)
+        about = architecture, task, prefix, blocks, config, differing, modules
+        pair = cls(base_files, tuned_files, *about)
         others = tuple(pair._compare(network, new))
         words = {module.name: module for module in pair._words(network, others, new)}
         return replace(pair, others=others, words=words)
@@ -261,85 +281,131 @@ class Pair:
 
     def change(self, name: str) -> Float[Tensor, "out in"]:
         """Compute ``ΔW`` of a module, the tuned weight minus the base's, in float32."""
-        if (update := self.update(name)) is not None:
-            return update.matrix()
         module = self.modules[name]
         return self.weight("tuned", module) - self.weight("base", module)
 
-    def update(self, name: str) -> LowRank | None:
-        """Return ``ΔW`` of a module as an adapter's factors, or ``None`` if no factors give it."""
+    def multiplier(self, name: str) -> Float[Tensor, "out in"] | LowRank | Sliced:
+        """Find ``ΔW`` as what multiplies columns: an adapter's factors are not multiplied out.
+
+        Nor are all words of large embeddings and heads in memory at once.
+        """
+        module = self.modules[name]
         if isinstance(self.tuned, MergedCheckpoint):
-            return self.tuned.update(f"{name}.weight", self.modules[name].shape)
-        return None
+            update = self.tuned.update(f"{name}.weight", module.shape)
+            if update is not None:
+                return update
+        if math.prod(module.shape) <= LARGE:
+            return self.change(name)
+        key = f"{name}.weight"
+        sliced = Sliced(
+            lambda some: self.tuned.read(key, some) - self.base.read(key, some),
+            self.base.shape(key),
+        )
+        return sliced.mT if module.transposed else sliced
 
     def weight(self, which: str, module: Module) -> Float[Tensor, "out in"]:
         """Read a module's weight in ``"base"`` or ``"tuned"``."""
-        checkpoint = self.base if which == "base" else self.tuned
-        weight = checkpoint.read(f"{module.name}.weight")
+        weight = self.read(which, f"{module.name}.weight")
         return weight.mT if module.transposed else weight
 
-    def network(self, which: str = "tuned") -> Any:
-        """Make a network of transformers, ``"base"`` or ``"tuned"``, whose weights `fill` replaces.
+    def read(self, which: str, name: str, rows: Rows = None) -> Tensor:
+        """Read a parameter, or some of its rows, of ``"base"``, ``"tuned"`` or ``"adapted"``.
+
+        An adapted network takes its modules and the kinds in ``leave`` from the base and all else
+        from the tuned one, even a head that the base lacks.
+        """
+        tuned = which == "tuned" or (which == "adapted" and name in self._carried)
+        checkpoint = self.tuned if tuned or not self.base.has(name) else self.base
+        return checkpoint.read(name, rows)
+
+    def reader(self, which: str | Adapter) -> Reader:
+        """Find what reads the parameters of a network, as `read`, or of one with an adapter."""
+        if isinstance(which, str):
+            return functools.partial(self.read, which)
+
+        def read(name: str, rows: Rows = None) -> Tensor:
+            owner, _, part = name.rpartition(".")
+            if part == "bias" and owner in which.biases:
+                return which.biases[owner].float()
+            value = self.read("adapted", name, rows)
+            if part != "weight" or owner not in which.factors:
+                return value
+            left, right = which.factors[owner].left.float(), which.factors[owner].right.float()
+            if self.modules[owner].transposed:
+                left, right = right, left
+            return value + (left if rows is None else left[rows]) @ right.mT
+
+        return read
+
+    def keeps_head(self, which: str | Adapter) -> bool:
+        """Whether a language model's head in the base, or in an adapted network, is the tuned one.
+
+        An adapter carries it unless that is a module, or left as it is.
+        """
+        skeleton = self.skeleton("base")
+        head = skeleton.get_output_embeddings() if self.task == "language" else None
+        if head is None:
+            return False
+        parts = {id(value) for value in head.parameters()}
+        names = {name for name, value in skeleton.named_parameters() if id(value) in parts}
+        differing = {other.name for other in self.others}
+        differing |= {f"{name}.weight" for name in self.modules}
+        if not isinstance(which, str):
+            differing -= self._carried
+        return not names & differing
+
+    @functools.cached_property
+    def _carried(self) -> frozenset[str]:
+        """Parameters that an adapted network has from the tuned one."""
+        return frozenset(other.name for other in self.others if other.kind not in self.leave)
+
+    def skeleton(self, which: str = "tuned") -> Any:
+        """A network of transformers without weights, ``"base"`` or ``"tuned"``.
 
         Each has its own configuration, and adapted networks have the base's.
         """
+        own = which == "tuned" or not self.differing
+        return self._skeletons["tuned" if own else "base"]
+
+    @functools.cached_property
+    def _skeletons(self) -> dict[str, Any]:
+        return {which: self.build(which, empty=True) for which in ("tuned", "base")}
+
+    def build(self, which: str = "base", *, empty: bool = False) -> Any:
+        """Make a network with the configuration of the base or of the tuned one, and any weights.
+
+        An ``empty`` one has none.
+        """
         config = self.tuned.config if which == "tuned" else self.config
         with quiet():
-            network = build(config, self.architecture, "cpu")
+            network = build(config, self.architecture, empty=empty)
         network.eval().requires_grad_(False)
         network.config.pad_token_id = self.padding
         # Each text is passed once, and keys of one pass must not get into another.
         network.config.use_cache = False
-        self.fill(network, which)
         return network
 
-    def to_base(self, network: Any) -> Any:
-        """Replace a tuned network by the base's, which is another where configurations differ."""
-        if not self.differing:
-            self.fill(network, "base")
-            return network
-        device = network.device
-        # Which frees its memory, whoever still holds it: one network at a time.
-        network.to("meta")
-        return self.network("base").to(device)
-
-    def fill(
-        self, network: Any, which: str, *, updates: Mapping[str, Callable[[], Tensor]] = {}
-    ) -> None:
-        """Give a network the weights of ``"base"``, of ``"tuned"``, or of an ``"adapted"`` one.
-
-        An adapted network takes its modules and the kinds in ``leave`` from the base and all else
-        from the tuned one, even a head that the base lacks. ``updates`` replace these values.
-        """
-        carried = {other.name for other in self.others if other.kind not in self.leave}
+    def network(self, which: str | Adapter = "tuned", read: Reader | None = None) -> Any:
+        """Make a whole network of transformers: ``"base"``, ``"tuned"``, or the base adapted."""
+        network, read = (
+            self.build("tuned" if which == "tuned" else "base"),
+            read or self.reader(which),
+        )
         with torch.no_grad():
             for name, parameter in network.named_parameters():
-                tuned = which == "tuned" or (which == "adapted" and name in carried)
-                if name in updates:
-                    parameter.copy_(updates[name]())
-                elif tuned or not self.base.has(name):
-                    parameter.copy_(self.tuned.read(name))
-                else:
-                    parameter.copy_(self.base.read(name))
+                parameter.copy_(read(name))
+        return network
 
     def differing_rows(self, name: str) -> list[int]:
         """Find the rows of a parameter, such as word embeddings, that tuning changed."""
-        differs = self.base.read(name) != self.tuned.read(name)
-        return differs.any(1).nonzero().flatten().tolist()
-
-    def put(self, network: Any, adapter: Adapter) -> None:
-        """Give a network the base's weights with an adapter, as in `fill`."""
-
-        def adapted(name: str) -> Tensor:
-            module = self.modules[name]
-            weight = self.weight("base", module) + adapter.factors[name].matrix().float()
-            return weight.mT if module.transposed else weight
-
-        updates: dict[str, Callable[[], Tensor]] = {
-            f"{name}.weight": functools.partial(adapted, name) for name in adapter.factors
-        }
-        updates |= {f"{name}.bias": bias.float for name, bias in adapter.biases.items()}
-        self.fill(network, "adapted", updates=updates)
+        found: list[int] = []
+        number = self.base.shape(name)[0]
+        for start in range(0, number, _ROWS):
+            some = slice(start, start + _ROWS)
+            differs = self.base.read(name, some) != self.tuned.read(name, some)
+            rows = differs.reshape(len(differs), -1).any(1).nonzero().flatten()
+            found += (start + rows).tolist()
+        return found
 
     def _compare(self, network: Any, new: Collection[str]) -> Iterable[_Other]:
         """What differs beside the weights of modules, with what the base lacks (``new``)."""
@@ -349,13 +415,14 @@ class Pair:
             place, _, part = name.rpartition(".")
             if place in self.modules and part == "weight":
                 continue
-            if name not in new and torch.equal(self.base.read(name), self.tuned.read(name)):
+            rows = [] if name in new else self.differing_rows(name)
+            if name not in new and not rows:
                 continue
             owner, size = network.get_submodule(place), value.numel()
             if isinstance(owner, nn.Embedding):
                 kind = "embedding"
                 if owner is network.get_input_embeddings() and name not in new:
-                    size = len(self.differing_rows(name)) * value.shape[1]
+                    size = len(rows) * value.shape[1]
             elif isinstance(owner, nn.Linear | Conv1D) and place not in self.modules:
                 kind = "head"
             else:

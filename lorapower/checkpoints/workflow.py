@@ -11,17 +11,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from .. import _checks
 from ..errors import InputError, LorapowerError, ResultsError
 from . import _export, _limits, _texts
 from ._folders import require_apart, require_free, write_folder
-from ._measuring import Measured, Readout, Reference, outputs
-from ._models import is_dequantized, reason, require_device, require_memory
+from ._measuring import Measured, Readout, Reference, Trial, run_trials
+from ._models import is_dequantized, reason, require_device
 from ._reading import Text
+from ._streams import Network, Pass, advance, stream
 from ._texts import Batch
 from .pair import KINDS, Adapter, Pair
 from .planner import DTYPES, Planner, Report
@@ -248,9 +247,9 @@ def plan(
     if not planner.equal:
         planner.report("comparing", 0, 1)
         alike = planner.uniform(found.adapter.parameters)
-        planner.put(alike)
-        uniform = planner.test.error(planner.network), alike.parameters
-        shares, neighbours = planner.losses(found.adapter), planner.neighbours_alike(found.adapter)
+        other, own = planner.run((alike, planner.test), (found.adapter, planner.planned))
+        uniform = planner.test.error(other.squares), alike.parameters
+        shares, neighbours = planner.losses(found.adapter), planner.neighbours_alike(own.squares)
         found = replace(found, uniform=uniform, shares=shares, neighbours_alike=neighbours)
         planner.report("comparing", 1, 1)
     carried, size = _export.estimate(planner.pair, found.adapter)
@@ -290,8 +289,8 @@ def prices(
     rows = []
     for done, adapter in enumerate(adapters.values()):
         planner.report("measuring", done, len(adapters))
-        planner.put(adapter)
-        squares = planner.test.squares(planner.network)
+        (trial,) = planner.run((adapter, planner.test))
+        squares = trial.squares
         losses, doubt = planner.test.losses(squares), _limits.DOUBT / _limits.SIZES
         rows.append(
             {
@@ -304,7 +303,8 @@ def prices(
     planner.report("measuring", len(adapters), len(adapters))
     table = pd.DataFrame(rows)
     table.attrs["texts"] = len(losses)
-    table.attrs["neighbours_alike"] = planner.neighbours_alike(adapter)
+    (trial,) = planner.run((adapter, planner.planned))
+    table.attrs["neighbours_alike"] = planner.neighbours_alike(trial.squares)
     return table
 
 
@@ -342,24 +342,27 @@ def extract(
     if merged is not None:
         require_apart("merged", merged, [base, tuned, folder])
         whole = require_free("merged", merged, overwrite=overwrite)
+    if (work := options.get("work")) is not None:
+        require_apart("work", work, [base, tuned, folder, *([whole] if whole else [])])
     start = time.perf_counter()
     result = plan(base, tuned, texts, **options)
     if not result.reached:
         return result
     planner = result.planner
     some = planner.test.longest(_SOME)
-    planner.put(result.adapter)
-    stated = math.sqrt(some.compare(planner.network).squares.sum())
     tell = functools.partial(planner.report, "writing")
     tell(0, 2)
     with write_folder(folder, listed=True) as partial:
-        _export.save(partial, planner.pair, planner.network, result.adapter)
+        _export.save(partial, planner.pair, result.adapter)
         tell(1, 2)
-        # Only one network at a time.
-        planner.network = None
-        planner.network = _export.load(partial, planner.pair, planner.device)
-        squares = some.compare(planner.network).squares
-        again, effect = math.sqrt(squares.sum()), planner.test.typical * math.sqrt(len(squares))
+        networks = (
+            stream(planner.pair, result.adapter, planner.device),
+            _export.load(partial, planner.pair, planner.device),
+        )
+        # By outputs of both, as the head that is read back may be any.
+        compared = (trial.compare() for trial in run_trials([(each, some) for each in networks]))
+        stated, again = (math.sqrt(each.squares.sum()) for each in compared)
+        effect = planner.test.typical * math.sqrt(_texts.count(some.batches))
         off = _RELOADED * max(stated, 0.1 * effect) + some.rounding()
         if not abs(again - stated) <= off:
             raise LorapowerError(
@@ -371,10 +374,9 @@ def extract(
         result = replace(result, carried=carried, size=size, seconds=seconds)
         _export.describe(partial, result.report(), result.table())
     if whole is not None:
-        planner.network = None
         try:
             with write_folder(whole, listed=True) as full:
-                planner.network = _export.save_merged(full, planner.pair, result.adapter)
+                _export.save_merged(full, planner.pair, result.adapter)
         except ResultsError as error:
             problem = f"{error.problem}, but {folder} is complete"
             raise ResultsError(whole, problem, remedy=error.remedy) from error
@@ -415,46 +417,44 @@ def check(
     if tokens not in (None, planned.tokens) or planned.fingerprint not in ("", pair.fingerprint):
         tokens = planned.tokens if tokens is None else tokens
         planned = planned._replace(tokens=tokens, typical=math.nan, limit=math.nan)
-    said = require_memory(pair.memory)
     about: dict[str, Any] = {"tokens": planned.tokens, "used": planned.used, "seed": seed}
     certify = math.isnan(planned.limit)
     batches, counted = _texts.prepare_all(pair, texts, certify=certify, **about)
-    one = Batch._make(part[:1] for part in batches[0])
-    # Before all texts are passed, and let go of: one network at a time is kept.
-    _require_runs(adapter, pair, where, one)
-    tell = functools.partial(report or (lambda *_: None), f"passing texts ({said})")
-    tell(0, 3)
-    network = pair.network().to(where)
-    reference = Reference(batches, Readout(network, pair.task))
-    reference.record_tuned(network)
-    floor = reference.rounded(network) if dtype == "bfloat16" else None
-    tell(1, 3)
-    network = pair.to_base(network)
-    reference.record_base(network)
-    tell(2, 3)
-    del network
-    effect, reference.typical = reference.effect, planned.typical
-    network = _export.load(adapter, pair, where)
-    compared = reference.compare(network)
+    adapted = _export.load(adapter, pair, where)
+    _require_runs(adapter, adapted, Batch._make(part[:1] for part in batches[0]))
+    networks = [stream(pair, "tuned", where), stream(pair, "base", where), adapted]
+    if dtype == "bfloat16":
+        networks.append(stream(pair, "tuned", where, torch.bfloat16))
+        merged = _export.load_merged(adapter, pair, where)
+        networks += [] if merged is None else [merged]
+    passes = [Pass(network, batches) for network in networks]
+    advance(passes, functools.partial(report or (lambda *_: None), "passing texts"))
+    reference = Reference(batches, Readout(networks[0]), passes[0].states)
+    reference.record(networks[1], passes[1].states)
+    reference.typical = planned.typical
+    compared = reference.compare(adapted, passes[2].states)
     measured = reference.summarize(compared)._replace(differing=pair.differing)
-    if floor is not None:
-        network = _export.merge(network)
-        off = math.nan if network is None else _limits.ratio(reference.rounded(network), effect)
-        measured = measured._replace(bfloat16=off, tuned_bfloat16=_limits.ratio(floor, effect))
+    if dtype == "bfloat16":
+        lost = [reference.error(reference.squares(p.network, p.states)) for p in passes[3:]]
+        off = lost[1] if merged is not None else math.nan
+        measured = measured._replace(bfloat16=off, tuned_bfloat16=lost[0])
     if not certify:
         exceeding = _limits.exceed(reference.losses(compared.squares), planned.limit)
         evidence = planned.evidence.add(exceeding[_texts.mix(batches, seed)])
         kept = _export.keep_evidence(adapter, evidence, counted)
         measured = measured._replace(evidence=evidence, kept=kept)
-    tell(3, 3)
     return measured
 
 
-def _require_runs(adapter: str, pair: Pair, where: torch.device, one: Batch) -> None:
+def _require_runs(adapter: str, network: Network, one: Batch) -> None:
     """Refuse an adapter that peft does not run on one text, or that lacks what the base does."""
-    network = _export.load(adapter, pair, where)
     try:
-        finite = not outputs(network, one, pair.task).isnan().any()
+        passed = Pass(network, [one])
+        advance([passed])
+        values = passed.states
+        if network.task == "language":
+            values = [*network.logits(passed.states[0])]
+        finite = not any(each.isnan().any() for each in values)
     except Exception as error:  # whatever peft raises for what it cannot do
         given = f"{adapter} ({reason(error)})"
         raise InputError("adapter", allowed="one that peft runs on texts", given=given) from error
@@ -508,17 +508,17 @@ def _search(planner: Planner, aim: float, estimate: bool) -> Plan:
 
     Each is certified at the full confidence.
     """
-    found: tuple[Adapter, NDArray[np.float64]] | None = None
+    found: tuple[Adapter, Trial] | None = None
     for done, adapter in enumerate(planner.descend(aim, estimate=estimate)):
         planner.report("certifying", done, max(done + 1, 8))
-        planner.put(adapter)
-        squares = planner.test.squares(planner.network)
-        lost = _limits.ratio(squares, planner.test.effect)
+        (trial,) = planner.run((adapter, planner.test))
+        squares = trial.squares
+        lost = planner.test.error(squares)
         if not estimate:
             lost = max(lost, _limits.quantile_limit(planner.test.losses(squares)))
         passes = lost <= aim  # A loss that is no number ends the search.
         if found is None or passes:
-            found = adapter, squares
+            found = adapter, trial
         if not passes:
             break
     planner.report("certifying", 1, 1)
@@ -531,12 +531,11 @@ def _state(
     adapter: Adapter,
     aim: float | None,
     estimate: bool,
-    squares: NDArray[np.float64] | None = None,
+    trial: Trial | None = None,
 ) -> Plan:
-    """Measure an adapter on the texts for stating, but for squared distances that are known."""
-    compared = planner.compare(adapter)
-    if squares is not None:
-        compared = compared._replace(squares=squares)
+    """Measure an adapter on the texts for stating, unless they have passed it."""
+    trial = trial or planner.run((adapter, planner.test))[0]
+    compared = trial.compare()._replace(squares=trial.squares)
     doubt = _limits.DOUBT / (_limits.SIZES if aim is None else 1)
     measured = planner.test.summarize(compared, doubt)._replace(differing=planner.pair.differing)
     return Plan(planner, adapter, measured, aim, estimate)

@@ -63,8 +63,8 @@ def test_losses_are_those_of_the_command(
             )
     for half in ("attention", "mlp"):
         assert found[half, 0].error == pytest.approx(planner.only(half), rel=1e-4)
-    planner.put(Adapter({}, {}))
-    assert found["none", 0].error == pytest.approx(planner.test.error(planner.network), rel=1e-4)
+    base = planner.measure(Adapter({}, {}))
+    assert found["none", 0].error == pytest.approx(base.error, rel=1e-4)
     for aim in examples.AIMS:
         adapter = planner.smallest(aim)
         assert planner.error(adapter) <= aim

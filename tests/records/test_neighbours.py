@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lorapower import lowrank, randomness
-from lorapower.checkpoints import Module, Pair, _export, save_peft
+from lorapower.checkpoints import Module, Pair, save_peft
 from lorapower.lowrank import SVD, LowRank
 from records import neighbours
 
@@ -74,7 +74,7 @@ def test_the_threshold_is_the_largest_that_parameters_pay_for(rule: str, rank: i
 
 def test_factors_are_those_that_peft_converts_to(tmp_path: Path) -> None:
     """Of an adapter with changes of full rank, by the same share."""
-    from peft import convert_to_lora
+    from peft import PeftModel, convert_to_lora
 
     base, tuned = files.pair(tmp_path, "LlamaForCausalLM", change=files.low_rank(12))
     pair = Pair.open(base, tuned)
@@ -87,7 +87,7 @@ def test_factors_are_those_that_peft_converts_to(tmp_path: Path) -> None:
     assert len({*adapter.ranks.values()}) > 1
     with warnings.catch_warnings(action="ignore"):
         # It warns that it is one of LoRA already.
-        network = _export.load(tmp_path / "whole", pair)
+        network = PeftModel.from_pretrained(pair.network("base"), str(tmp_path / "whole"))
         _, tensors = convert_to_lora(network, share + 1e-6)
     for name, factors in adapter.factors.items():
         A, B = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")

@@ -10,12 +10,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import checkpoint_files as files
 import pandas as pd
 import pytest
 
 import records
-from lorapower import InputError
 from records import pairs
 
 
@@ -29,18 +27,6 @@ def test_what_a_refused_command_says_is_raised_and_a_crash_is_no_verdict(
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(RuntimeError):
         pairs.run_command("plan")
-
-
-def test_in_this_process_a_command_prints_the_same(tmp_path: Path) -> None:
-    base, tuned = files.pair(tmp_path, "BertForSequenceClassification", change=files.low_rank())
-    texts = tmp_path / "texts.txt"
-    texts.write_text("\n".join(dict.fromkeys(files.texts(140))), encoding="utf-8")
-    words = "plan", base, tuned, "--texts", str(texts), "--estimate"
-    printed = pairs.run_here(*words)
-    assert "Estimate" in printed
-    assert printed == pairs.run_command(*words, "--quiet")[0]
-    with pytest.raises(InputError, match="nowhere"):
-        pairs.run_here("plan", base, "nowhere", "--texts", str(texts))
 
 
 @pytest.mark.nightly

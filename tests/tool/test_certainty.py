@@ -22,7 +22,7 @@ from lorapower.checkpoints._limits import (
     quantile,
     ratio,
 )
-from lorapower.checkpoints._measuring import Compared, Reference, _parts
+from lorapower.checkpoints._measuring import Compared, Reference, Trial, _parts
 from lorapower.checkpoints._texts import mix, prepare, prepare_all
 from lorapower.errors import InputError
 
@@ -105,16 +105,17 @@ class Part(Reference):
     """As the texts of a part, which lose by their places in the file; all effects are 1."""
 
     def __init__(self, batches: Any, losses: Losses) -> None:
-        super().__init__(batches, cast("Any", None))
+        super().__init__(batches, cast("Any", None), [])
         self.own = losses[np.concatenate([batch.places for batch in batches])]
         self.effect, self.typical = np.ones(len(self.own)), 1.0
 
-    def squares(self, network: Any) -> Losses:
-        return np.square(network.adapter.error * self.own)
+    def squares(self, network: Any, states: Any) -> Losses:
+        return np.square(network.error * self.own)
 
-    def compare(self, network: Any) -> Compared:
+    def compare(self, network: Any, states: Any) -> Compared:
         nothing = np.full(len(self.own), math.nan)
-        return Compared(self.squares(network), nothing, nothing, self.effect, nothing, nothing)
+        squares = self.squares(network, states)
+        return Compared(squares, nothing, nothing, self.effect, nothing, nothing)
 
 
 class Drawn:
@@ -129,8 +130,9 @@ class Drawn:
     def __init__(self, sample: Sample, seed: int = 0) -> None:
         given, losses, truth = sample
         self.texts = prepare(PAIR, given, None, tokens=8, seed=seed)
-        self.fit, self.select, self.test = (Part(part, losses) for part in self.texts[:3])
-        self.truth, self.network, self.adapter = truth, self, Scaled(1.0)
+        parts = [*self.texts.fit, *self.texts.select], self.texts.select, self.texts.test
+        self.planned, self.select, self.test = (Part(part, losses) for part in parts)
+        self.truth = truth
         self.pair, self.seed, self.most = SimpleNamespace(differing={}), seed, 10**9
 
     def descend(self, aim: float, *, estimate: bool) -> Iterator[Scaled]:
@@ -139,12 +141,8 @@ class Drawn:
     def report(self, *_: Any) -> None:
         """Tell nobody."""
 
-    def put(self, adapter: Scaled) -> None:
-        self.adapter = adapter
-
-    def compare(self, adapter: Scaled) -> Compared:
-        self.put(adapter)
-        return self.test.compare(self)
+    def run(self, *trials: Any) -> list[Trial]:
+        return [Trial(part, cast("Any", adapter), []) for adapter, part in trials]
 
     def parameters(self, rank: int) -> int:
         return 4 * rank
@@ -152,8 +150,8 @@ class Drawn:
     def candidate(self, number: int) -> Scaled:
         return Scaled(1 / number)
 
-    def neighbours_alike(self, adapter: Scaled) -> bool:
-        return Planner.neighbours_alike(cast("Any", self), cast("Any", adapter))
+    def neighbours_alike(self, squares: Losses) -> bool:
+        return Planner.neighbours_alike(cast("Any", self), squares)
 
 
 def independent(draw: np.random.Generator, certifying: int) -> Sample:
@@ -267,7 +265,8 @@ def warned(sample: Any, plans: int) -> float:
     """The share of plans that warn of neighbours that lose alike."""
     draw = np.random.default_rng(plans)
     planners = (Drawn(sample(draw, 116), seed) for seed in range(plans))
-    return sum(planner.neighbours_alike(Scaled(1.0)) for planner in planners) / plans
+    alike = (p.neighbours_alike(p.planned.squares(Scaled(1.0), [])) for p in planners)
+    return sum(alike) / plans
 
 
 @pytest.mark.parametrize("plans", PLANS)
@@ -281,13 +280,13 @@ def test_a_loss_that_is_no_number_ends_the_search() -> None:
     planner: Any = Drawn(independent(np.random.default_rng(4), 116))
     measure, tried = planner.test.squares, list[Scaled]()
 
-    def squares(network: Any) -> Losses:
-        tried.append(network.adapter)
-        return cast("Losses", measure(network) * [1.0, math.nan][len(tried) == 3])
+    def squares(network: Any, states: Any) -> Losses:
+        tried.append(network)
+        return cast("Losses", measure(network, states) * [1.0, math.nan][len({*tried}) == 3])
 
     planner.test.squares = squares
     found: Any = workflow._search(planner, 0.1, False).adapter
-    assert found is tried[1]
+    assert found is [*dict.fromkeys(tried)][1]
 
 
 def test_estimates_stop_at_the_error() -> None:
@@ -308,7 +307,7 @@ def test_what_fails_first_is_not_certified() -> None:
 def test_limits_of_own_effects_hold_for_any_effects(certifying: int, plans: int) -> None:
     draw, wrong = np.random.default_rng(certifying), 0
     for _ in range(plans):
-        reference = Reference([], cast("Any", None))
+        reference = Reference([], cast("Any", None), [])
         reference.effect = draw.pareto(0.5, certifying)
         parts = draw.lognormal(0, SPREAD, certifying)
         ones = np.ones(certifying)
@@ -329,7 +328,7 @@ def test_all_prices_of_a_list_hold_at_once(
     """Losses of adapters are independent, which is the hardest case."""
     draw, wrong = np.random.default_rng(certifying), 0
     planner: Any = Drawn(independent(draw, certifying))
-    planner.test.squares = lambda _: draw.lognormal(0, 2 * SPREAD, certifying)
+    planner.test.squares = lambda *_: draw.lognormal(0, 2 * SPREAD, certifying)
     monkeypatch.setattr(workflow, "_prepare", lambda *_, **__: planner)
     monkeypatch.setattr(_export, "estimate", lambda *_: (0, 0))
     for _ in range(plans):

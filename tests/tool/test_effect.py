@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from hypothesis import strategies as st
 
 from lorapower import checkpoints, randomness
 from lorapower.checkpoints import Pair, Planner, _effect
-from lorapower.checkpoints._measuring import outputs
+from lorapower.checkpoints import pair as pair_module
 from lorapower.checkpoints._metrics import Moments, find_directions
+from lorapower.checkpoints._streams import Pass, advance, stream
+from lorapower.lowrank import LowRank
+from lorapower.regression import second_moment_root, truncate
 
 TEXTS = files.texts()
 TIED: dict[str, Any] = {"tie_word_embeddings": True}
@@ -49,47 +53,92 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
     return randomness.normal(randomness.generator(seed, "drawn"), *shape)
 
 
-SIZES, SEEDS = st.integers(1, 9), st.integers(0, 2**32 - 1)
+@given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 60), st.integers(1, 8))
+def test_directions_are_those_of_plain_decompositions(
+    seed: int, out: int, into: int, rows: int
+) -> None:
+    """In both metrics, about the mean or not; of an adapter's factors as of their product."""
+    E = normal(seed, out, 5) @ normal(seed + 1, 5, into)
+    about = Moments(1 + normal(seed + 2, rows, into), normal(seed + 3, rows, out) / 100)
+    bias, most = bool(seed % 2), min(4, out, into)
+    mean = about.inputs.mean(0) * bias
+    Z = second_moment_root((about.inputs - mean).mT, about.ridge).mT
+    R = second_moment_root(about.outputs.mT, about.ridge)
+    exact = truncate(E, most, inputs=Z, metric=R)
+    single = Moments(about.inputs.float(), about.outputs.float())
+    factors = LowRank(normal(seed, out, 5).float(), normal(seed + 1, 5, into).mT.float())
+    for change in (E.float(), factors):
+        found = find_directions(change, single, most, bias=bias)
+        taken = exact.values[: len(found.values)]
+        torch.testing.assert_close(
+            found.values.double(), taken, rtol=1e-3, atol=1e-4 * float(taken[0])
+        )
+        off = R @ (found.update.matrix().double() - exact.update.matrix()) @ Z
+        assert off.norm() <= 1e-3 * exact.values.norm()
+        torch.testing.assert_close(found.shift.double(), E @ mean, rtol=1e-3, atol=1e-3)
+
+
+def test_large_changes_are_multiplied_some_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = files.low_rank(words=True)
+    pair = Pair.open(*files.pair(tmp_path, "LlamaForCausalLM", change=change))
+    pair = pair.with_words(pair.words)
+    monkeypatch.setattr(pair_module, "LARGE", 100)
+    monkeypatch.setattr(pair_module, "_ROWS", 7)
+    for name, module in pair.modules.items():
+        sliced, whole = pair.multiplier(name), pair.change(name)
+        assert type(sliced).__name__ == "Sliced"
+        assert [*sliced.shape] == [*module.shape] == [*whole.shape]
+        torch.testing.assert_close(sliced @ torch.eye(module.shape[1]), whole)
+        torch.testing.assert_close(sliced.mT @ torch.eye(module.shape[0]), whole.mT)
 
 
 def test_what_no_output_depends_on_gets_no_rank() -> None:
-    about, E = Moments(normal(1, 5, 3), torch.zeros(5, 4)), normal(0, 4, 3)
+    about, E = Moments(normal(1, 5, 3).float(), torch.zeros(5, 4)), normal(0, 4, 3).float()
     one = find_directions(E, about, 3, bias=True)
-    assert one.values.numel() == one.total == 0
+    assert one.values.numel() == 0
     assert torch.allclose(one.bias(0), E @ about.inputs.mean(0))
 
 
 # In function space
 
 
-def squares(planner: Planner, targets: list[torch.Tensor]) -> float:
-    """Half of the mean squared distance of outputs, as logits, from the tuned network's."""
+def squares(network: Any, planner: Planner, targets: list[torch.Tensor]) -> float:
+    """Half of the mean squared distance of a whole network's outputs from others."""
     total = 0.0
     with torch.no_grad():
-        for batch, target in zip(planner.fit.batches, targets, strict=True):
-            found = outputs(planner.network, batch, planner.pair.task)
+        for batch, target in zip(planner.texts.fit, targets, strict=True):
+            found = files.outputs(network, batch, planner.pair.task)
             total += float((found.double() - target.double()).square().sum())
-    return total / 2 / sum(len(batch.input_ids) for batch in planner.fit.batches)
+    return total / 2 / sum(len(batch.input_ids) for batch in planner.texts.fit)
 
 
 def tuned(folder: Path, architecture: str, max_rank: int, **options: Any) -> Planner:
-    """A planner of a small pair, of which all matrices changed, and whose network is the tuned."""
+    """A planner of a small pair, of which all matrices changed."""
     change = files.low_rank(words=True)
     pair = Pair.open(*files.pair(folder, architecture, change=change, **options))
-    planner = Planner(pair, TEXTS, max_rank=max_rank)
-    planner.pair.fill(planner.network, "tuned")
-    return planner
+    return Planner(pair, TEXTS, max_rank=max_rank)
 
 
-def put(planner: Planner, gains: torch.Tensor) -> None:
-    """Give the network the tuned weights, but other gains of the pool's directions."""
-    planner.put(planner._with_gains(gains - 1))
+def moved(planner: Planner, gains: torch.Tensor) -> Any:
+    """A whole network with the tuned weights, but other gains of the pool's directions."""
+    network = planner.pair.network(planner._with_gains(gains - 1))
     with torch.no_grad():
         for name, module in planner.modules.items():
-            rest, place = planner.pair.change(name), planner.network.get_submodule(name)
+            rest, place = planner.pair.change(name), network.get_submodule(name)
             place.weight.add_(rest.mT if module.transposed else rest)
             if planner.pair.frees_bias(module):
                 place.bias.sub_(planner.weighted[name].shift)
+    return network
+
+
+def differentiate(
+    planner: Planner, draw: Callable[[int, torch.Tensor], list[torch.Tensor]]
+) -> torch.Tensor:
+    """Products of what ``draw`` makes of the outputs of texts to fit to with all directions."""
+    found = planner._slopes(planner.modules).take(planner._decompose, draw, seed=0)
+    return torch.cat(found[: len(planner.texts.fit)])
 
 
 @pytest.fixture(autouse=True)
@@ -104,39 +153,44 @@ def test_slopes_are_differences_of_what_is_lost(
 ) -> None:
     """Also of embeddings, of heads, and of what both share."""
     planner = tuned(tmp_path, architecture, max_rank=3, **options)
-    readout = planner.readout
-    for batch in planner.fit.batches:
-        with torch.no_grad():
-            found = readout.states(planner.network, batch)
-            given = outputs(planner.network, batch, planner.pair.task)
-        torch.testing.assert_close(readout.outputs(found), given, rtol=1e-4, atol=1e-4)
-        near, far = (torch.pdist(rows) for rows in (readout.rows(found), given))
-        torch.testing.assert_close(near, far, rtol=1e-3, atol=1e-4)
+    pair, readout, fit = planner.pair, planner.readout, planner.texts.fit
+    whole = pair.network()
+    passes = [Pass(stream(pair, which, planner.device), fit) for which in ("tuned", "base")]
+    advance(passes)
     # Any outputs that the tuned head can give are as good to keep a distance from.
-    planner.pair.fill(planner.network, "base")
-    with torch.no_grad():
-        states = [readout.states(planner.network, batch) for batch in planner.fit.batches]
-        targets = [readout.outputs(each) for each in states]
-    planner.pair.fill(planner.network, "tuned")
-    derivatives = _effect.Derivatives(planner.network, planner._pool, readout)
+    far, targets = passes[1].states, []
+    for batch, found, other in zip(fit, passes[0].states, far, strict=True):
+        with torch.no_grad():
+            given = files.outputs(whole, batch, pair.task)
+            near, wanted = (torch.pdist(rows) for rows in (readout.rows(found), given))
+            torch.testing.assert_close(near, wanted, rtol=1e-3, atol=1e-4)
+            target = other
+            if pair.task == "language":
+                logits = torch.cat([*readout.network.logits(other)], -1)
+                target = logits - logits.mean(-1, keepdim=True)
+            targets.append(target)
     gains = torch.ones(len(planner._pool.costs), dtype=torch.float64)
-    slopes = torch.zeros_like(gains)
-    for batch, far in zip(planner.fit.batches, states, strict=True):
-        target = derivatives.rows_of(far).detach()
-        values = derivatives.rows(batch)
-        slopes += derivatives.products(target - values).sum(0)
-    slopes /= sum(len(batch.input_ids) for batch in planner.fit.batches)
+    slopes_of = planner._slopes(planner.modules)
+
+    def towards(i: int, values: torch.Tensor) -> list[torch.Tensor]:
+        # Those of texts to select by are not looked at.
+        rows = slopes_of.rows(far[i])[0] if i < len(fit) else values
+        return [rows.detach() - values]
+
+    texts = sum(len(batch.input_ids) for batch in fit)
+    slopes = (
+        torch.cat(slopes_of.take(planner._decompose, towards, seed=0)[: len(fit)]).sum(0) / texts
+    )
     words = [planner._pool.places[name].start for name in planner.pair.words]
     assert words
     assert planner.modules.keys() > planner.pair.words.keys()
     for d in [*slopes.abs().argsort(descending=True)[:3].tolist(), *words]:
         lost = []
         for size in (0.02, -0.02):
-            moved = gains.clone()
-            moved[d] += size
+            other = gains.clone()
+            other[d] += size
             # Biases, where they are free, go with it, and what the pool lacks is as tuned.
-            put(planner, moved)
-            lost.append(squares(planner, targets))
+            lost.append(squares(moved(planner, other), planner, targets))
         slope = -(lost[0] - lost[1]) / 0.04
         assert slope == pytest.approx(float(slopes[d]), rel=0.03, abs=1e-6)
 
@@ -145,20 +199,25 @@ def test_slopes_are_differences_of_what_is_lost(
 def test_sketches_have_the_second_moments(architecture: str, tmp_path: Path) -> None:
     """Those of the derivatives of all outputs, one after the other."""
     planner = tuned(tmp_path, architecture, max_rank=1)
-    exact = torch.zeros(2 * [len(planner._pool.costs)], dtype=torch.float64)
-    derivatives = _effect.Derivatives(planner.network, planner._pool, planner.readout)
-    for batch in planner.fit.batches:
-        values = derivatives.rows(batch)
-        # The place of each row in its text: one output of every text at a time.
-        places = torch.cat([torch.arange(int(n)) for n in batch.attention_mask.sum(1)])
-        for place in range(int(places.max()) + 1):
-            for column in range(values.shape[1]):
-                along = torch.zeros_like(values)
-                along[places == place, column] = 1
-                rows = derivatives.products(along)
-                exact += rows.mT @ rows
-    exact /= sum(len(batch.input_ids) for batch in planner.fit.batches)
-    rows = _effect.sketch(planner.network, planner._pool, planner.fit, probes=200, seed=0)
+    batches, probes = planner.texts.fit, 200
+    # The place of each row in its text: one output of every text at a time.
+    places = [torch.cat([torch.arange(int(n)) for n in b.attention_mask.sum(1)]) for b in batches]
+
+    def each(i: int, values: torch.Tensor) -> list[torch.Tensor]:
+        if i >= len(batches):
+            return [torch.zeros_like(values)]
+        units = torch.eye(values.shape[1])
+        return [
+            (places[i] == place)[:, None] * unit
+            for place in range(int(places[i].max()) + 1)
+            for unit in units
+        ]
+
+    texts = sum(len(batch.input_ids) for batch in batches)
+    rows = differentiate(planner, each)
+    exact = rows.mT @ rows / texts
+    draw = randomness.generator(0, "sketch")
+    rows = differentiate(planner, lambda _, v: _effect.draw_rows(draw, v, 0, probes))
     assert torch.dist(rows.mT @ rows / len(rows), exact) < 0.05 * exact.norm()
 
 

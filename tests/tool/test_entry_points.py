@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import checkpoint_files as files
+import peft
 import pytest
 import torch
 from rich.console import Console
@@ -21,10 +22,10 @@ from lorapower.checkpoints import (
     Pair,
     Planner,
     _command,
-    _export,
     extract,
     workflow,
 )
+from lorapower.checkpoints._models import quiet
 from lorapower.errors import LorapowerError
 
 TEXTS = files.texts(140)
@@ -230,7 +231,8 @@ def test_formats_for_serving_and_in_full(own: Path, call: Call) -> None:
     assert json.loads((own / "out" / "report.json").read_text())["options"]["max_rank"] == 8
     # The model in full is the base with the adapter.
     given, whole = Pair.open("base", "tuned"), Pair.open("base", "full")
-    adapted = _export.load("out", given).merge_and_unload()
+    with quiet():
+        adapted = peft.PeftModel.from_pretrained(given.network("base"), "out").merge_and_unload()
     for name, value in adapted.named_parameters():
         assert torch.equal(whole.tuned.read(name), value)
     assert whole.tokenizer("w1 w2")["input_ids"] == given.tokenizer("w1 w2")["input_ids"]
@@ -251,9 +253,11 @@ def test_replacing_is_not_taking_any_base(own: Path, call: Call) -> None:
 def test_progress_is_in_lines_without_a_terminal(call: Call) -> None:
     plan = "plan base tuned --texts texts/lines.txt --rank 1"
     lines = call(plan)[1].splitlines()
-    assert re.fullmatch(r"passing texts \(about .* GB of memory, .* GB free\): 0 of 4", lines[0])
+    assert re.fullmatch(
+        r"passing texts \(about .* GB of memory, .* GB free, .* GB to read\): 0 of \d+", lines[0]
+    )
     stages = [line.rpartition(": ")[0] for line in lines]
-    assert len({*stages}) == len(stages) > 4
+    assert len({*stages}) == len(stages) > 3
     for option in ("--json", "--quiet"):
         assert call(f"{plan} {option}")[1] == ""
 

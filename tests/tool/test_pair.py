@@ -15,9 +15,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
-from lorapower.checkpoints import Pair, Text, _models, _texts, read_texts
-from lorapower.checkpoints._measuring import outputs
+from lorapower import randomness
+from lorapower.checkpoints import (
+    Adapter,
+    Pair,
+    Text,
+    _export,
+    _models,
+    _streams,
+    _texts,
+    read_texts,
+)
+from lorapower.checkpoints._streams import Network, Pass, advance, stream
 from lorapower.errors import InputError
+from lorapower.lowrank import LowRank
 
 
 @pytest.mark.parametrize("architecture", files.usually(files.ARCHITECTURES))
@@ -43,10 +54,61 @@ def test_pairs_know_modules_and_all_else(architecture: str, tmp_path: Path) -> N
         kind = "other" if "pooler" in module.name else "attention" if inside else "mlp"
         assert module.kind == kind
     assert {"attention", "mlp"} <= {module.kind for module in pair.modules.values()}
-    pair.fill(network, "base")
-    for name, value in network.named_parameters():
+    for name, value in pair.network("base").named_parameters():
         assert torch.equal(value, pair.base.read(name))
     assert sum(pair.not_low_rank.values()) == sum(other.size for other in pair.others)
+
+
+@pytest.mark.parametrize("architecture", files.ARCHITECTURES)
+def test_blocks_in_turn_give_what_whole_networks_give(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also adapted ones, and those that peft has put an adapter into."""
+    pair = Pair.open(*files.pair(tmp_path, architecture, change=files.low_rank(words=True)))
+    pair = pair.with_words(pair.words)
+    batches = _texts.prepare(pair, files.texts(), None, tokens=64, seed=0).select
+    assert any(not batch.is_token.all() for batch in batches) or pair.task == "classification"
+    draw = randomness.generator(0, "factors")
+    adapter = Adapter(
+        {
+            name: LowRank(
+                *(randomness.normal(draw, n, 2, dtype=torch.float32) / 8 for n in m.shape)
+            )
+            for name, m in pair.modules.items()
+        },
+        {},
+    )
+    device = torch.device("cpu")
+    _export.save(tmp_path / "adapter", pair, adapter)
+    read_back = _export.load(tmp_path / "adapter", pair, device)
+    ways: list[Any] = ["base", "tuned", adapter]
+    passes = [Pass(stream(pair, which, device), batches) for which in ways]
+    passes.append(Pass(read_back, batches))
+    advance(passes)
+    for which, passed in zip([*ways, adapter], passes, strict=True):
+        network = pair.network(which)
+        for batch, states in zip(batches, passed.states, strict=True):
+            found = states
+            if pair.task == "language":
+                found = torch.cat([*passed.network.logits(states)], -1)
+                found = found - found.mean(-1, keepdim=True)
+            with torch.no_grad():
+                wanted = files.outputs(network, batch, pair.task)
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    # As on another device, for which the next weights are read meanwhile.
+    ahead = _streams.ahead
+    other: Any = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(_streams, "ahead", lambda jobs, load, _: ahead(jobs, load, other))
+    again = [Pass(stream(pair, which, device), batches) for which in ways]
+    advance(again)
+    for one, two in zip(passes, again, strict=False):
+        assert all(map(torch.equal, one.states, two.states))
+    # A block that is left out would be noticed.
+    run = Network.run_block
+    monkeypatch.setattr(Network, "run_block", lambda n, k, w, x, g: run(n, k, w, x, g) if k else x)
+    without = Pass(stream(pair, "tuned", device), batches)
+    advance([without])
+    assert torch.dist(without.states[0], passes[1].states[0]) > 1e-2
 
 
 def test_a_base_without_prefix_or_head(tmp_path: Path) -> None:
@@ -65,8 +127,7 @@ def test_a_base_without_prefix_or_head(tmp_path: Path) -> None:
     pair = Pair.open(base, tuned)
     heads = {o.name for o in pair.others if o.kind == "head"}
     assert heads == {"classifier.weight", "classifier.bias"}
-    network = pair.network()
-    pair.fill(network, "base")
+    network = pair.network("base")
     assert torch.equal(network.classifier.weight, pair.tuned.read("classifier.weight"))
 
 
@@ -145,7 +206,7 @@ def test_padding_changes_no_output(padding: int | None, tmp_path: Path) -> None:
     network, texts = pair.network(), files.texts()
     batch = _texts.prepare(pair, texts, None, tokens=64, seed=0).fit[0]
     assert not batch.is_token.all()
-    found = outputs(network, batch, pair.task)
+    found = files.outputs(network, batch, pair.task)
     for ids, there, row in zip(batch.input_ids, batch.is_token, found, strict=True):
         (alone,) = network(ids[there][None]).logits
         torch.testing.assert_close(row, alone - alone.mean(), rtol=1e-4, atol=1e-5)
@@ -276,8 +337,7 @@ def test_how_many_texts_certify_depends_on_texts_to_plan_with_alone(
 
 
 def test_large_networks_get_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    units = SHORT.hidden_size * SHORT.num_hidden_layers
-    monkeypatch.setattr(_texts, "LOAD", 25 * 16 * units)
+    monkeypatch.setattr(_texts, "_LOAD", 25 * 24 * SHORT.hidden_size)
     for batch in prepared(files.texts(160)).fit:
         assert batch.input_ids.numel() <= 25 or len(batch.input_ids) == 1
 

@@ -22,7 +22,7 @@ from test_tuned_adapters import train
 from torch import Tensor
 
 from lorapower import __main__, checkpoints
-from lorapower.checkpoints import _models
+from lorapower.checkpoints import _models, planner
 from lorapower.checkpoints._measuring import Reference
 from lorapower.checkpoints._models import quiet
 
@@ -515,7 +515,8 @@ def test_bad_input_is_one_line(
     before = contents(folder)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(_models, "_places", lambda: (tmp_path / "here", tmp_path / "cache"))
-    monkeypatch.setattr(Reference, "record_tuned", lambda *_: pytest.fail("texts are passed"))
+    for place, name in ((planner, "advance"), (Reference, "record")):
+        monkeypatch.setattr(place, name, lambda *_: pytest.fail("texts are passed"))
     words = [word.strip("'") for word in row.command.split()]
     monkeypatch.setattr(sys, "argv", ["lorapower", *words])
     with pytest.raises(SystemExit) as ended:

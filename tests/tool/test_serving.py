@@ -218,7 +218,7 @@ def test_errors_in_bfloat16_are_those_of_networks_loaded_in_it(
     out, full = tmp_path / "out", tmp_path / "full"
     options: Any = {"rank": 4, "dtype": "bfloat16", "merged": full}
     plan = checkpoints.extract(base, tuned, TEXTS, out, **options)
-    found, reference = plan.measured, plan.planner.test
+    found, reference, pair = plan.measured, plan.planner.test, plan.planner.pair
     checked = checkpoints.check(base, str(out), tuned, files.texts(140, 1), dtype="bfloat16")
     kind: Any = getattr(transformers, architecture)
     for place, off, again in (
@@ -229,7 +229,7 @@ def test_errors_in_bfloat16_are_those_of_networks_loaded_in_it(
             network = kind.from_pretrained(
                 place, dtype=torch.bfloat16, attn_implementation="eager"
             ).eval()
-        squares = reference.compare(network).squares
+        squares = files.distances(network, pair.network(), reference.batches, pair.task).numpy()
         assert off == pytest.approx(ratio(squares, reference.effect), rel=1e-6)
         assert again == pytest.approx(off, rel=0.3)
     # All else is of float32, with and without.
