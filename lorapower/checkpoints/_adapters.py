@@ -248,11 +248,9 @@ class MergedCheckpoint:
             self._factors[f"{name}.weight"] = LowRank(scale * B.detach(), A.detach().mT)
         if getattr(self._about, "lora_bias", False):
             if not self.base.has(f"{name}.bias"):
-                given, allowed = (
-                    f"with lora_bias on {name}, which has none",
-                    "one that can be merged",
-                )
-                raise self._refuse(allowed, given, "train it without lora_bias")
+                given = f"with lora_bias on {name}, which has no bias"
+                remedy = "train it without lora_bias"
+                raise self._refuse("an adapter that can be merged", given, remedy)
             shift = scale * module.lora_B["default"].bias.detach()
             self._values[f"{name}.bias"] = self.base.read(f"{name}.bias") + shift
 
@@ -272,11 +270,6 @@ class MergedCheckpoint:
     def size(self) -> int:
         """How many bytes the files take."""
         return self.base.size
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """The sizes of a tensor."""
-        own = self._values.get(key)
-        return self.base.shape(key) if own is None else tuple(own.shape)
 
     def read(self, name: str, rows: Rows = None) -> Tensor:
         """Read one tensor, or some of its rows, in float32."""

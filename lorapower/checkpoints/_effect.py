@@ -47,7 +47,6 @@ class Pool:
         modules: Mapping[str, Module],
         served: int | None = None,
     ) -> None:
-        self.directions, self.modules = directions, modules
         costs: list[int] = []
         bundles: list[int] = []
         numbers: dict[tuple[str, int] | str, int] = {}
@@ -176,23 +175,9 @@ class Slopes:
                 run = runs.pop(i, None) or self._run(k, i, weights, stages[k])
                 if draw and i not in many:
                     many[i] = [*draw(i, run.rows.detach())]
-                taken = {name: self._taken(name, i, given) for name, (given, _) in run.seen.items()}
-                parts: dict[str, list[Tensor]] = {}
-                for j, along in enumerate(many[i]):
-                    slopes = run.slopes(run.rows, along)
-                    many[i][j] = slopes[0]
-                    if run.of_states is not None and self._head:
-                        both = slopes.pop(1).float() * run.of_states
-                        part = sum_by_text(both, self._passed.batches[i], "language")
-                        parts.setdefault(self._head[0], []).append(part)
-                    after = slopes[len(slopes) - len(taken) :]
-                    for (name, inputs), slope in zip(taken.items(), after, strict=True):
-                        left = self.directions[name].update.left.to(slope.device)
-                        both = (slope.float() @ left) * inputs
-                        parts.setdefault(name, []).append(both.sum(1) if both.ndim == 3 else both)
-                for name, found in parts.items():
-                    before = products[name].get(i, 0.0)
-                    products[name][i] = before + torch.stack(found).cpu()
+                for name, found in self._products(i, run, many[i]).items():
+                    # Of embeddings that are a head, too, both count.
+                    products[name][i] = products[name].get(i, 0.0) + found
             kept = {
                 name: ((found.update.left, found.update.right), *found[1:])
                 for name, found in self.directions.items()
@@ -200,6 +185,28 @@ class Slopes:
             work.save("slopes", (done, once, many, products, kept))
             report(done, len(stages))
         return [self._joined(products, i, len(rows)) for i, rows in sorted(many.items())]
+
+    def _products(
+        self, i: int, run: _Run, along: list[Tensor]
+    ) -> dict[str, Float[Tensor, "rows texts directions"]]:
+        """Products of a batch's derivatives with the directions of a stage's modules.
+
+        The rows ``along`` what the stage gives are replaced by those along what it is given.
+        """
+        taken = {name: self._taken(name, i, given) for name, (given, _) in run.seen.items()}
+        parts: dict[str, list[Tensor]] = {}
+        for j, row in enumerate(along):
+            along[j], *slopes = run.slopes(run.rows, row)
+            if run.of_states is not None and self._head:
+                both = slopes.pop(0).float() * run.of_states
+                part = sum_by_text(both, self._passed.batches[i], "language")
+                parts.setdefault(self._head[0], []).append(part)
+            # Before all blocks there is nothing but what embeddings give.
+            after = slopes if run.leaves else [along[j]]
+            for (name, inputs), slope in zip(taken.items(), after, strict=True):
+                both = (slope.float() @ self.directions[name].update.left.to(slope.device)) * inputs
+                parts.setdefault(name, []).append(both.sum(1) if both.ndim == 3 else both)
+        return {name: torch.stack(found).cpu() for name, found in parts.items()}
 
     def _joined(
         self, products: dict[str, dict[int, Tensor]], i: int, rows: int

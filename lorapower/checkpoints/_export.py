@@ -20,7 +20,7 @@ from ._adapters import MergedCheckpoint, changes_base, module_factors, staying
 from ._folders import rewrite
 from ._limits import Evidence
 from ._models import PEFT_CONFIG, Rows, public_name, quiet, require_libraries, tokenizer
-from ._streams import Network, stream
+from ._streams import Network
 from ._texts import TOKENS
 from .pair import Adapter, Pair
 
@@ -268,8 +268,9 @@ def load(folder: Path | str, pair: Pair, device: torch.device) -> Network:
         given = f"{folder}, of type {about.peft_type.value}, whose prompts have own outputs"
         raise InputError("adapter", allowed="one that changes weights", given=given)
     network = Network(pair, adapted.get_base_model(), read, device=device)
-    if (number := len(network.blocks)) != (own := len(stream(pair, "base", device).blocks)):
-        allowed, given = f"one that keeps all {own} blocks", f"{folder}, with {number}"
+    own = len(pair.skeleton("base").get_submodule(pair.blocks))
+    if len(network.blocks) != own:
+        allowed, given = f"one that keeps all {own} blocks", f"{folder}, with {len(network.blocks)}"
         raise InputError("adapter", allowed=allowed, given=given)
     return network
 

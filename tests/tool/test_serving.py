@@ -243,6 +243,8 @@ def test_errors_in_bfloat16_are_those_of_networks_loaded_in_it(
 
 KINDS: list[tuple[str, Any, dict[str, Any]]] = [
     ("dora", peft.LoraConfig, {"use_dora": True, "target_modules": "all-linear"}),
+    # Which start from the base's own weights, and change them.
+    ("pissa", peft.LoraConfig, {"init_lora_weights": "pissa", "target_modules": "all-linear"}),
     ("ia3", peft.IA3Config, {}),
     ("loha", peft.LoHaConfig, {"target_modules": ["q_proj", "down_proj"], "r": 3}),
     ("vera", peft.VeraConfig, {"target_modules": ["q_proj", "o_proj"], "r": 3}),

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 
 from lorapower import InputError, randomness
-from lorapower.checkpoints import Pair, extract
+from lorapower.checkpoints import Pair, _texts, check, extract
 from lorapower.checkpoints._models import quiet
 
 TASKS = {"Classification": "SEQ_CLS", "LM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
@@ -140,6 +140,29 @@ def test_options_of_peft(
     base, _ = files.pair(tmp_path, architecture, **sizes)
     adapter = train(tmp_path / "adapter", base, architecture, **options)
     require_same(Pair.open(base, adapter), by_peft(base, architecture, adapter))
+
+
+def test_one_side_of_what_is_tied(tmp_path: Path) -> None:
+    """It is refused as a tuned model, also where the flag for both ties nothing, and checked."""
+    for architecture, words, sizes in ((GPT, "wte", {}), (LLAMA, "embed_tokens", TIED)):
+        folder = tmp_path / words
+        base, tuned = files.pair(folder, architecture, **sizes)
+        options: dict[str, Any] = {
+            "target_modules": [words],
+            "ensure_weight_tying": architecture == GPT,
+        }
+        adapter = train(folder / "adapter", base, architecture, **options)
+        with pytest.raises(InputError, match="changes embeddings alone"):
+            Pair.open(base, adapter)
+        pair, texts = Pair.open(base, tuned), files.texts()
+        about: dict[str, Any] = {"tokens": 128, "seed": 0, "used": (), "certify": True}
+        batches, _ = _texts.prepare_all(pair, texts, **about)
+        ways = by_peft(base, architecture, adapter), pair.network("base")
+        lost, effect = (
+            files.distances(network, pair.network(), batches, pair.task).sum() for network in ways
+        )
+        found = check(base, adapter, tuned, texts)
+        assert found.error == pytest.approx(float((lost / effect).sqrt()), rel=1e-4)
 
 
 def beheaded(tensors: dict[str, Tensor]) -> None:
