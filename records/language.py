@@ -45,14 +45,15 @@ class Lora(Record):
     ``"feed-forward"`` are those of its equal layers that are not ``"attention"``; ``"all"`` has
     those outside too. The rate of AdamW, without weight decay, rises to ``learning_rate`` over the
     first tenth of the steps, then falls linearly to 0; for ``"lora+"`` it is that of the factor
-    next to the inputs. The ``recipe`` is peft's.
+    next to the inputs. The ``recipe`` is peft's; ``"default"`` multiplies adapters by peft's own
+    alpha, 8, over the rank.
     """
 
     kind: Literal["lora"] = "lora"
     targets: str = "all"
     rank: int = Field(4, ge=1)
     learning_rate: float = Field(5e-3, gt=0)
-    recipe: Literal["plain", "dora", "pissa", "lora+"] = "plain"
+    recipe: Literal["plain", "default", "dora", "pissa", "lora+"] = "plain"
 
 
 class Whole(Record):
@@ -258,15 +259,15 @@ def _adapt(network: Any, method: Method, seed: int) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
     layers = linear_layers(body, TARGETS.get(method.targets, method.targets))
+    scaling: dict[str, Any] = {"lora_alpha": SCALE, "use_rslora": True}
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS if heads else TaskType.CAUSAL_LM,
         r=method.rank,
-        lora_alpha=SCALE,
-        use_rslora=True,
         target_modules=[f"{prefix}.{name}" for name in layers],
         modules_to_save=heads,
         use_dora=method.recipe == "dora",
         init_lora_weights="pissa" if method.recipe == "pissa" else True,
+        **(scaling if method.recipe != "default" else {}),
     )
     with randomness.seeded(seed, "factors"), models.quiet():
         return get_peft_model(network, config)
