@@ -38,11 +38,11 @@ class InputError(LorapowerError, ValueError):
     def __init__(
         self,
         name: str,
-        *,
         allowed: str,
         given: object = None,
-        value: object = None,
         remedy: str = "",
+        *,
+        value: object = None,
     ) -> None:
         self.name = name
         shown = repr(value) if given is None else str(given)

@@ -26,9 +26,8 @@ from torch import Tensor
 
 from lorapower import lowrank, randomness
 from lorapower.checkpoints import Adapter, Pair, Planner
-from lorapower.checkpoints._effect import Slopes, choose, draw_rows
+from lorapower.checkpoints._effect import Directions, Moments, Slopes, choose, draw_rows
 from lorapower.checkpoints._measuring import Reference, run_trials
-from lorapower.checkpoints._metrics import Directions, Moments
 from lorapower.checkpoints._streams import Network, Pass, advance, stream
 from lorapower.experiments import sweeps
 from lorapower.lowrank import LowRank
@@ -187,8 +186,8 @@ class Unshifted(Reference):
         """Measure squared distances; what the shift has of them is taken off all texts alike."""
         squares = super().squares(network, states)
         # Logits are linear in states.
-        means = (torch.cat(each).mean(0, keepdim=True) for each in (states, self._states))
-        shift = float(self._distances(network, *means)) * sum(map(len, states))
+        mean, wanted = (torch.cat(each).mean(0, keepdim=True) for each in (states, self._states))
+        shift = float(self._distances(network, mean, wanted)) * sum(map(len, states))
         return squares - shift / len(squares)
 
 

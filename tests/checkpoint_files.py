@@ -37,13 +37,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "camembert": SIZES | {"pad_token_id": 0},
     "roberta": SIZES | {"pad_token_id": 0},
     "xlm-roberta": SIZES | {"pad_token_id": 0},
-    "distilbert": {
-        "dim": 24,
-        "n_layers": 2,
-        "n_heads": 4,
-        "hidden_dim": 40,
-        "max_position_embeddings": 64,
-    },
+    "distilbert": {"dim": 24, "n_layers": 2, "n_heads": 4, "hidden_dim": 40}
+    | {"max_position_embeddings": 64},
     "gpt2": {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "llama": SIZES | DECODER,
     "mistral": SIZES | DECODER,
@@ -80,14 +75,11 @@ CONFIG_FILES = "adapter_config.json", "config.json"
 Change = Callable[[str, torch.Tensor], torch.Tensor | None]
 
 
-def usually(cases: Sequence[Any]) -> list[Any]:
+def usually(cases: Sequence[Any], usual: Callable[[str], Any] = USUAL.match) -> list[Any]:
     """Leave cases of other than the usual architectures to nightly runs."""
-
-    def marked(case: Any) -> Any:
-        values = (case,) if isinstance(case, str) else case
-        return pytest.param(*values, marks=() if USUAL.match(values[0]) else pytest.mark.nightly)
-
-    return [marked(case) for case in cases]
+    each = [(case,) if isinstance(case, str) else case for case in cases]
+    nightly = pytest.mark.nightly
+    return [pytest.param(*case, marks=() if usual(case[0]) else nightly) for case in each]
 
 
 def outputs(network: Any, batch: Any, task: str) -> torch.Tensor:

@@ -12,8 +12,7 @@ A base and what was tuned from it, both of transformers, and some texts are enou
 from ._export import save_peft
 from ._limits import Evidence, quantile_limit
 from ._measuring import Measured
-from ._reading import Text, read_texts
-from ._texts import LEAST_TEXTS
+from ._texts import LEAST_TEXTS, Text, read_texts
 from .pair import Adapter, Module, Pair
 from .planner import Planner
 from .workflow import Plan, check, extract, plan, prices

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,20 +16,11 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..lowrank import LowRank
-from ._models import PEFT_CONFIG, Checkpoint, Rows, find, listed, public_name, quiet, reason
+from ._models import PEFT_CONFIG, Checkpoint, Rows, listed, public_name, quiet, reason
 
 # Entries of the configuration that make LoRA something other than W + s B A.
-_VARIANTS = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "kasa_config",
-    "monteclora_config",
-    "arrow_config",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "target_parameters",
-)
+_VARIANTS = "use_dora use_qalora use_bdlora kasa_config monteclora_config arrow_config "
+_VARIANTS += "alora_invocation_tokens layer_replication target_parameters"
 # With these starts peft changes the base's weights when it loads an adapter.
 _STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _HEADS = (".classifier.weight", ".classifier.out_proj.weight", ".score.weight")
@@ -53,11 +43,21 @@ def staying() -> Iterator[dict[str, Any]]:
         setattr(BaseTunerLayer, moves, before)
 
 
-def changes_base(config: Any) -> bool:
-    """Whether an adapter of peft is something else than factors beside the base's own weights."""
-    plain = getattr(config.peft_type, "value", None) == "LORA"
-    started = str(getattr(config, "init_lora_weights", "")).lower().startswith(_STARTS)
-    return not plain or started or any(getattr(config, entry, None) for entry in _VARIANTS)
+def variant(config: Any) -> tuple[str, ...]:
+    """Why an adapter of peft is no LoRA, ``W + s B A``, on the base's own weights, to refuse it."""
+    allowed = "an adapter by LoRA, W + s B A"
+    remedy = "merge it into its base if peft can (merge_and_unload), save that and name it"
+    kind = getattr(config.peft_type, "value", None)
+    if kind != "LORA":
+        return allowed, f"of type {kind}", remedy
+    if variants := [entry for entry in _VARIANTS.split() if getattr(config, entry, None)]:
+        return allowed, f"of another kind ({listed(variants)})", remedy
+    start = str(config.init_lora_weights).lower()
+    if start.startswith(_STARTS):
+        allowed = "an adapter that leaves the base's weights as they are"
+        remedy = "save it with path_initial_model_for_weight_conversion of peft"
+        return allowed, f"started by {start}, which changes them", remedy
+    return ()
 
 
 class MergedCheckpoint:
@@ -69,16 +69,17 @@ class MergedCheckpoint:
     def __init__(self, base: Checkpoint, source: str, folder: Path) -> None:
         from peft import PeftConfig, load_peft_weights
 
-        self.base, self.source = base, source
+        self.base, self.source, self.size = base, source, base.size
         #: Where the tokenizer is.
         self.folder = folder if (folder / "tokenizer_config.json").is_file() else base.folder
         try:
-            with warnings.catch_warnings(action="ignore"):
+            with quiet():
                 self._about: Any = PeftConfig.from_pretrained(str(folder))
         except (KeyError, OSError, TypeError, ValueError) as error:
             allowed = f"an adapter whose {PEFT_CONFIG} peft reads"
             raise self._refuse(allowed, f"with which it fails ({reason(error)})") from error
-        self._require_plain()
+        if why := variant(self._about):
+            raise self._refuse(*why)
         try:
             tensors = load_peft_weights(str(folder), device="cpu", local_files_only=True)
         except (EOFError, OSError, RuntimeError, SafetensorError, ValueError) as error:
@@ -96,34 +97,14 @@ class MergedCheckpoint:
             if ".modules_to_save." not in key and ".original_module." not in key
         }
         self.config: Any = self._choose_architecture()
-        # What the adapter changes: factors of parameters, other values for them, or for some rows.
+        # What the adapter changes: factors of parameters, or other values for them.
         self._factors: dict[str, LowRank] = {}
         self._values: dict[str, Tensor] = {}
-        self._rows: dict[str, tuple[Tensor, Tensor]] = {}
         # Parameters that are kept as [in, out].
         self._transposed: set[str] = set()
 
     def _refuse(self, allowed: str, given: str, remedy: str = "") -> InputError:
-        given = f"the adapter {self.source!r}, {given}"
-        return InputError("tuned", allowed=allowed, given=given, remedy=remedy)
-
-    def _require_plain(self) -> None:
-        """Refuse what is not LoRA, ``W + s B A``, on the base's own weights."""
-        config = self._about
-        allowed = "an adapter by LoRA, W + s B A"
-        remedy = "merge it into its base if peft can (merge_and_unload), save that and name it"
-        kind = getattr(config.peft_type, "value", None)
-        if kind != "LORA":
-            raise self._refuse(allowed, f"of type {kind}", remedy)
-        if variants := [entry for entry in _VARIANTS if getattr(config, entry, None)]:
-            raise self._refuse(allowed, f"of another kind ({listed(variants)})", remedy)
-        start = str(config.init_lora_weights).lower()
-        if start.startswith(_STARTS):
-            raise self._refuse(
-                "an adapter that leaves the base's weights as they are",
-                f"started by {start}, which changes them",
-                "save it with path_initial_model_for_weight_conversion of peft",
-            )
+        return InputError("tuned", allowed, f"the adapter {self.source!r}, {given}", remedy)
 
     def require_base(self) -> None:
         """Refuse an adapter for a base of another name."""
@@ -132,11 +113,9 @@ class MergedCheckpoint:
         names = {_last_part(name) for name in (*sources, getattr(base.config, "_name_or_path", ""))}
         same = not given or Path(given).resolve() == base.folder.resolve()
         if not same and _last_part(given) not in names:
-            raise self._refuse(
-                f"an adapter for the base, {base.source!r}",
-                f"made for {given!r}",
-                "name that base, or say that both are the same (--any-base, any_base=True)",
-            )
+            allowed = f"an adapter for the base, {base.source!r}"
+            remedy = "name that base, or say that both are the same (--any-base, any_base=True)"
+            raise self._refuse(allowed, f"made for {given!r}", remedy)
 
     def _choose_architecture(self) -> Any:
         """The base's configuration with the architecture and the labels of the adapter."""
@@ -158,8 +137,7 @@ class MergedCheckpoint:
             if not any(key.startswith(start) for key in self._tensors):
                 task = "FEATURE_EXTRACTION"
         if task and task not in kinds:
-            allowed = f"an adapter of a task_type among {', '.join(kinds)}"
-            raise self._refuse(allowed, f"of {task}")
+            raise self._refuse(f"an adapter of a task_type among {', '.join(kinds)}", f"of {task}")
         # Other types of models are refused with the base's own architecture.
         if task and (architecture := kinds[task].get(config.model_type)):
             config.architectures = [architecture]
@@ -207,69 +185,53 @@ class MergedCheckpoint:
             for name, module in network.named_modules()
             if isinstance(module, Conv1D | nn.Embedding)
         }
-        with quiet(), warnings.catch_warnings(action="ignore"):
+        with quiet():
             wrapped = self._wrap(network)
         shared = [wrapped.get_input_embeddings(), wrapped.get_output_embeddings()] * tied
         sides = [s for s in shared if isinstance(s, LoraLayer | ModulesToSaveWrapper)]
         if len(sides) == 1 or (sides and not self._about.ensure_weight_tying):
-            raise self._refuse(
-                "an adapter that changes embeddings and head as one, as they are in the base",
-                f"which changes {'embeddings' if sides[0] is shared[0] else 'the head'} alone",
-                "train with ensure_weight_tying=True, or save the base with a head of its own "
-                "(tie_word_embeddings=False) and name that",
-            )
+            allowed = "an adapter that changes embeddings and head as one, as they are in the base"
+            alone = "embeddings" if sides[0] is shared[0] else "the head"
+            remedy = "train with ensure_weight_tying=True, or save the base with a head of its own "
+            remedy += "(tie_word_embeddings=False) and name that"
+            raise self._refuse(allowed, f"which changes {alone} alone", remedy)
         for name, module in wrapped.named_modules():
             if isinstance(module, LoraLayer):
-                self._keep_factors(name, module)
+                (A, B), scale = module_factors(module), module.scaling["default"]
+                if A.any() and B.any():
+                    self._factors[f"{name}.weight"] = LowRank(scale * B.detach(), A.detach().mT)
+                if getattr(self._about, "lora_bias", False):
+                    if not self.base.has(f"{name}.bias"):
+                        given = f"with lora_bias on {name}, which has no bias"
+                        remedy = "train it without lora_bias"
+                        raise self._refuse("an adapter that can be merged", given, remedy)
+                    shift = scale * module.lora_B["default"].get_parameter("bias").detach()
+                    self._values[f"{name}.bias"] = self.base.read(f"{name}.bias") + shift
             elif isinstance(module, ModulesToSaveWrapper):
                 for part, value in module.modules_to_save["default"].named_parameters():
                     self._keep_value(f"{name}.{part}", value)
-            elif isinstance(module, TrainableTokensWrapper):
-                one = module.token_adapter
-                places = torch.tensor(one.token_indices["default"])
-                self._rows[f"{name}.weight"] = (
-                    places,
-                    one.trainable_tokens_delta["default"].detach(),
-                )
+            elif isinstance(module, TrainableTokensWrapper) and self.has(f"{name}.weight"):
+                one: Any = module.token_adapter
+                key = f"{name}.weight"
+                rows = torch.tensor(one.token_indices["default"])
+                others = one.trainable_tokens_delta["default"].detach()
+                self._keep_value(key, self.base.read(key).index_copy(0, rows, others))
+        saved = re.compile(r"\.(lora_|modules_to_save|original_)")
         for name, value in wrapped.named_parameters():
-            if name.endswith(".bias") and not re.search(
-                r"\.(lora_|modules_to_save|original_)", name
-            ):
+            if name.endswith(".bias") and not saved.search(name):
                 self._keep_value(name.replace(".base_layer.", "."), value)
-        if not (self._factors or self._values or self._rows):
+        if not (self._factors or self._values):
             given, remedy = "of which nothing is left", "name one that was trained"
             raise self._refuse("an adapter that changes the base", given, remedy)
 
-    def _keep_factors(self, name: str, module: Any) -> None:
-        """Keep the factors of a module that peft has wrapped, and what they add to its bias."""
-        A, B = module_factors(module)
-        scale = module.scaling["default"]
-        if A.any() and B.any():
-            self._factors[f"{name}.weight"] = LowRank(scale * B.detach(), A.detach().mT)
-        if getattr(self._about, "lora_bias", False):
-            if not self.base.has(f"{name}.bias"):
-                given = f"with lora_bias on {name}, which has no bias"
-                remedy = "train it without lora_bias"
-                raise self._refuse("an adapter that can be merged", given, remedy)
-            shift = scale * module.lora_B["default"].bias.detach()
-            self._values[f"{name}.bias"] = self.base.read(f"{name}.bias") + shift
-
     def _keep_value(self, name: str, value: Tensor) -> None:
         """Keep another value of a parameter, or one that the base lacks, if the file has it."""
-        if value.is_meta:
-            return
-        value = value.detach()
-        if not (self.base.has(name) and value.equal(self.base.read(name))):
-            self._values[name] = value
+        if not value.is_meta and not (self.base.has(name) and value.equal(self.base.read(name))):
+            self._values[name] = value.detach()
 
     def has(self, key: str) -> bool:
         """Whether there is a tensor of this name."""
         return key in self._values or self.base.has(key)
-
-    @property
-    def size(self) -> int:
-        """How many bytes the files take."""
-        return self.base.size
 
     def read(self, name: str, rows: Rows = None) -> Tensor:
         """Read one tensor, or some of its rows, in float32."""
@@ -280,35 +242,13 @@ class MergedCheckpoint:
             change = self._factors[name].mT if name in self._transposed else self._factors[name]
             left = change.left if rows is None else change.left[rows]
             value = value + left @ change.right.mT
-        if name in self._rows:
-            places, others = self._rows[name]
-            order = torch.full(self.base.shape(name)[:1], -1)
-            order[places] = torch.arange(len(places))
-            order = order if rows is None else order[rows]
-            value = torch.where((order >= 0)[:, None], others[order], value)
         return value
 
     def update(self, key: str, shape: tuple[int, int]) -> LowRank | None:
         """The factors of a module's change, of rank 0 for none; ``None`` if it has another one."""
-        if key in self._values or key in self._rows:
+        if key in self._values:
             return None
         return self._factors.get(key, LowRank(*(torch.zeros(side, 0) for side in shape)))
-
-
-def open_tuned(
-    tuned: str | Path, base: Checkpoint, *, any_base: bool = False
-) -> Checkpoint | MergedCheckpoint:
-    """Open a tuned checkpoint, or an adapter of the base, or of ``any_base`` (`Pair.open`)."""
-    if not isinstance(tuned, str | Path) or not str(tuned):
-        raise InputError("tuned", allowed="a checkpoint or an adapter", value=tuned)
-    source = str(tuned)
-    folder = find("tuned", source)
-    if not (folder / PEFT_CONFIG).is_file():
-        return Checkpoint("tuned", source, folder)
-    merged = MergedCheckpoint(base, source, folder)
-    if not any_base:
-        merged.require_base()
-    return merged
 
 
 def module_factors(module: Any) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:

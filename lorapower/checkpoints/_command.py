@@ -25,7 +25,7 @@ from ._export import measure_peft, megabytes, most, percent, without_nan
 from ._folders import require_apart
 from ._limits import DOUBT, SIZES, Evidence
 from ._measuring import Measured
-from ._reading import read_texts
+from ._texts import read_texts
 from .planner import Report
 from .workflow import Plan
 
@@ -146,7 +146,8 @@ class _ExtractOptions(_PlanOptions):
     out: Path = _flag("Folder for the adapter.", ...)
     merged: Path | None = _flag("Folder for the adapted model in full, in float32, too.")
     overwrite: bool = _flag(
-        "Replace what an earlier run has written to these folders, unless it was changed since.",
+        "Replace what an earlier run has written to these folders, unless files were changed or "
+        "added since.",
         False,
         "--overwrite",
     )
@@ -247,8 +248,8 @@ def example(
         _example.write(folder.expanduser(), seed=seed, report=report)
     files = "base, tuned, lora, texts.jsonl, fresh.jsonl; README.md has their sources"
     _tell([("Written", f"to {folder}: {files}")])
-    _tell([("Next", f"cd {folder}")], wrap=False)
-    _tell([("", "lorapower plan base tuned --texts texts.jsonl --error 0.1")], wrap=False)
+    plan = "lorapower plan base tuned --texts texts.jsonl --error 0.1"
+    _tell([("Next", f"cd {folder}"), ("", plan)], wrap=False)
 
 
 def _call(function: Callable[..., Any], options: _Options) -> Any:
@@ -371,9 +372,8 @@ def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
     if left := ", ".join(sorted(planner.pair.leave & planner.pair.not_low_rank.keys())):
         rows.append(("Note", f"Left as in the base, and counted in the loss: {left}."))
     if plan.reached and out is not None:
-        rows.append(
-            ("Written", f"to {out}, and read back with the same loss on a quarter of the texts")
-        )
+        same = "read back with the same loss on a quarter of the texts"
+        rows.append(("Written", f"to {out}, and {same}"))
     return rows
 
 
@@ -387,9 +387,8 @@ def _neighbours(alike: bool) -> list[tuple[str, str]]:
 def _remedy(plan: Plan) -> str:
     """What to do where nothing that was asked is reached."""
     if not math.isfinite(plan.stated):
-        return (
-            "Tuning changes none of the texts for choosing. Give texts on which it does something."
-        )
+        none = "Tuning changes none of the texts for choosing."
+        return f"{none} Give texts on which it does something."
     high = max(plan.ranks.values(), default=0) >= plan.planner.max_rank
     more = "Raise --max-rank, or allow a larger error." if high else "Allow a larger error."
     nearest = f"The best adapter that was tried loses {most(plan.stated)}"

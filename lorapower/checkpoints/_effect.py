@@ -1,4 +1,4 @@
-"""Directions of changes chosen in function space: what each adds to the tuning's effect.
+"""Directions of changes, in metrics and chosen in function space: what each adds to the effect.
 
 Let ``J_d`` be the derivative of the network's outputs along direction ``d`` of a module's change,
 which an adapter takes with gain ``c_d``. To first order it loses ``Σ_d (1 − c_d) J_d`` of the
@@ -9,7 +9,9 @@ effect ``Σ_d J_d``. Products with random outputs sketch all ``J_d`` at once: fo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,11 +19,11 @@ from torch import Tensor
 
 from .. import randomness
 from ..lowrank import LowRank
-from ._measuring import Readout, fast, sum_by_text
-from ._metrics import Directions, Moments
+from ._folders import Work
+from ._measuring import Readout, sum_by_text
+from ._models import has_bfloat16
 from ._streams import Pass, ahead
-from ._work import Work
-from .pair import Module
+from .pair import Module, Sliced
 
 #: Random combinations of a text's outputs that are differentiated.
 PROBES = 8
@@ -31,6 +33,115 @@ INTENSITIES = (0.03, 0.1, 0.3, 0.6, 0.9)
 _FLOOR = 0.01
 # Gains are fitted again when the cost has grown by this part: coarsely to choose an intensity.
 _GROWTH, _COARSE = 0.05, 0.25
+#: Moments are taken over about so many tokens.
+MOMENT_TOKENS = 2048
+# Columns beyond the wanted ones, and rounds of multiplication, to find leading directions.
+_EXTRA, _ROUNDS = 16, 4
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Rows whose second moments are metrics of a module's inputs and outputs.
+
+    A row of ``inputs`` is what the module takes in at one token. A row of ``outputs`` is the
+    derivative, by what it gives there, of a random combination of the network's outputs with
+    independent standard normal weights: to first order a change ``v`` at this token changes them by
+    ``vᵀGv`` in the mean square, where ``G`` is the second moment.
+    """
+
+    inputs: Float[Tensor, "rows in"]
+    outputs: Float[Tensor, "rows out"]
+    #: As few texts determine metrics, this part ``ρ`` of their mean is added in every direction.
+    ridge: ClassVar[float] = 0.1
+
+
+class Directions(NamedTuple):
+    """The leading part of a module's change ``E``, ordered by a metric [prop-two-metrics].
+
+    The ``leading`` ``r`` columns of ``update`` are the best ``K_r`` of rank ``r``. Direction ``d``
+    takes ``σ_d²`` off the squared error, where ``values`` are ``σ_1 ≥ σ_2 ≥ …``. ``mean`` is the
+    mean input ``μ``, and ``shift`` is ``Eμ``.
+    """
+
+    update: LowRank
+    values: Float[Tensor, " k"]
+    shift: Float[Tensor, " out"]
+    mean: Float[Tensor, " in"]
+
+    def bias(self, rank: int) -> Float[Tensor, " out"]:
+        """``(E − K_r)μ``, added to the tuned bias beside the best update of a rank."""
+        best = self.update.leading(rank)
+        return self.shift - best.left @ (best.right.mT @ self.mean)
+
+
+class _Metric(NamedTuple):
+    """The metric ``G = RᵀR`` of the rows of ``root``: their second moment, and a ridge."""
+
+    rows: Float[Tensor, "rows width"]
+    ridge: Tensor
+
+    def times(self, columns: Float[Tensor, "width k"]) -> Float[Tensor, "width k"]:
+        """``G X``."""
+        return self.rows.mT @ (self.rows @ columns) + self.ridge * columns
+
+    def root(self, columns: Float[Tensor, "width k"]) -> Float[Tensor, "all k"]:
+        """``R X``, for one of the roots ``R``."""
+        return torch.cat([self.rows @ columns, self.ridge.sqrt() * columns])
+
+
+def _metric(rows: Float[Tensor, "rows width"]) -> _Metric:
+    """The metric of rows; without any that are not 0 no direction counts more than another."""
+    level = Moments.ridge * rows.square().mean()
+    return _Metric(rows / len(rows) ** 0.5, torch.where(level > 0, level, 1))
+
+
+def find_directions(
+    change: Float[Tensor, "out in"] | LowRank | Sliced,
+    about: Moments | None,
+    most: int,
+    *,
+    bias: bool = False,
+) -> Directions:
+    """Find at most ``most`` leading directions of a change ``E`` [prop-two-metrics].
+
+    ``σ_d`` are the singular values of ``R E Z``, where ``Z Zᵀ`` is the second moment ``C`` of the
+    inputs, about their mean if the ``bias`` is free and else about 0, and ``RᵀR = G`` that of the
+    outputs, both with a ridge (`Moments`); without moments (``about``) both are the identity. A
+    module that no output depends on has no direction in two metrics.
+
+    Only products with samples are formed, in time proportional to the entries of ``E``: rounds of
+    ``L ← E C Eᵀ G L`` find the leading subspace (Halko, Martinsson and Tropp, 2011), where
+    ``K_r = L_r L_rᵀ G E`` for columns with ``LᵀGL = I``. So ``E`` may be what `Pair.multiplier`
+    finds.
+    """
+    out, into = change.shape
+    known, about = about is not None, about or Moments(torch.zeros(1, into), torch.zeros(1, out))
+    device, outputs = about.inputs.device, about.outputs.float()
+    if isinstance(change, Tensor):
+        change = change.to(device)
+    mean = about.inputs.float().mean(0) if bias else torch.zeros(into, device=device)
+    inputs = about.inputs.float() - mean
+    shift = (change @ mean[:, None])[:, 0]
+    if known and not outputs.any():
+        nothing = LowRank(torch.zeros(out, 0), torch.zeros(into, 0))
+        return Directions(nothing, torch.zeros(0), shift.cpu(), mean.cpu())
+    size = min(most + _EXTRA, out, into)
+    if isinstance(change, LowRank) and change.rank:
+        # Others of an adapter's change are rounding.
+        size = min(size, change.rank)
+    C, G = _metric(inputs), _metric(outputs)
+    draw = randomness.generator(0, "subspace")
+    L = randomness.normal(draw, out, size, dtype=torch.float32).to(device)
+    for _ in range(_ROUNDS):
+        L = torch.linalg.qr(change @ C.times(change.mT @ G.times(L))).Q
+    L = torch.linalg.solve_triangular(torch.linalg.qr(G.root(L)).R, L, upper=True, left=False)
+    right = change.mT @ G.times(L)
+    U, values, _ = torch.linalg.svd(C.root(right).mT, full_matrices=False)
+    kept = min(most, size)
+    sides = (each @ U[:, :kept] for each in (L, right))
+    found = (*sides, values[:kept], shift, mean)
+    left, right, *others = (each.cpu() for each in found)
+    return Directions(LowRank(left, right), *others)
 
 
 class Pool:
@@ -61,6 +172,13 @@ class Pool:
             bundles += [numbers.setdefault(key, len(numbers)) for key in keys]
         self.costs = torch.tensor(costs, dtype=torch.float64)
         self.bundles = torch.tensor(bundles, dtype=torch.int64)
+
+
+def fast(readout: Readout) -> AbstractContextManager[Any]:
+    """Make products of a language model in bfloat16, where the processor has it."""
+    kind = readout.network.device.type
+    half = readout.task == "language" and has_bfloat16(kind)
+    return torch.autocast(kind, torch.bfloat16, enabled=half)
 
 
 class _Run(NamedTuple):
@@ -107,14 +225,8 @@ class Slopes:
     what directions take in of these; of both at once there are rows with the distances of logits,
     as `Readout.rows` are of states alone.
 
-    Parameters
-    ----------
-    passed, readout
-        The tuned network with the hidden states of texts, and its head.
-    modules : dict
-        The modules whose directions are looked for or, of ``words`` of a `Pair`, known (``known``).
-    taking : sequence of int
-        The batches over which moments are taken.
+    Moments are taken over the batches ``taking``. Directions of ``modules`` are looked for or, of
+    ``words`` of a `Pair`, known (``known``).
     """
 
     def __init__(
@@ -155,6 +267,8 @@ class Slopes:
         all directions, with a row for each ``r`` and text.
         """
         network, probes = self._network, randomness.generator(seed, "probes")
+        batches = self._passed.batches
+        # Derivatives of random outputs by what a stage gives, to take moments and along ``draw``.
         once: dict[int, Tensor] = {}
         many: dict[int, list[Tensor]] = {}
         products: dict[str, dict[int, Tensor]] = {name: {} for name in self._modules}
@@ -164,27 +278,48 @@ class Slopes:
         work, finished = work or Work(None, {}), 0
         if before := work.find("slopes"):
             finished, once, many, products, kept = before
-            self.directions = {
-                name: Directions(LowRank(*two), *x) for name, (two, *x) in kept.items()
-            }
+            for name, (two, *about) in kept.items():
+                self.directions[name] = Directions(LowRank(*two), *about)
         report(finished, len(stages))
         loaded = ahead([*stages][finished:], network.stage_weights, network.device)
         for done, (k, weights) in enumerate(loaded, 1 + finished):
-            runs = self._moments(k, stages[k], weights, once, probes, find)
+            runs: dict[int, _Run] = {}
+            rows: dict[str, list[Any]] = {n: [] for n in stages[k] if n not in self._known}
+            for i in self._taking if k >= 0 else ():
+                run = self._run(k, i, weights, stages[k])
+                if i not in once:
+                    once[i] = randomness.normal(probes, *run.outputs.shape)
+                once[i], *slopes = run.slopes(run.outputs, once[i])
+                after = slopes[len(slopes) - len(run.seen) :]
+                for (name, (given, _)), slope in zip(run.seen.items(), after, strict=True):
+                    rows[name].append((batches[i].rows(given), batches[i].rows(slope)))
+                if stages[k]:
+                    runs[i] = run
+            for name in [*rows]:
+                # One after the other, as they may take much memory.
+                parts = rows.pop(name)
+                moments = Moments(*map(torch.cat, zip(*parts, strict=True))) if parts else None
+                if found := find(name, moments):
+                    self.directions[name] = found
             for i in range(self._passed.keep if draw else 0):
-                run = runs.pop(i, None) or self._run(k, i, weights, stages[k])
+                run = runs.pop(i) if i in runs else self._run(k, i, weights, stages[k])
                 if draw and i not in many:
                     many[i] = [*draw(i, run.rows.detach())]
-                for name, found in self._products(i, run, many[i]).items():
+                for name, product in self._products(i, run, many[i]).items():
                     # Of embeddings that are a head, too, both count.
-                    products[name][i] = products[name].get(i, 0.0) + found
-            kept = {
-                name: ((found.update.left, found.update.right), *found[1:])
-                for name, found in self.directions.items()
-            }
+                    products[name][i] = products[name].get(i, 0.0) + product
+            each = self.directions.items()
+            kept = {n: ((x.update.left, x.update.right), *x[1:]) for n, x in each}
             work.save("slopes", (done, once, many, products, kept))
             report(done, len(stages))
-        return [self._joined(products, i, len(rows)) for i, rows in sorted(many.items())]
+        joined = []
+        for i, along in sorted(many.items()):
+            shape = len(along), len(batches[i].places)
+            # No text passes some modules.
+            none = {n: torch.zeros(*shape, len(self.directions[n].values)) for n in products}
+            parts = [found.get(i, none[name]) for name, found in products.items()]
+            joined.append(torch.cat(parts, -1).flatten(0, 1).double())
+        return joined
 
     def _products(
         self, i: int, run: _Run, along: list[Tensor]
@@ -193,67 +328,28 @@ class Slopes:
 
         The rows ``along`` what the stage gives are replaced by those along what it is given.
         """
-        taken = {name: self._taken(name, i, given) for name, (given, _) in run.seen.items()}
+        taken, batch = {}, self._passed.batches[i]
+        for name, (given, _) in run.seen.items():
+            found = self.directions[name]
+            right = found.update.right.to(given.device)
+            if self._modules[name].kind == "embedding":
+                # Gemma multiplies what it looks up.
+                scale = getattr(self._network.skeleton.get_submodule(name), "embed_scale", 1)
+                taken[name] = right[batch.input_ids.to(right.device)] * scale
+            else:
+                taken[name] = (given.float() - found.mean.to(right)) @ right
         parts: dict[str, list[Tensor]] = {}
         for j, row in enumerate(along):
             along[j], *slopes = run.slopes(run.rows, row)
             if run.of_states is not None and self._head:
                 both = slopes.pop(0).float() * run.of_states
-                part = sum_by_text(both, self._passed.batches[i], "language")
-                parts.setdefault(self._head[0], []).append(part)
+                parts.setdefault(self._head[0], []).append(sum_by_text(both, batch, "language"))
             # Before all blocks there is nothing but what embeddings give.
             after = slopes if run.leaves else [along[j]]
             for (name, inputs), slope in zip(taken.items(), after, strict=True):
                 both = (slope.float() @ self.directions[name].update.left.to(slope.device)) * inputs
                 parts.setdefault(name, []).append(both.sum(1) if both.ndim == 3 else both)
-        return {name: torch.stack(found).cpu() for name, found in parts.items()}
-
-    def _joined(
-        self, products: dict[str, dict[int, Tensor]], i: int, rows: int
-    ) -> Float[Tensor, "rows directions"]:
-        """Products of all modules side by side; 0 for those that no text passes."""
-        texts = len(self._passed.batches[i].places)
-        parts = [
-            found.get(i, torch.zeros(rows, texts, len(self.directions[name].values)))
-            for name, found in products.items()
-        ]
-        return torch.cat(parts, -1).flatten(0, 1).double()
-
-    def _moments(
-        self,
-        k: int,
-        names: Sequence[str],
-        weights: dict[str, Tensor],
-        once: dict[int, Tensor],
-        probes: Any,
-        find: Callable[[str, Moments | None], Directions | None],
-    ) -> dict[int, _Run]:
-        """Take the moments of a stage's modules, and find their directions.
-
-        ``once`` has the derivatives of random outputs by what the stage gives, and then by what it
-        is given. What was computed for that is returned, if derivatives need it too.
-        """
-        rows: dict[str, list[tuple[Tensor, Tensor]]] = {
-            n: [] for n in names if n not in self._known
-        }
-        runs = {}
-        for i in self._taking if k >= 0 else ():
-            run, batch = self._run(k, i, weights, names), self._passed.batches[i]
-            if i not in once:
-                once[i] = randomness.normal(probes, *run.outputs.shape)
-            once[i], *slopes = run.slopes(run.outputs, once[i])
-            after = slopes[len(slopes) - len(run.seen) :]
-            for (name, (given, _)), slope in zip(run.seen.items(), after, strict=True):
-                rows[name].append((batch.rows(given), batch.rows(slope)))
-            if names:
-                runs[i] = run
-        for name in [*rows]:
-            # One after the other, as they may take much memory.
-            parts = rows.pop(name)
-            about = Moments(*map(torch.cat, zip(*parts, strict=True))) if parts else None
-            if found := find(name, about):
-                self.directions[name] = found
-        return runs
+        return {name: torch.stack(each).cpu() for name, each in parts.items()}
 
     def _run(self, k: int, i: int, weights: dict[str, Tensor], names: Sequence[str]) -> _Run:
         """Compute a stage for a batch."""
@@ -285,16 +381,6 @@ class Slopes:
         added = torch.zeros_like(of_states, requires_grad=True)
         both = torch.cat([states, added.to(states)], -1)
         return self._readout.rows(both, root), of_states, added
-
-    def _taken(self, name: str, i: int, given: Tensor) -> Tensor:
-        """What the directions of a module take in."""
-        found = self.directions[name]
-        right = found.update.right.to(self._network.device)
-        if self._modules[name].kind == "embedding":
-            # Gemma multiplies what it looks up.
-            scale = getattr(self._network.skeleton.get_submodule(name), "embed_scale", 1)
-            return right[self._passed.batches[i].input_ids.to(right.device)] * scale
-        return (given.float() - found.mean.to(right)) @ right
 
 
 class Choice:

@@ -51,7 +51,7 @@ The docstrings, of which these are the first paragraphs, come from the standard 
 def write(folder: Path, *, seed: int, report: Callable[[str, int, int], None]) -> None:
     """Write the example to a folder, which must be new or empty."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError("DIR", allowed="a new folder, or an empty one", given=str(folder))
+        raise InputError("DIR", "a new folder, or an empty one", str(folder))
     require_free("DIR", folder, overwrite=False)
     require_libraries()
     base = place(PACKAGED)
@@ -62,7 +62,11 @@ def write(folder: Path, *, seed: int, report: Callable[[str, int, int], None]) -
         for name, number in _FILES.items():
             lines = (json.dumps(samples.pop()) + "\n" for _ in range(number))
             (new / name).write_text("".join(lines), encoding="utf-8")
-        (new / "README.md").write_text(_about(len(samples)), encoding="utf-8")
+        files = " and ".join(f"`{name}`" for name in _FILES)
+        files += f" have {' and '.join(map(str, _FILES.values()))}"
+        about = {"kinds": ", ".join(_KINDS), "tuning": len(samples), "files": files}
+        about["python"] = platform.python_version()
+        (new / "README.md").write_text(_ABOUT.format(**about), encoding="utf-8")
         tuned, adapted = _classifier(), _with_lora(_classifier())
         _train(tuned, samples, 1e-4, draw, lambda *done: report("tuning all weights", *done))
         _train(adapted, samples, 2e-3, draw, lambda *done: report("tuning by LoRA", *done))
@@ -81,7 +85,7 @@ def _samples(draw: torch.Generator) -> list[dict[str, Any]]:
         own = sorted(t for t in texts - others if _SHORTEST <= len(t.split()) <= _LONGEST)
         if len(own) < _EACH:
             allowed = f"installed with its sources, with {_EACH} docstrings on {kind}"
-            raise InputError("standard library", allowed=allowed, given=f"{len(own)} of them")
+            raise InputError("standard library", allowed, f"{len(own)} of them")
         chosen = torch.randperm(len(own), generator=draw)[:_EACH].tolist()
         samples += [{"text": own[k], "label": label} for k in chosen]
     return [samples[k] for k in torch.randperm(len(samples), generator=draw).tolist()]
@@ -102,18 +106,6 @@ def _docstrings(kind: str) -> Iterator[str]:
 def _clean(docstring: str) -> str:
     """Put the first paragraph on one line."""
     return " ".join(docstring.partition("\n\n")[0].split())
-
-
-def _about(tuning: int) -> str:
-    """Say what is in the folder and whose it is."""
-    files = " and ".join(f"`{name}`" for name in _FILES)
-    numbers = " and ".join(map(str, _FILES.values()))
-    return _ABOUT.format(
-        kinds=", ".join(_KINDS),
-        tuning=tuning,
-        files=f"{files} have {numbers}",
-        python=platform.python_version(),
-    )
 
 
 def _classifier() -> Any:

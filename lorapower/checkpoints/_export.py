@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, ResultsError
 from ..lowrank import LowRank
-from ._adapters import MergedCheckpoint, changes_base, module_factors, staying
+from ._adapters import MergedCheckpoint, module_factors, staying, variant
 from ._folders import rewrite
 from ._limits import Evidence
 from ._models import PEFT_CONFIG, Rows, public_name, quiet, require_libraries, tokenizer
@@ -86,18 +86,24 @@ def _attach(network: nn.Module, updates: Mapping[str, LowRank], **options: Any) 
     """Give a network's modules the factors of updates as an adapter of peft."""
     modules = dict(network.named_modules())
     for name, update in updates.items():
-        _require_fit(name, modules.get(name), update)
+        weight: Any = getattr(modules.get(name), "weight", None)
+        if weight is None or weight.ndim != 2:
+            allowed = "of linear modules and embeddings of the network"
+            raise InputError("updates", allowed, f"one of {name!r}")
+        # Of all these modules only nn.Linear keeps its weight as [out, in].
+        needed = tuple(weight.shape[:: 1 if isinstance(modules[name], nn.Linear) else -1])
+        if tuple(update.shape) != needed or update.left.ndim != 2:
+            allowed = f"of the size of their modules, {needed} for {name!r}"
+            given = [*update.left.shape[:-2], *update.shape]
+            raise InputError("updates", allowed, str(given))
     kept = {name: update for name, update in updates.items() if update.rank}
     wrapped = _wrap(network, {name: update.rank for name, update in kept.items()}, **options)
     model = wrapped.base_model.model
     for name, update in kept.items():
-        module = model.get_submodule(name)
-        for factor, values in zip(
-            module_factors(module), (update.right.mT, update.left), strict=True
-        ):
+        module, sides = model.get_submodule(name), (update.right.mT, update.left)
+        for factor, values in zip(module_factors(module), sides, strict=True):
             if factor.is_meta:
-                (key,) = (key for key, value in module.named_parameters() if value is factor)
-                _set(module, key, values)
+                _set(module, next(n for n, v in module.named_parameters() if v is factor), values)
             else:
                 # In place, as a tied head has views of them.
                 factor.data.copy_(values)
@@ -116,7 +122,7 @@ def _write(folder: Path | str, wrapped: Any, base: str | None) -> None:
     config.base_model_name_or_path = base
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(config.target_modules)
-    with warnings.catch_warnings(action="ignore"):
+    with quiet():
         wrapped.save_pretrained(str(folder), save_embedding_layers=False)
 
 
@@ -130,8 +136,8 @@ def _wrap(network: Any, ranks: Mapping[str, int], *, biases: bool = False, **opt
     patterns = {} if equal else {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
     targets = [*map(re.escape, ranks)]
     head: Any = getattr(network, "get_output_embeddings", lambda: None)()
-    modules = (network.get_submodule(name) for name in ranks if head is not None)
-    tied = any(isinstance(m, nn.Embedding) and m.weight is head.weight for m in modules)
+    adapted = [network.get_submodule(name) for name in ranks if head is not None]
+    tied = any(isinstance(m, nn.Embedding) and m.weight is head.weight for m in adapted)
     if tied:
         # Which peft ties only where it finds one of these names alone.
         targets.append(_TYING)
@@ -150,23 +156,9 @@ def _wrap(network: Any, ranks: Mapping[str, int], *, biases: bool = False, **opt
         inference_mode=True,
         **options,
     )
-    with warnings.catch_warnings(action="ignore"):
+    with quiet():
         # It warns about tied weights and biases; what is read back is tested for these.
         return get_peft_model(network, config)
-
-
-def _require_fit(name: str, module: nn.Module | None, update: LowRank) -> None:
-    """Refuse an update of a module that is not there or has other sizes."""
-    weight = getattr(module, "weight", None)
-    if weight is None or weight.ndim != 2:
-        allowed = "of linear modules and embeddings of the network"
-        raise InputError("updates", allowed=allowed, given=f"one of {name!r}")
-    # Of all these modules only nn.Linear keeps its weight as [out, in].
-    needed = tuple(weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1])
-    given = update.left.shape[-2], update.right.shape[-2]
-    if given != needed or update.left.ndim != 2:
-        allowed = f"of the size of their modules, {needed} for {name!r}"
-        raise InputError("updates", allowed=allowed, given=f"{[*update.left.shape[:-2], *given]}")
 
 
 def _peft_options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
@@ -189,13 +181,12 @@ def _peft_options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
             # peft saves a head as a whole, and would not find parts of it.
             whole[owner.partition(".")[0]] = None
     adapted = [pair.modules[name] for name in adapter.factors]
-    transposed = any(module.transposed and module.kind != "embedding" for module in adapted)
     # For classifiers peft saves heads unasked.
     headless = pair.task == "classification" and "head" in pair.leave
     return {
         "biases": biases,
         "task_type": None if headless else _TASKS[pair.task],
-        "fan_in_fan_out": transposed,
+        "fan_in_fan_out": any(m.transposed and m.kind != "embedding" for m in adapted),
         "modules_to_save": [*whole] or None,
         "trainable_token_indices": rows or None,
     }
@@ -247,7 +238,7 @@ def load(folder: Path | str, pair: Pair, device: torch.device) -> Network:
     from peft import PeftConfig
 
     if not (Path(folder) / PEFT_CONFIG).is_file():
-        raise InputError("adapter", allowed="a folder with an adapter of peft", given=str(folder))
+        raise InputError("adapter", "a folder with an adapter of peft", str(folder))
 
     def read(name: str, rows: Rows = None) -> Tensor:
         name = plain_name(name)
@@ -258,7 +249,7 @@ def load(folder: Path | str, pair: Pair, device: torch.device) -> Network:
     with _reading(folder):
         about: Any = PeftConfig.from_pretrained(str(folder))
     # Others than factors may be made of the weights themselves.
-    whole = changes_base(about)
+    whole = bool(variant(about))
     adapted = _read(folder, pair.network("base", read) if whole else pair.build(empty=True))
     parts = adapted.get_base_model().named_parameters()
     if not all(pair.tuned.has(plain_name(name)) for name, value in parts if value.is_meta):
@@ -266,27 +257,26 @@ def load(folder: Path | str, pair: Pair, device: torch.device) -> Network:
         adapted = _read(folder, pair.network("base", read))
     if about.is_prompt_learning:
         given = f"{folder}, of type {about.peft_type.value}, whose prompts have own outputs"
-        raise InputError("adapter", allowed="one that changes weights", given=given)
+        raise InputError("adapter", "one that changes weights", given)
     network = Network(pair, adapted.get_base_model(), read, device=device)
     own = len(pair.skeleton("base").get_submodule(pair.blocks))
     if len(network.blocks) != own:
         allowed, given = f"one that keeps all {own} blocks", f"{folder}, with {len(network.blocks)}"
-        raise InputError("adapter", allowed=allowed, given=given)
+        raise InputError("adapter", allowed, given)
     return network
 
 
 @contextmanager
 def _reading(folder: Path | str) -> Iterator[None]:
     """Refuse an adapter that peft cannot read."""
-    with quiet(), warnings.catch_warnings(action="ignore"):
+    with quiet():
         # Else an adapter of which it finds nothing would be none.
         warnings.filterwarnings("error", "Found missing adapter keys")
         try:
             yield
         except Exception as error:  # whatever peft raises for a folder like any other
             given = f"{folder} ({' '.join(str(error).split())})"
-            allowed = "one that peft reads into the base"
-            raise InputError("adapter", allowed=allowed, given=given) from error
+            raise InputError("adapter", "one that peft reads into the base", given) from error
 
 
 def _read(folder: Path | str, network: Any) -> Any:
@@ -302,19 +292,17 @@ def _read(folder: Path | str, network: Any) -> Any:
 
 def load_merged(folder: str, pair: Pair, device: torch.device) -> Network | None:
     """The base with an adapter merged into it, in bfloat16; ``None`` where peft cannot merge."""
-    options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+    about: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     with suppress(InputError):
         merged = MergedCheckpoint(pair.base, folder, Path(folder))
         merged.fit(pair.build(empty=True))
-        return Network(pair, pair.skeleton("base"), merged.read, **options)
+        return Network(pair, pair.skeleton("base"), merged.read, **about)
     # Others than LoRA are merged by peft, into a whole network.
     adapted = _read(folder, pair.network("base"))
-    if getattr(adapted.peft_config["default"], "ensure_weight_tying", False):
-        # It would add what is tied twice.
-        return None
-    with suppress(AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        whole = adapted.merge_and_unload()
-        return Network(pair, whole, pair.reader("base"), **options)
+    # It would add what is tied twice.
+    if not getattr(adapted.peft_config["default"], "ensure_weight_tying", False):
+        with suppress(AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            return Network(pair, adapted.merge_and_unload(), pair.reader("base"), **about)
     return None
 
 
@@ -324,7 +312,7 @@ def estimate(pair: Pair, adapter: Adapter) -> tuple[int, int]:
 
     network = pair.build(empty=True)
     wrapped = _wrap(network, adapter.ranks, **_peft_options(pair, network, adapter))
-    with warnings.catch_warnings(action="ignore"):
+    with quiet():
         tensors = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     numbers = sum(tensor.numel() for tensor in tensors.values())
     about = wrapped.peft_config["default"].to_dict()
@@ -367,16 +355,12 @@ def read_report(folder: Path | str) -> Certified:
         typical, limit = float(report["typical_effect"]), float(report["certified"])
         if 0 < typical < math.inf and 0 <= limit < math.inf:
             counts = (type(x)(kept.get(name, x)) for name, x in Evidence()._asdict().items())
-            found = found._replace(
-                typical=typical,
-                limit=limit,
-                evidence=Evidence(*counts),
-                fingerprint=str(report.get("fingerprint", "")),
-            )
+            pair = str(report.get("fingerprint", ""))
+            found = Certified(found.tokens, typical, limit, used, Evidence(*counts), pair)
     evidence = found.evidence
     if not (0 <= evidence.exceeding <= evidence.texts and all(map(math.isfinite, evidence))):
         allowed, remedy = f"with evidence as checks write it to {REPORT}", "remove that entry"
-        raise InputError("adapter", allowed=allowed, given=str(folder), remedy=remedy)
+        raise InputError("adapter", allowed, str(folder), remedy)
     return found
 
 
@@ -387,7 +371,7 @@ def keep_evidence(folder: Path | str, evidence: Evidence, counted: list[str]) ->
     before = (report.get("evidence") or {}).get("checked_texts", [])
     report["evidence"] = evidence._asdict() | {"checked_texts": [*before, *counted]}
     with suppress(ResultsError):
-        rewrite(Path(folder), REPORT, json.dumps(report, indent=2, allow_nan=False) + "\n")
+        rewrite(file, json.dumps(report, indent=2, allow_nan=False) + "\n")
         return True
     return False
 

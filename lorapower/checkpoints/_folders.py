@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import os
-import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from ..errors import InputError, ResultsError
 
@@ -49,6 +53,14 @@ def sample(folder: Path) -> str:
     return found.hexdigest()[:16]
 
 
+def digest_numbers(tensors: Iterable[Tensor]) -> str:
+    """A short digest of numbers."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def nearest(folder: Path) -> Path:
     """Find the folder, or the first above it that exists."""
     return next(part for part in (folder, *folder.parents) if part.exists())
@@ -60,8 +72,7 @@ def require_apart(name: str, place: Path | str, inputs: Iterable[Path | str]) ->
     for other in (Path(each).expanduser() for each in inputs):
         one, read = folder.resolve(), other.resolve()
         if one.is_relative_to(read) or read.is_relative_to(one):
-            given = f"{folder}, where {other} is"
-            raise InputError(name, allowed="apart from all that is read", given=given)
+            raise InputError(name, "apart from all that is read", f"{folder}, where {other} is")
 
 
 def require_free(name: str, place: Path | str, *, overwrite: bool) -> Path:
@@ -69,19 +80,16 @@ def require_free(name: str, place: Path | str, *, overwrite: bool) -> Path:
     folder = Path(place).expanduser()
     above = nearest(folder.absolute().parent)
     if not above.is_dir() or not os.access(above, os.W_OK):
-        allowed = "in a folder that can be written to"
-        raise InputError(name, allowed=allowed, given=f"{folder}, in {above}")
+        raise InputError(name, "in a folder that can be written to", f"{folder}, in {above}")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return folder
     written = (folder / WRITTEN).is_file()
     if not written or not overwrite:
-        allowed = "a new folder, or one that this command has written"
         remedy = "name another" + ", or replace it with --overwrite (overwrite=True)" * written
-        raise InputError(name, allowed=allowed, given=str(folder), remedy=remedy)
-    if changed := [file for file, unchanged in _written(folder).items() if not unchanged]:
-        given, remedy = f"{folder}, where {changed[0]} is another", "move that, or name another"
-        allowed = "a folder whose files are as this command wrote them"
-        raise InputError(name, allowed=allowed, given=given, remedy=remedy)
+        raise InputError(name, "a new folder, or one that this command has written", folder, remedy)
+    if others := _others(folder):
+        given, remedy = f"{folder}, where {others[0]} is another", "move that, or name another"
+        raise InputError(name, "a folder whose files are as this command wrote them", given, remedy)
     return folder
 
 
@@ -93,18 +101,28 @@ def writing(folder: Path) -> Iterator[None]:
     except ResultsError:
         raise
     except (OSError, SafetensorError) as error:
-        raise ResultsError(
-            folder,
-            f"cannot be written ({getattr(error, 'strerror', None) or error})",
-            remedy="make room or give access, or name another folder",
-        ) from error
+        problem = f"cannot be written ({getattr(error, 'strerror', None) or error})"
+        remedy = "make room or give access, or name another folder"
+        raise ResultsError(folder, problem, remedy=remedy) from error
+
+
+@contextlib.contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """Give a file to write, which takes the place of another when it is whole."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    with writing(file.parent):
+        try:
+            yield partial
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def write_folder(folder: Path, *, listed: bool = False) -> Iterator[Path]:
     """Give a folder to fill, which takes its name when complete and is gone if anything fails.
 
-    If it is ``listed`` what is written, another one may replace that, and keeps all else.
+    If it is ``listed`` what is written, another one may replace that.
     """
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -112,14 +130,16 @@ def write_folder(folder: Path, *, listed: bool = False) -> Iterator[Path]:
             new, old = Path(scratch, "new"), Path(scratch, "old")
             new.mkdir()
             yield new
+            files = sorted(file for file in new.rglob("*") if file.is_file())
             for file in new.rglob("*"):
                 file.chmod(0o755 if file.is_dir() else 0o644)
             if listed:
-                files = sorted(file for file in new.rglob("*") if file.is_file())
                 lines = (f"{digest(file)}  {file.relative_to(new).as_posix()}\n" for file in files)
                 (new / WRITTEN).write_text("".join(lines), encoding="utf-8")
             if folder.exists():
-                _keep_others(folder, new)
+                if others := _others(folder):
+                    problem = f"has {others[0]}, which this command has not written"
+                    raise ResultsError(folder, problem, remedy="move it, or name another folder")
                 folder.rename(old)
             try:
                 new.rename(folder)
@@ -129,47 +149,65 @@ def write_folder(folder: Path, *, listed: bool = False) -> Iterator[Path]:
                 raise
 
 
-def rewrite(folder: Path, name: str, text: str) -> None:
-    """Replace a file in a folder, as a whole or not at all.
-
-    If it was as this command wrote it, the list in the folder follows, so that it still is.
-    """
-    listing, unchanged = folder / WRITTEN, _written(folder).get(name)
-    with writing(folder):
-        _replace(folder / name, text)
-        if unchanged:
-            lines = listing.read_text("utf-8").splitlines()
-            own = f"{digest(folder / name)}  {name}"
-            kept = (own if line.partition("  ")[2] == name else line for line in lines)
-            _replace(listing, "\n".join(kept) + "\n")
+def rewrite(file: Path, text: str) -> None:
+    """Replace a file; if it was as this command wrote it, the list in its folder follows."""
+    listing, before = file.with_name(WRITTEN), digest(file)
+    with _replacing(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+    if listing.is_file():
+        entry, now = f"{before}  {file.name}\n", f"{digest(file)}  {file.name}\n"
+        listed = listing.read_text("utf-8").replace(entry, now)
+        with _replacing(listing) as partial:
+            partial.write_text(listed, encoding="utf-8")
 
 
-def _replace(file: Path, text: str) -> None:
-    new = file.with_name(f".{file.name}.new")
-    try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(file)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def _written(folder: Path) -> dict[str, bool]:
-    """Which files of a folder were written with its list, and whether they are as they were."""
+def _others(folder: Path) -> list[str]:
+    """Name the files of a folder that are not as they were written with its list."""
     listing = folder / WRITTEN
     lines = listing.read_text("utf-8", "replace").splitlines() if listing.is_file() else []
     known = {name: kept for kept, _, name in (line.partition("  ") for line in lines)}
-    return {n: digest(folder / n) == kept for n, kept in known.items() if (folder / n).is_file()}
+    files = (file for file in sorted(folder.rglob("*")) if file.is_symlink() or file.is_file())
+    names = (file.relative_to(folder).as_posix() for file in files if file != listing)
+    return [n for n in names if not (folder / n).is_file() or digest(folder / n) != known.get(n)]
 
 
-def _keep_others(old: Path, new: Path) -> None:
-    """Copy to a new folder what others have put in the old one."""
-    own = {WRITTEN, *(name for name, unchanged in _written(old).items() if unchanged)}
-    for file in sorted(old.rglob("*")):
-        place = new / file.relative_to(old)
-        if file.is_dir() and not file.is_symlink():
-            place.mkdir(exist_ok=True)
-        elif file.relative_to(old).as_posix() not in own:
-            if place.exists():
-                problem = f"has {file.name}, which this command has not written"
-                raise ResultsError(old, problem, remedy="move it, or name another folder")
-            shutil.copy2(file, place, follow_symlinks=False)
+class Work:
+    """Results of finished stages in a folder, from which a run that was killed goes on.
+
+    They are tensors by name, each written whole or not at all; without a folder nothing. Raises
+    `InputError` for a folder with something else than results ``about`` the same, and
+    `ResultsError` for one that cannot be written.
+    """
+
+    def __init__(self, folder: Path | str | None, about: Mapping[str, Any]) -> None:
+        self._folder = None if folder is None else Path(folder).expanduser()
+        if self._folder is None:
+            return
+        text, file = json.dumps(about, sort_keys=True, indent=2), self._folder / "about.json"
+        with writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            there = file.read_text("utf-8") if file.is_file() else None
+            others = [path for path in self._folder.iterdir() if not path.name.startswith(".")]
+        if there != text and others:
+            allowed = "a new folder, or that of a run with these models, texts and options"
+            raise InputError("work", allowed, folder, "name another folder, or remove this one")
+        with _replacing(file) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+    def find(self, name: str) -> Any:
+        """Find what was saved by a name; ``None`` if nothing was."""
+        if self._folder and (file := self._folder / f"{name}.pt").is_file():
+            # One that is damaged is computed again.
+            with contextlib.suppress(EOFError, OSError, RuntimeError, UnpicklingError):
+                return torch.load(file, weights_only=True)
+        return None
+
+    def save(self, name: str, value: Any) -> None:
+        """Save tensors, in place of what was saved by this name."""
+        if self._folder:
+            with _replacing(self._folder / f"{name}.pt") as partial:
+                try:
+                    torch.save(value, partial)
+                except RuntimeError as error:
+                    # As torch says it of a disk that is full.
+                    raise OSError(str(error).splitlines()[0]) from error

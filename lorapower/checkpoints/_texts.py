@@ -1,11 +1,16 @@
-"""Texts to plan and measure with: read, drawn, divided, and made batches of."""
+"""Texts to plan and measure with: read from files, drawn, divided, and made batches of."""
 
 from __future__ import annotations
 
+import csv
+import functools
 import hashlib
+import io
 import itertools
+import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -18,8 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .. import _checks, randomness
 from ..errors import InputError
 from ._limits import fewest
-from ._models import quiet
-from ._reading import Text
+from ._models import find, quiet, reason, tokenizer
 from .pair import COUNTED_FROM_PADDING, Pair
 
 #: Texts that each part needs, or groups of them: of 61 two may exceed what they certify, of fewer
@@ -41,6 +45,23 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 # About how many numbers a block may keep for one batch. Small batches take longer, as all of its
 # weights are read for each.
 _LOAD = 2**26
+# What to do with a file of another kind.
+_REMEDIES = {
+    ".json": "write each text as an object on a line of its own, to a .jsonl file",
+    ".tsv": "save it with commas, as .csv",
+}
+
+
+class Text(NamedTuple):
+    """A text, its class or the name of that, and which texts belong together, if any is known.
+
+    Texts of one ``group``, such as lines of one document, are no independent draws: a group counts
+    once where errors are certified.
+    """
+
+    text: str
+    label: str | int | None = None
+    group: str | None = None
 
 
 class Batch(NamedTuple):
@@ -132,7 +153,16 @@ def prepare(
     else:
         planning = _shuffle("texts", texts, order, LEAST_TEXTS)
         certifying = _shuffle("held_out", held_out, order, LEAST_TEXTS)
-        _require_apart(planning, certifying)
+        for name in ("text", "group"):
+            one, other = (
+                {getattr(text, name) for g in part for _, text in g}
+                for part in (planning, certifying)
+            )
+            if both := (one & other) - {None}:
+                allowed = f"of {name}s that are not among those for planning"
+                given = f"{len(both)} that are, such as {min(both)!r}"
+                remedy = "take them out here: the certificate is then for other texts than those"
+                raise InputError("held_out", allowed, given, remedy)
     # Of each group one text before any second one.
     lines = filter(None, itertools.chain.from_iterable(itertools.zip_longest(*planning)))
     different = {line[1].text: line for line in lines}
@@ -209,13 +239,13 @@ def _shuffle(
 ) -> list[_Group]:
     """Groups of texts that are not empty, none of them used, in random order, and theirs too."""
     if isinstance(given, str):
-        raise InputError(name, allowed="a list of texts", given="one text")
+        raise InputError(name, "a list of texts", "one text")
     found: dict[str | int, _Group] = {}
     for place, each in enumerate(given):
         text = Text(each) if isinstance(each, str) else each
         if _SURROGATE.search(text.text):
             allowed = "of whole characters, not of halves of surrogate pairs"
-            raise InputError(name, allowed=allowed, value=text.text)
+            raise InputError(name, allowed, value=text.text)
         if stripped := text.text.strip():
             group = found.setdefault(place if text.group is None else text.group, [])
             group.append((place, Text(stripped, text.label, text.group)))
@@ -230,20 +260,9 @@ def _shuffle(
         if needed > LEAST_TEXTS:
             allowed += f": {LEAST_TEXTS} to plan with and {LEAST_TEXTS} to certify with"
         allowed += " that neither the adapter's plan nor a check has used" * bool(used)
-        raise InputError(name, allowed=allowed, given=len(groups), remedy=remedy)
+        raise InputError(name, allowed, len(groups), remedy)
     mixed = (groups[i] for i in order.permutation(len(groups)))
     return [[group[i] for i in order.permutation(len(group))] for group in mixed]
-
-
-def _require_apart(*parts: list[_Group]) -> None:
-    """Refuse texts to certify with, and names of their groups, that are also planned with."""
-    for name in ("text", "group"):
-        one, other = ({getattr(text, name) for g in part for _, text in g} for part in parts)
-        if both := (one & other) - {None}:
-            allowed = f"of {name}s that are not among those for planning"
-            given = f"{len(both)} that are, such as {min(both)!r}"
-            remedy = "take them out here: the certificate is then for other texts than those"
-            raise InputError("held_out", allowed=allowed, given=given, remedy=remedy)
 
 
 def _class(pair: Pair, text: Text) -> int:
@@ -259,9 +278,8 @@ def _class(pair: Pair, text: Text) -> int:
     if type(place) is int and 0 <= place < number:
         return place
     allowed = f"a class, 0 to {number - 1}, or its name ({', '.join(map(str, names))})"
-    remedy = "leave labels out, or correct this one"
-    given = f"{text.label!r} of {text.text[:40]!r}"
-    raise InputError("label", allowed=allowed, given=given, remedy=remedy)
+    given, remedy = f"{text.label!r} of {text.text[:40]!r}", "leave labels out, or correct this one"
+    raise InputError("label", allowed, given, remedy)
 
 
 def _encode(
@@ -273,35 +291,24 @@ def _encode(
 ) -> list[_Encoded]:
     """The first texts, at most 256, as tokens; those without any have no output."""
     places, texts = zip(*itertools.islice(lines, MOST_TEXTS), strict=True)
-    plain = [text.text for text in texts]
+    plain, config = [text.text for text in texts], pair.tuned.config
+    # As many as are asked for, or as both models take.
+    most = min(int(getattr(x, "max_position_embeddings", 0)) for x in (config, pair.config))
+    most -= int(config.pad_token_id) + 1 if config.model_type in COUNTED_FROM_PADDING else 0
+    most = min(_checks.integer("tokens", tokens, 8), most)
     with quiet():
         whole = pair.tokenizer(plain)["input_ids"]
-        kept = pair.tokenizer(plain, truncation=True, max_length=_limit(pair, tokens))["input_ids"]
+        kept = pair.tokenizer(plain, truncation=True, max_length=most)["input_ids"]
     classes = [_class(pair, text) for text in texts]
     each = zip(plain, classes, places, kept, map(len, whole), strict=True)
     encoded = [text for text in map(_Encoded._make, each) if text.ids]
     if len(encoded) < needed:
         allowed = f"at least {needed} {purpose} that the tokenizer makes tokens of"
-        raise InputError("texts", allowed=allowed, given=len(encoded))
+        raise InputError("texts", allowed, len(encoded))
     return encoded
 
 
-def _limit(pair: Pair, tokens: int) -> int:
-    """Tokens of a text at most: so many, or as many as the model takes."""
-    config = pair.tuned.config
-    both = config, pair.config
-    places = min(int(getattr(each, "max_position_embeddings", 0)) for each in both)
-    if config.model_type in COUNTED_FROM_PADDING:
-        places -= int(config.pad_token_id) + 1
-    return min(_checks.integer("tokens", tokens, 8), places)
-
-
-def _batches(
-    pair: Pair,
-    texts: Iterable[_Encoded],
-    *,
-    tight: bool = False,
-) -> Iterator[Batch]:
+def _batches(pair: Pair, texts: Iterable[_Encoded], *, tight: bool = False) -> Iterator[Batch]:
     """Batches of texts of similar length, as padding costs as much as text.
 
     In ``tight`` ones it is at most a fifth.
@@ -326,3 +333,118 @@ def _batches(
             torch.tensor([text.place for text in part]),
             torch.tensor([text.label for text in part]),
         )
+
+
+def read_texts(
+    path: Path | str, *, group: str | None = None, models: Sequence[str] = ()
+) -> list[Text]:
+    """Read the texts of a file: one a line, or of ``.jsonl`` and ``.csv`` the field ``text``.
+
+    They may have a ``label``, and a field that says of which ``group`` they are. In a file of text
+    lines between blank ones are a group, if any two lines are not separated by a blank one. A line
+    of JSON may have ``messages`` (and ``tools``) instead, a chat, which becomes a text by the
+    template of the first of ``models`` that has a tokenizer. Raises `InputError` for a file of
+    another kind or not in UTF-8, and for entries without a text or without the group.
+    """
+    file = Path(path).expanduser()
+    kind = file.suffix.lower()
+    if kind not in ("", ".txt", ".jsonl", ".csv"):
+        remedy = "write .txt (one text a line), .jsonl or .csv (a field text, maybe label)"
+        allowed = "of a kind that is read: .txt, .jsonl or .csv"
+        raise InputError("texts", allowed, path, _REMEDIES.get(kind, remedy))
+    try:
+        # Some editors begin files with a mark of their order of bytes.
+        content = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        said = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise InputError("texts", "a text file in UTF-8", f"{path} ({said})") from error
+    if "\0" in content:
+        raise InputError("texts", "a text file in UTF-8", f"{path} (it has bytes of zeros)")
+    if kind in (".jsonl", ".csv"):
+        rows = (_json if kind == ".jsonl" else _csv)(path, content)
+        template = functools.cache(functools.partial(_find_template, models))
+        return [_entry(where, row, group, template) for where, row in rows]
+    if group is not None:
+        remedy = "separate documents by blank lines instead"
+        raise InputError("group", "given for .jsonl or .csv", path, remedy)
+    parts = itertools.groupby(content.split("\n"), lambda line: bool(line.strip()))
+    documents = [[*lines] for full, lines in parts if full]
+    groups = 1 < len(documents) < sum(map(len, documents))
+    names = (f"document {k} of {path}" if groups else None for k in itertools.count(1))
+    return [Text(x, group=n) for n, lines in zip(names, documents, strict=False) for x in lines]
+
+
+def _json(path: Path | str, content: str) -> Iterator[tuple[str, Any]]:
+    """Read what is on each line of JSON, and name the line."""
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            where = f"{path}, line {number}: {line}"
+            try:
+                yield where, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                remedy = "write one object a line"
+                raise InputError("texts", "lines of JSON", where, remedy) from error
+
+
+def _csv(path: Path | str, content: str) -> Iterator[tuple[str, Any]]:
+    """Read rows below a header, and name them; an empty label is none."""
+    rows = csv.DictReader(io.StringIO(content, newline=""), strict=True)
+    try:
+        if len({*(rows.fieldnames or ())}) < len(rows.fieldnames or ()):
+            allowed = "a header that names each field once"
+            raise InputError("texts", allowed, f"{path}: {rows.fieldnames}")
+        for row in rows:
+            where = f"{path}, line {rows.line_num}: {row}"
+            if None in row or None in row.values():
+                remedy = 'put fields with commas in quotation marks (")'
+                raise InputError("texts", "rows of as many fields as the header has", where, remedy)
+            yield where, row | {"label": row.get("label") or None}
+    except csv.Error as error:
+        where = f"{path}, line {rows.line_num} ({error})"
+        raise InputError("texts", "rows of .csv", where) from error
+
+
+def _entry(where: str, row: Any, group: str | None, template: Callable[[], Any]) -> Text:
+    """The text of one entry, with its label and its group."""
+    fields = row if isinstance(row, Mapping) else {}
+    text = fields.get("text")
+    if text is None and "messages" in fields:
+        text = _write_chat(where, fields, template())
+    if not isinstance(text, str):
+        remedy = "name so what holds what the model is given; chats have a field messages"
+        raise InputError("texts", "entries with a field text", where, remedy)
+    of = None if group is None else fields.get(group)
+    if group is not None and (not isinstance(of, str | int) or of == ""):
+        raise InputError("texts", f"entries with a field {group}, a name or a number", where)
+    return Text(text, fields.get("label"), None if of is None else str(of))
+
+
+def _write_chat(where: str, fields: Mapping[str, Any], template: Any) -> str:
+    """Write a chat as a text, without what the tokenizer will put before it again."""
+    chat, tools, said = fields["messages"], fields.get("tools"), ("content", "tool_calls")
+    # Of what is missing most templates make nothing, silently.
+    for one in chat if isinstance(chat, list) and chat else [None]:
+        if not (isinstance(one, dict) and "role" in one and any(map(one.get, said))):
+            allowed, remedy = "chats of one message or more", 'give each a "role" and a "content"'
+            raise InputError("texts", allowed, where, remedy)
+    try:
+        text: str = template.apply_chat_template(chat, tools=tools, tokenize=False)
+    except Exception as error:  # whatever a template raises
+        allowed = "chats that the tuned model's template takes"
+        raise InputError("texts", allowed, f"{where} ({reason(error)})") from error
+    first = template.bos_token_id
+    begins = first is not None and template("").input_ids[:1] == [first]
+    return text.removeprefix(template.bos_token) if begins else text
+
+
+def _find_template(models: Sequence[str]) -> Any:
+    """The tokenizer of the first model that has one, with its template for chats."""
+    folders = (find("tuned", model) for model in models)
+    place = next((f for f in folders if (f / "tokenizer_config.json").is_file()), None)
+    made = None if place is None else tokenizer(str(place))
+    if made is None or made.chat_template is None:
+        allowed = "no chats, where the tuned model's tokenizer has no template for them"
+        remedy = "write what the model is given to a field text, or save the template with the "
+        remedy += "tokenizer (chat_template.jinja)"
+        raise InputError("texts", allowed, f"chats and {place or 'no tokenizer'}", remedy)
+    return made

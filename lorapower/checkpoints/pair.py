@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..lowrank import LowRank
-from ._adapters import MergedCheckpoint, open_tuned
+from ._adapters import MergedCheckpoint
 from ._folders import sample
-from ._models import Checkpoint, Rows, build, find, listed, quiet, require_libraries, tokenizer
+from ._models import PEFT_CONFIG, Checkpoint, Rows, build, find, listed, tokenizer
 
 Task = Literal["classification", "language", "encoder"]
 # Where the equal blocks are in the model without its head, by ``model_type`` of transformers.
@@ -105,26 +105,29 @@ class Reader(Protocol):
     def __call__(self, name: str, rows: Rows = None) -> Tensor: ...
 
 
-class Sliced:
-    """A matrix, or its transpose, of which some rows are read at a time to multiply columns."""
+class Sliced(NamedTuple):
+    """A matrix as it is ``stored``, or its transpose, of which some rows are read at a time."""
 
-    def __init__(
-        self, read: Callable[[slice], Tensor], stored: tuple[int, ...], transposed: bool = False
-    ) -> None:
-        self._read, self._stored, self._transposed = read, stored, transposed
-        self.shape = stored[::-1] if transposed else stored
+    read: Callable[[slice], Tensor]
+    stored: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(out, in)``."""
+        return self.stored[::-1] if self.transposed else self.stored
 
     @property
     def mT(self) -> Sliced:  # noqa: N802
         """The transpose."""
-        return Sliced(self._read, self._stored, not self._transposed)
+        return self._replace(transposed=not self.transposed)
 
     def __matmul__(self, columns: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
         """Multiply columns."""
-        parts = [slice(start, start + _ROWS) for start in range(0, self._stored[0], _ROWS)]
-        if not self._transposed:
-            return torch.cat([self._read(some).to(columns) @ columns for some in parts])
-        products = (self._read(some).to(columns).mT @ columns[some] for some in parts)
+        parts = [slice(start, start + _ROWS) for start in range(0, self.stored[0], _ROWS)]
+        if not self.transposed:
+            return torch.cat([self.read(some).to(columns) @ columns for some in parts])
+        products = (self.read(some).to(columns).mT @ columns[some] for some in parts)
         return functools.reduce(torch.add, products)
 
 
@@ -193,40 +196,46 @@ class Pair:
         architecture, size or configuration, and for adapters that are no LoRA, do not fit, or
         change nothing.
         """
-        require_libraries()
         base_files = Checkpoint("base", base)
-        tuned_files = open_tuned(tuned, base_files, any_base=any_base)
+        if not isinstance(tuned, str | Path) or not str(tuned):
+            raise InputError("tuned", "a checkpoint or an adapter", value=tuned)
+        tuned_files: Checkpoint | MergedCheckpoint
+        folder = find("tuned", str(tuned))
+        if (folder / PEFT_CONFIG).is_file():
+            tuned_files = MergedCheckpoint(base_files, str(tuned), folder)
+            if not any_base:
+                tuned_files.require_base()
+        else:
+            tuned_files = Checkpoint("tuned", str(tuned), folder)
         architecture, task = _describe(tuned_files.config)
         kind, tuned_kind = base_files.config.model_type, tuned_files.config.model_type
         if kind != tuned_kind:
-            raise InputError("tuned", allowed=f"of type {kind!r}, like the base", given=tuned_kind)
+            raise InputError("tuned", f"of type {kind!r}, like the base", tuned_kind)
         differing = _compare_configurations(base_files.config, tuned_files.config, task)
-        config = _with_head(base_files.config, tuned_files.config)
+        config = copy.deepcopy(base_files.config)
+        for name, value in tuned_files.config.to_dict().items():
+            if _HEAD.fullmatch(name) and value is not None:
+                setattr(config, name, getattr(tuned_files.config, name))
         network = build(config, architecture, empty=True)
         sizes = {name: tuple(value.shape) for name, value in network.named_parameters()}
         stem, body = network.base_model_prefix, network.base_model
         prefix = "" if body is network else f"{stem}."
-        new = base_files.bind(sizes, stem)
+        plain = [each for each in (base_files, tuned_files) if isinstance(each, Checkpoint)]
+        new, *_ = [each.bind(sizes, stem) for each in plain]
         blocks = prefix + _BLOCKS[kind]
         if deep := sorted(name for name in new if name.startswith(f"{blocks}.")):
-            allowed = "with all weights of the blocks"
-            raise InputError("base", allowed=allowed, given=f"no {listed(deep)}")
-        _require_used(base_files, network, blocks.removeprefix(prefix))
+            raise InputError("base", "with all weights of the blocks", f"no {listed(deep)}")
+        for each in plain:
+            _require_used(each, network, _BLOCKS[kind])
+            each.require_finite(sizes)
         if isinstance(tuned_files, MergedCheckpoint):
-            with quiet():
-                tuned_files.fit(build(tuned_files.config, architecture, empty=True))
-        else:
-            tuned_files.bind(sizes, stem)
-            _require_used(tuned_files, network, blocks.removeprefix(prefix))
-            if extra := sorted(tuned_files.unused - base_files.unused):
-                allowed = f"with nothing but weights of {architecture}"
-                raise InputError("tuned", allowed=allowed, given=f"one with {listed(extra)}")
+            tuned_files.fit(build(tuned_files.config, architecture, empty=True))
+        elif extra := sorted(tuned_files.unused - base_files.unused):
+            allowed = f"with nothing but weights of {architecture}"
+            raise InputError("tuned", allowed, f"one with {listed(extra)}")
         if missing := sorted(name for name in sizes if not tuned_files.has(name)):
             allowed, given = f"with all weights of {architecture}", f"one without {listed(missing)}"
-            raise InputError("tuned", allowed=allowed, given=given)
-        base_files.require_finite(sizes)
-        if isinstance(tuned_files, Checkpoint):
-            tuned_files.require_finite(sizes)
+            raise InputError("tuned", allowed, given)
         modules = {
             module.name: module
             for module in _linear_modules(body, prefix, blocks, task)
@@ -234,8 +243,7 @@ class Pair:
         }
         about = architecture, task, prefix, blocks, config, differing, modules
         pair = cls(base_files, tuned_files, *about)
-        others = tuple(pair._compare(network, new))
-        words = {module.name: module for module in pair._words(network, others, new)}
+        others, words = pair._compare(network, new)
         return replace(pair, others=others, words=words)
 
     def with_words(self, names: Collection[str]) -> Pair:
@@ -252,7 +260,7 @@ class Pair:
         found.pad_token = found.pad_token or found.eos_token
         if found.pad_token is None:
             allowed = "with a tokenizer that has a token to pad with"
-            raise InputError("tuned", allowed=allowed, given=self.tuned.source)
+            raise InputError("tuned", allowed, self.tuned.source)
         found.padding_side = "right"
         return found
 
@@ -289,19 +297,18 @@ class Pair:
 
         Nor are all words of large embeddings and heads in memory at once.
         """
-        module = self.modules[name]
+        module, key = self.modules[name], f"{name}.weight"
         if isinstance(self.tuned, MergedCheckpoint):
-            update = self.tuned.update(f"{name}.weight", module.shape)
+            update = self.tuned.update(key, module.shape)
             if update is not None:
                 return update
         if math.prod(module.shape) <= LARGE:
             return self.change(name)
-        key = f"{name}.weight"
-        sliced = Sliced(
-            lambda some: self.tuned.read(key, some) - self.base.read(key, some),
-            self.base.shape(key),
-        )
-        return sliced.mT if module.transposed else sliced
+
+        def read(some: slice) -> Tensor:
+            return self.tuned.read(key, some) - self.base.read(key, some)
+
+        return Sliced(read, self.base.shape(key), module.transposed)
 
     def weight(self, which: str, module: Module) -> Float[Tensor, "out in"]:
         """Read a module's weight in ``"base"`` or ``"tuned"``."""
@@ -342,17 +349,14 @@ class Pair:
 
         An adapter carries it unless that is a module, or left as it is.
         """
-        skeleton = self.skeleton("base")
-        head = skeleton.get_output_embeddings() if self.task == "language" else None
-        if head is None:
+        if self.task != "language":
             return False
-        parts = {id(value) for value in head.parameters()}
-        names = {name for name, value in skeleton.named_parameters() if id(value) in parts}
+        network = self.skeleton("base")
+        parts = {id(value) for value in network.get_output_embeddings().parameters()}
+        names = {name for name, value in network.named_parameters() if id(value) in parts}
         differing = {other.name for other in self.others}
         differing |= {f"{name}.weight" for name in self.modules}
-        if not isinstance(which, str):
-            differing -= self._carried
-        return not names & differing
+        return not names & (differing if isinstance(which, str) else differing - self._carried)
 
     @functools.cached_property
     def _carried(self) -> frozenset[str]:
@@ -360,25 +364,17 @@ class Pair:
         return frozenset(other.name for other in self.others if other.kind not in self.leave)
 
     def skeleton(self, which: str = "tuned") -> Any:
-        """A network of transformers without weights, ``"base"`` or ``"tuned"``.
-
-        Each has its own configuration, and adapted networks have the base's.
-        """
-        own = which == "tuned" or not self.differing
-        return self._skeletons["tuned" if own else "base"]
+        """A network without weights, of the ``"base"`` as adapted ones are, or the ``"tuned"``."""
+        return self._skeletons["tuned" if which == "tuned" or not self.differing else "base"]
 
     @functools.cached_property
     def _skeletons(self) -> dict[str, Any]:
         return {which: self.build(which, empty=True) for which in ("tuned", "base")}
 
     def build(self, which: str = "base", *, empty: bool = False) -> Any:
-        """Make a network with the configuration of the base or of the tuned one, and any weights.
-
-        An ``empty`` one has none.
-        """
+        """Make a network with the configuration of one of both; an ``empty`` one has no weights."""
         config = self.tuned.config if which == "tuned" else self.config
-        with quiet():
-            network = build(config, self.architecture, empty=empty)
+        network = build(config, self.architecture, empty=empty)
         network.eval().requires_grad_(False)
         network.config.pad_token_id = self.padding
         # Each text is passed once, and keys of one pass must not get into another.
@@ -387,10 +383,8 @@ class Pair:
 
     def network(self, which: str | Adapter = "tuned", read: Reader | None = None) -> Any:
         """Make a whole network of transformers: ``"base"``, ``"tuned"``, or the base adapted."""
-        network, read = (
-            self.build("tuned" if which == "tuned" else "base"),
-            read or self.reader(which),
-        )
+        network = self.build("tuned" if which == "tuned" else "base")
+        read = read or self.reader(which)
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 parameter.copy_(read(name))
@@ -407,10 +401,15 @@ class Pair:
             found += (start + rows).tolist()
         return found
 
-    def _compare(self, network: Any, new: Collection[str]) -> Iterable[_Other]:
-        """What differs beside the weights of modules, with what the base lacks (``new``)."""
+    def _compare(
+        self, network: Any, new: Collection[str]
+    ) -> tuple[tuple[_Other, ...], dict[str, Module]]:
+        """What differs beside weights of modules, with what the base lacks (``new``), and words."""
         from transformers.pytorch_utils import Conv1D
 
+        others, words = list[_Other](), dict[str, Module]()
+        embedding = network.get_input_embeddings()
+        head = network.get_output_embeddings() if self.task == "language" else None
         for name, value in network.named_parameters():
             place, _, part = name.rpartition(".")
             if place in self.modules and part == "weight":
@@ -421,30 +420,20 @@ class Pair:
             owner, size = network.get_submodule(place), value.numel()
             if isinstance(owner, nn.Embedding):
                 kind = "embedding"
-                if owner is network.get_input_embeddings() and name not in new:
+                if owner is embedding and name not in new:
                     size = len(rows) * value.shape[1]
             elif isinstance(owner, nn.Linear | Conv1D) and place not in self.modules:
                 kind = "head"
             else:
                 kind = "bias" if part == "bias" else "norm"
-            yield _Other(name, kind, size)
-
-    def _words(
-        self, network: Any, others: Iterable[_Other], new: Collection[str]
-    ) -> Iterable[Module]:
-        """Changed word embeddings and the head of a language model, as modules."""
-        places = [("embedding", network.get_input_embeddings())]
-        if self.task == "language":
-            places.append(("head", network.get_output_embeddings()))
-        named = {module: name for name, module in network.named_modules()}
-        sizes = {other.name: other.size for other in others if other.name not in new}
-        for kind, owner in places:
-            name, (rows, columns) = named[owner], owner.weight.shape
-            if sizes.get(f"{name}.weight", 0) > rows + columns:
-                embeds = kind == "embedding"
-                shape = (columns, rows) if embeds else (rows, columns)
+            others.append(_Other(name, kind, size))
+            embeds = owner is embedding
+            known = name not in new and part == "weight" and (embeds or owner is head)
+            if known and size > sum(value.shape):
+                shape = tuple(value.shape[::-1] if embeds else value.shape)
                 bias = getattr(owner, "bias", None) is not None
-                yield Module(name, kind, shape, bias, embeds)
+                words[place] = Module(place, kind, shape, bias, embeds)
+        return tuple(others), words
 
 
 def _describe(config: Any) -> tuple[str, Task]:
@@ -452,16 +441,14 @@ def _describe(config: Any) -> tuple[str, Task]:
     import transformers
 
     if config.model_type not in _BLOCKS:
-        allowed = f"of type {', '.join(_BLOCKS)}"
-        raise InputError("tuned", allowed=allowed, given=f"type {config.model_type!r}")
+        raise InputError("tuned", f"of type {', '.join(_BLOCKS)}", f"type {config.model_type!r}")
     architecture = (getattr(config, "architectures", None) or ["nothing"])[0]
     task = next((task for end, task in _TASKS.items() if architecture.endswith(end)), None)
     if task is None or not hasattr(transformers, architecture):
         allowed = f"an architecture of transformers that ends in {', '.join(_TASKS)}"
-        raise InputError("tuned", allowed=allowed, given=architecture)
+        raise InputError("tuned", allowed, architecture)
     if getattr(config, "problem_type", None) == "multi_label_classification":
-        allowed = "a classifier into one class of several"
-        raise InputError("tuned", allowed=allowed, given=config.problem_type)
+        raise InputError("tuned", "a classifier into one class of several", config.problem_type)
     return architecture, task
 
 
@@ -471,9 +458,8 @@ def _compare_configurations(base: Any, tuned: Any, task: Task) -> dict[str, tupl
     Adapters carry weights alone, and are served with the configuration of the base. Raises
     `InputError` for entries with which the base's weights are another function altogether.
     """
-    own, other = (
-        _IMPLIED | {n: v for n, v in c.to_dict().items() if v is not None} for c in (base, tuned)
-    )
+    both = ({n: v for n, v in c.to_dict().items() if v is not None} for c in (base, tuned))
+    own, other = (_IMPLIED | given for given in both)
     counted = {name for name in own.keys() | other.keys() if not _HARMLESS.fullmatch(name)}
     rotary = any(name.startswith("rope_") for name in own)
     ropes = [c.get(name, {}) for c in (own, other) for name in ("rope_parameters", "rope_scaling")]
@@ -490,37 +476,26 @@ def _compare_configurations(base: Any, tuned: Any, task: Task) -> dict[str, tupl
     unequal = sorted(name for name in counted if own.get(name) != other.get(name))
     served = [name for name in unequal if rotary and _SERVED.fullmatch(name)]
     if differing := [name for name in unequal if name not in served]:
-        raise InputError(
-            "tuned",
-            allowed="with the base's configuration, as adapters are served with that",
-            given=", ".join(f"{n} {other.get(n)!r} instead of {own.get(n)!r}" for n in differing),
-            remedy="if the tuned model needs these, save the base with them and name that, to plan "
-            "with and to serve; if not, correct its config.json",
-        )
+        allowed = "with the base's configuration, as adapters are served with that"
+        given = ", ".join(f"{n} {other.get(n)!r} instead of {own.get(n)!r}" for n in differing)
+        remedy = "if the tuned model needs these, save the base with them and name that, to plan "
+        remedy += "with and to serve; if not, correct its config.json"
+        raise InputError("tuned", allowed, given, remedy)
     return {name: (own.get(name), other.get(name)) for name in served}
-
-
-def _with_head(base: Any, tuned: Any) -> Any:
-    """The base's configuration, with what belongs to the tuned model's head and tokenizer."""
-    config = copy.deepcopy(base)
-    for name, value in tuned.to_dict().items():
-        if _HEAD.fullmatch(name) and value is not None:
-            setattr(config, name, getattr(tuned, name))
-    return config
 
 
 def _require_used(checkpoint: Checkpoint, network: Any, blocks: str) -> None:
     """Refuse weights of a network with another configuration than the checkpoint's own."""
     if deep := sorted(k for k in checkpoint.unused if re.search(rf"(^|\.){blocks}\.", k)):
         allowed = "of as many blocks as its config.json says, with weights of the same names"
-        raise InputError(checkpoint.name, allowed=allowed, given=listed(deep))
+        raise InputError(checkpoint.name, allowed, listed(deep))
     first: dict[int, str] = {}
     for name, value in network.named_parameters(remove_duplicate=False):
         same = first.setdefault(id(value), name)
         if name in checkpoint.unused and not checkpoint.read(name).equal(checkpoint.read(same)):
             allowed = f"with one weight for {name} and {same}, as tie_word_embeddings says"
             remedy = "set it to false in config.json, or save the model with one weight"
-            raise InputError(checkpoint.name, allowed=allowed, given="two", remedy=remedy)
+            raise InputError(checkpoint.name, allowed, "two", remedy)
 
 
 def _linear_modules(body: nn.Module, prefix: str, blocks: str, task: Task) -> Iterable[Module]:

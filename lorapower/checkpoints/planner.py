@@ -7,7 +7,7 @@ import functools
 import math
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,16 +20,14 @@ from torch import Tensor, nn
 from .. import _checks, randomness
 from ..errors import InputError
 from ..lowrank import LowRank
-from ._effect import PROBES, Pool, Slopes, choose, draw_rows, predict, predict_least
+from . import _effect
+from ._effect import Choice, Directions, Moments
+from ._folders import Work, digest_numbers
 from ._limits import are_alike, quantile
 from ._measuring import Measured, Readout, Reference, Trial, run_trials
-from ._metrics import TOKENS as MOMENT_TOKENS
-from ._metrics import Directions, Moments, find_directions
 from ._models import Rows, has_bfloat16, listed, require_device, require_memory
-from ._reading import Text
-from ._streams import Network, Pass, advance, stream
-from ._texts import TOKENS, count_tokens, prepare
-from ._work import Work, digest
+from ._streams import Pass, advance, stream
+from ._texts import TOKENS, Text, count_tokens, prepare
 from .pair import KINDS, LARGE, Adapter, Module, Pair
 
 #: Types of weights in which errors can be stated.
@@ -120,34 +118,25 @@ class Planner:
         report: Report | None = None,
     ) -> None:
         """Pass texts through both networks."""
-        _require_leave(pair, leave)
+        self.options = {"modules": modules, "leave": sorted(map(str, leave)), "tokens": tokens}
+        self.options |= {"thorough": thorough, "max_rank": max_rank, "serving": serving}
+        self.options |= {"seed": seed, "dtype": dtype}
         _checks.choice("dtype", dtype, DTYPES)
-        self.options = {
-            "modules": modules,
-            "leave": sorted(leave),
-            "tokens": tokens,
-            "thorough": thorough,
-            "max_rank": max_rank,
-            "serving": serving,
-            "seed": seed,
-            "dtype": dtype,
-        }
         self.serving, self.max_rank = serving, _checks.integer("max_rank", max_rank, 1)
         self.device = require_device(device)
         self.seed, self.report = seed, report or (lambda *_: None)
-        pair = replace(pair, leave=frozenset(leave))
-        self.modules = _choose_modules(pair, modules)
-        if serving:
-            together = {module.fused for module in self.modules.values()}
-            self.modules = {n: m for n, m in pair.modules.items() if m.fused in together}
-        self.pair = pair = pair.with_words(self.modules)
+        self.modules = _choose_modules(pair, modules, leave, serving)
+        self.pair = pair = replace(pair, leave=frozenset(leave)).with_words(self.modules)
         self.texts = prepare(pair, texts, held_out, tokens=tokens, thorough=thorough, seed=seed)
-        self.probes = _THOROUGH if thorough else PROBES
-        said = f"{require_memory(self._memory)}, {self._reading / 1e9:.1f} GB to read"
+        self.probes = _THOROUGH if thorough else _effect.PROBES
+        memory, reading, self._passes = self._estimate()
+        said = f"{require_memory(memory)}, {reading / 1e9:.1f} GB to read"
         given = (x for part in self.texts[:3] for batch in part for x in batch)
-        about = {"texts": digest(given), "pair": pair.fingerprint, "device": self.device.type}
-        self._work = Work(work, about | self.options)
+        about = {"texts": digest_numbers(given), "pair": pair.fingerprint}
+        self._work = Work(work, about | {"device": self.device.type} | self.options)
         self.readout = Readout(stream(pair, "tuned", self.device))
+        # The largest size so far, and the directions for it.
+        self._choice: tuple[int, Choice] | None = None
         self._pass_texts(f"passing texts ({said})")
         # Of other texts than those that certify, so that the losses of these are independent.
         self.test.typical = math.sqrt(self.select.effect.mean())
@@ -168,14 +157,10 @@ class Planner:
 
     def moments(self, names: Collection[str]) -> dict[str, Moments]:
         """Take `Moments` of inputs and outputs of linear modules at the tuned network."""
-        found: dict[str, Moments] = {}
-
-        def keep(name: str, about: Moments | None) -> None:
-            if about is not None:
-                found[name] = about
-
-        self._slopes({name: self.modules[name] for name in names}).take(keep, None, seed=self.seed)
-        return found
+        found: dict[str, Moments | None] = {}
+        slopes = self._slopes({name: self.modules[name] for name in names})
+        slopes.take(found.__setitem__, None, seed=self.seed)
+        return {name: about for name, about in found.items() if about is not None}
 
     @property
     def weighted(self) -> dict[str, Directions]:
@@ -188,7 +173,7 @@ class Planner:
         Weighted directions of all modules' changes are taken by what they add to the effect for
         their cost, and gains are fitted to all of them at once [prop-sketch].
         """
-        choice = choose(self._pool, *self._sketches, parameters)
+        choice = _effect.choose(self._pool, *self._sketches, parameters)
         return self._with_gains(choice.gains(parameters))
 
     def uniform(self, parameters: int) -> Adapter:
@@ -196,8 +181,8 @@ class Planner:
 
         It has the leading singular directions of each change.
         """
-        fitting = [r for r in range(1, self.max_rank + 1) if self.parameters(r) <= parameters]
-        rank = max(fitting, default=1)
+        ranks = range(1, self.max_rank + 1)
+        rank = max((r for r in ranks if self.parameters(r) <= parameters), default=1)
         factors = {n: _balance(self._decompose(n, most=rank).update) for n in self.modules}
         return Adapter(factors, {})
 
@@ -216,25 +201,26 @@ class Planner:
         numbers = [self.parameters(1) * 2**k // 16 for k in range(13)]
         numbers = [number for number in numbers if number < self.most] + [self.most]
         square = (_TYPICAL * error) ** 2 * float(self.select.effect.mean())
-        high = predict_least(self._pool, *sketches, square, numbers)
-        choice = choose(self._pool, *sketches, high)
+        high = _effect.predict_least(self._pool, *sketches, square, numbers)
+        # The same is found whatever was asked before.
+        self._choice = None
         low = done = 0
         while True:
-            adapter = self._with_gains(choice.gains(high))
+            adapter = self.at(high)
             if lost(self.run((adapter, self.select))[0].squares) <= error:
                 break
             if high == self.most:
                 return adapter
             low, high = high, min(2 * high, self.most)
-            choice = choose(self._pool, *sketches, high)
+        # Several at a time where reading weights takes time.
+        parts = [1 / 2] if self.device.type == "cpu" else [part / 5 for part in range(1, 5)]
         while high > 1.05 * low + self.parameters(1) // 50:
             steps = math.log(high / low) / math.log(1.05) if low else 2**6
-            total = done + max(1, math.ceil(math.log(steps, 1 + self._together)))
+            total = done + max(1, math.ceil(math.log(steps, 1 + len(parts))))
             self.report("searching the smallest adapter", done, total)
             done += 1
-            parts = [part / (1 + self._together) for part in range(1, 1 + self._together)]
             sizes = [round(low ** (1 - x) * high**x if low else x * high) for x in parts]
-            tried = [self._with_gains(choice.gains(size)) for size in sizes]
+            tried = [*map(self.at, sizes)]
             ran = self.run(*((smaller, self.select) for smaller in tried))
             for size, smaller, trial in reversed([*zip(sizes, tried, ran, strict=True)]):
                 if lost(trial.squares) > error:
@@ -244,33 +230,56 @@ class Planner:
         self.report("searching the smallest adapter", done, done)
         return adapter
 
-    def descend(self, aim: float, *, estimate: bool = False) -> Iterator[Adapter]:
-        """Make adapters from large to small, along the order in which `candidate` takes directions.
+    def sizes(self, aim: float, *, estimate: bool = False) -> tuple[list[int], int]:
+        """List sizes of adapters, from large to small, and the place to begin at.
 
-        The first have 4, 2.8, 2 and 1.4 times the parameters of the smallest one that loses 0.6
-        times the aim on the texts for selection: in all and, but for an ``estimate``, on nine of
-        ten texts. Later ones have 20% fewer parameters each, and the last none. None of this looks
-        at the texts for stating.
+        To certify, begin with 4, 2.8, 2 and 1.4 times the parameters of the smallest adapter that
+        loses 0.6 times the aim on the texts for selection: in all and on nine of ten texts. To
+        ``estimate``, begin with the smallest that loses the aim there. Later ones have 20% fewer
+        parameters each, and the last none. None of this looks at the texts for stating.
         """
-        if self._rounds:
-            self._require_little_noise(aim)
-        lost = self.select.error if estimate else self._lost
-        low = self.smallest(_SAFE * aim, lost).parameters
-        sizes = [min(round(times * low), self.most) for times in _FIRST]
+        select = self.select
+        if self._selecting != torch.float32:
+            network = stream(self.pair, "tuned", self.device, self._selecting)
+            noise = select.error(run_trials([(network, select)])[0].squares)
+            if noise > aim / 5:
+                given = f"bfloat16, whose rounding alone loses {noise:.1%}"
+                allowed = f"float32 for an error of {aim:.1%}, or a type that loses a fifth of it"
+                raise InputError("dtype", allowed, given, "leave --dtype out")
+
+        def lost(squares: NDArray[np.float64]) -> float:
+            """The error, or what nine of ten texts lose at most if that is more."""
+            return max(select.error(squares), quantile(select.losses(squares)))
+
+        if estimate:
+            # From nothing no step leads to more.
+            low = max(self.smallest(aim).parameters, self.parameters(1) // 16)
+            times = [_STEP**-k for k in range(60)]
+        else:
+            low, times = self.smallest(_SAFE * aim, lost).parameters, [*_FIRST]
+        sizes = sorted({min(round(each * low), self.most) for each in times}, reverse=True)
+        start = sizes.index(min(low, self.most)) if estimate else 0
         while sizes[-1] > self.parameters(1) // 50:
             sizes.append(math.floor(_STEP * sizes[-1]))
-        choice, before = choose(self._pool, *self._sketches, sizes[0]), -1
-        for size in [*sizes, 0]:
-            adapter = self._with_gains(choice.gains(size))
-            if adapter.parameters != before:
-                yield adapter
-            before = adapter.parameters
+        return [*sizes, 0], start
+
+    def at(self, parameters: int) -> Adapter:
+        """Make an adapter along the order of directions for the largest size asked for so far."""
+        if self._choice is None or parameters > self._choice[0]:
+            self._choice = parameters, _effect.choose(self._pool, *self._sketches, parameters)
+        return self._with_gains(self._choice[1].gains(parameters))
 
     def run(self, *trials: tuple[Adapter, Reference]) -> list[Trial]:
         """Pass texts through the base with an adapter; all of these together, block by block."""
-        names = [self._name(*trial) for trial in trials]
+        names, networks = [], []
+        for adapter, part in trials:
+            sides = (side for each in adapter.factors.values() for side in (each.left, each.right))
+            numbers = digest_numbers([*sides, *adapter.biases.values()])
+            kind = {id(self.select): "select", id(self.test): "test"}.get(id(part), "planned")
+            dtype = self._selecting if part is self.select else torch.float32
+            names.append(f"{kind}-{numbers}")
+            networks.append((stream(self.pair, adapter, self.device, dtype), part))
         found = [self._work.find(name) for name in names]
-        networks = [(self._stream(*trial), trial[1]) for trial in trials]
         again = [i for i, states in enumerate(found) if states is None]
         for i, trial in zip(again, run_trials([networks[i] for i in again]), strict=True):
             found[i] = trial.states
@@ -278,31 +287,11 @@ class Planner:
         each = zip(networks, found, strict=True)
         return [Trial(part, network, states) for (network, part), states in each]
 
-    def _stream(self, which: Adapter | str, reference: Reference) -> Network:
-        """A network for a part of the texts: that to select by may be passed in bfloat16."""
-        rounded = reference is self.select and self._rounds
-        dtype = torch.bfloat16 if rounded else torch.float32
-        return stream(self.pair, which, self.device, dtype)
-
     @property
-    def _rounds(self) -> bool:
-        """Whether candidates are selected in bfloat16, where the device multiplies that."""
-        return self.options["dtype"] == "bfloat16" and has_bfloat16(self.device.type)
-
-    def _require_little_noise(self, aim: float) -> None:
-        """Refuse to select in bfloat16 where its own rounding loses a fifth of the error."""
-        (tuned,) = run_trials([(self._stream("tuned", self.select), self.select)])
-        noise = self.select.error(tuned.squares)
-        if noise > aim / 5:
-            given = f"bfloat16, whose rounding alone loses {noise:.1%}"
-            allowed = f"float32 for an error of {aim:.1%}, or a type that loses a fifth of it"
-            raise InputError("dtype", allowed=allowed, given=given, remedy="leave --dtype out")
-
-    def _name(self, adapter: Adapter, reference: Reference) -> str:
-        """Name the result of an adapter on a part of the texts."""
-        sides = (side for each in adapter.factors.values() for side in (each.left, each.right))
-        part = {id(self.select): "select", id(self.test): "test"}.get(id(reference), "planned")
-        return f"{part}-{digest([*sides, *adapter.biases.values()])}"
+    def _selecting(self) -> torch.dtype:
+        """The type in which candidates are selected: bfloat16 where the device multiplies that."""
+        rounds = self.options["dtype"] == "bfloat16" and has_bfloat16(self.device.type)
+        return torch.bfloat16 if rounds else torch.float32
 
     def error(self, adapter: Adapter) -> float:
         """Measure ``η`` on the texts for selection."""
@@ -319,10 +308,10 @@ class Planner:
         """
         if self.options["dtype"] == "float32":
             return math.nan, math.nan
-        networks = [stream(self.pair, x, self.device, torch.bfloat16) for x in (adapter, "tuned")]
-        trials = run_trials([(network, self.test) for network in networks])
-        merged, floor = (self.test.error(trial.squares) for trial in trials)
-        return merged, floor
+        ways: tuple[Adapter | str, ...] = adapter, "tuned"
+        networks = [stream(self.pair, way, self.device, torch.bfloat16) for way in ways]
+        merged, floor = run_trials([(network, self.test) for network in networks])
+        return self.test.error(merged.squares), self.test.error(floor.squares)
 
     def neighbours_alike(self, squares: NDArray[np.float64]) -> bool:
         """Whether neighbouring texts for planning lose so alike that they may be of one group.
@@ -353,7 +342,7 @@ class Planner:
                 wanted = ((left.mT @ kept.left.double()) * (right.mT @ kept.right.double())).sum(1)
                 options: dict[str, Any] = {"rcond": 1e-8, "driver": "gelsd"}
                 gains = torch.linalg.lstsq(products, wanted[:, None], **options).solution[:, 0]
-            part = predict(held[:, place], gains)
+            part = _effect.predict(held[:, place], gains)
             lost[name] = math.sqrt(part / whole) if whole else 0.0
         return lost
 
@@ -367,45 +356,36 @@ class Planner:
         network = stream(self.pair, Adapter({}, {}), self.device, read=read)
         return self.test.error(run_trials([(network, self.test)])[0].squares)
 
-    @property
-    def _memory(self) -> float:
-        """About how many bytes of memory the work takes: those of a block count, not of all."""
+    def _estimate(self) -> tuple[float, float, float]:
+        """About how many bytes of memory the work takes, how many it reads, and how long it takes.
+
+        Memory holds a block's weights, not all; files that are read may be kept in memory. The time
+        is in units of that in which all texts pass.
+        """
+        base, tuned = self.pair.base.size, self.pair.tuned.size
         skeleton = self.pair.skeleton()
         blocks = skeleton.get_submodule(self.pair.blocks)
         width, linear = skeleton.config.hidden_size, self.modules.values()
         sides = sum(module.cost for module in linear)
-        block = sum(value.numel() for value in blocks[0].parameters())
-        largest = max(math.prod(module.shape) for module in linear)
-        tokens = count_tokens(self.texts.fit) + count_tokens(self.texts.select)
+        fit, select, stated = map(count_tokens, self.texts[:3])
+        tokens = fit + select
         numbers = (
-            block
-            + 3 * min(largest, LARGE)
+            sum(value.numel() for value in blocks[0].parameters())
+            + 3 * min(max(math.prod(module.shape) for module in linear), LARGE)
             + tokens * width * (len(blocks) + self.probes)
             # Inputs and outputs of a block's modules, twice.
-            + 2 * min(tokens, MOMENT_TOKENS) * sides // len(blocks)
+            + 2 * min(tokens, _effect.MOMENT_TOKENS) * sides // len(blocks)
             + self.max_rank * sides
             + 8 * width**2
             # Logits of some rows and words, and what is computed of them.
             + 2**26 * (self.pair.task == "language")
         )
-        return _LIBRARIES + 4 * numbers
-
-    @property
-    def _reading(self) -> float:
-        """About how many bytes are read, of files that the machine may keep in memory."""
+        more: float = (_SELECTED - 2) * select + (_STATED - 2) * stated
+        more += (1 + _BACK * self.probes) * tokens + _BACK * min(fit, _effect.MOMENT_TOKENS)
         # Each is read when it is checked, when texts pass, and for directions in metrics (the tuned
         # one twice) and singular ones.
-        base, tuned = self.pair.base.size, self.pair.tuned.size
-        return 4 * base + 5 * tuned + _CANDIDATES * base
-
-    @property
-    def _together(self) -> int:
-        """How many candidates of a search are passed together, as reading weights takes time."""
-        return 1 if self.device.type == "cpu" else 4
-
-    def _lost(self, squares: NDArray[np.float64]) -> float:
-        """The error on texts for selection, or what nine of ten of them lose at most if more."""
-        return max(self.select.error(squares), quantile(self.select.losses(squares)))
+        reading = (4 + _CANDIDATES) * base + 5 * tuned
+        return _LIBRARIES + 4 * numbers, reading, 1 + more / (fit + 2 * select + 2 * stated)
 
     def _pass_texts(self, stage: str) -> None:
         """Record both networks on the texts, the base not to fit to; say how long all may take."""
@@ -421,12 +401,13 @@ class Planner:
                 said = f", about {seconds * self._passes:.0f} s in all"
             self.report(stage + said, done, total)
 
-        def passed() -> list[Any]:
+        found = self._work.find("passed")
+        if found is None:
             advance([self._tuned, base], report)
-            return [(each.hidden, each.kept, each.states) for each in (self._tuned, base)]
-
-        for each, found in zip((self._tuned, base), self._work.keep("passed", passed), strict=True):
-            each.hidden, each.kept, each.states = found
+            found = [(each.hidden, each.kept, each.states) for each in (self._tuned, base)]
+            self._work.save("passed", found)
+        for each, (hidden, kept, states) in zip((self._tuned, base), found, strict=True):
+            each.hidden, each.kept, each.states = hidden, kept, states
         parts = [*fit, *select], select, stated
         ends = slice(len(parts[0])), slice(len(fit), len(parts[0])), slice(len(parts[0]), None)
         states = (self._tuned.states[end] for end in ends)
@@ -434,22 +415,9 @@ class Planner:
         self.select.record(base.network, base.states[: len(select)])
         self.test.record(base.network, base.states[len(select) :])
 
-    @property
-    def _passes(self) -> float:
-        """About how often as long as passing the texts all takes."""
-        fit, select, stated = map(count_tokens, self.texts[:3])
-        passed = fit + 2 * select + 2 * stated
-        more = (
-            (_SELECTED - 2) * select
-            + (_STATED - 2) * stated
-            + (1 + _BACK * self.probes) * (fit + select)
-            + _BACK * min(fit, MOMENT_TOKENS)
-        )
-        return 1 + more / passed
-
     @functools.cached_property
-    def _pool(self) -> Pool:
-        return Pool(self.weighted, self.modules, self.max_rank if self.serving else None)
+    def _pool(self) -> _effect.Pool:
+        return _effect.Pool(self.weighted, self.modules, self.max_rank if self.serving else None)
 
     @property
     def _sketches(self) -> tuple[Tensor, Tensor]:
@@ -465,7 +433,7 @@ class Planner:
 
         def draw(i: int, values: Tensor) -> list[Tensor]:
             texts = len(self._tuned.batches[i].places)
-            return draw_rows(draws[i >= fit], values, texts, self.probes)
+            return _effect.draw_rows(draws[i >= fit], values, texts, self.probes)
 
         slopes = self._slopes(self.modules)
         tell = functools.partial(self.report, "directions of changes and their derivatives")
@@ -475,27 +443,23 @@ class Planner:
         self._tuned.kept = []
         return weighted, torch.cat(rows[:fit]), torch.cat(rows[fit:])
 
-    def _slopes(self, modules: Mapping[str, Module]) -> Slopes:
+    def _slopes(self, modules: Mapping[str, Module]) -> _effect.Slopes:
         """Derivatives of the tuned network's outputs on the texts for planning."""
         if not self._tuned.kept:
-            self._tuned = Pass(
-                self.readout.network, self.planned.batches, len(self.planned.batches)
-            )
+            batches = self.planned.batches
+            self._tuned = Pass(self.readout.network, batches, len(batches))
             advance([self._tuned])
         # Texts of all lengths, of about as many tokens as moments are taken over.
         number = len(self.texts.fit)
-        step = min(max(1, round(count_tokens(self.texts.fit) / MOMENT_TOKENS)), number)
+        step = min(max(1, round(count_tokens(self.texts.fit) / _effect.MOMENT_TOKENS)), number)
         taking = range(number)[step // 2 :: step]
         known = {name: self._decompose(name) for name in modules if name in self.pair.words}
-        return Slopes(self._tuned, self.readout, modules, known, taking)
+        return _effect.Slopes(self._tuned, self.readout, modules, known, taking)
 
-    def _decompose(
-        self, name: str, about: Moments | None = None, most: int | None = None
-    ) -> Directions:
+    def _decompose(self, name: str, about: Moments | None = None, most: int = 0) -> Directions:
         """The leading directions of a change, at most so many, or ``max_rank``."""
-        bias = self.pair.frees_bias(self.modules[name])
-        most = self.max_rank if most is None else most
-        return find_directions(self.pair.multiplier(name), about, most, bias=bias)
+        change, bias = self.pair.multiplier(name), self.pair.frees_bias(self.modules[name])
+        return _effect.find_directions(change, about, most or self.max_rank, bias=bias)
 
     def _with_gains(self, gains: Tensor) -> Adapter:
         """The adapter that takes directions of all changes with these gains."""
@@ -506,11 +470,9 @@ class Planner:
             left, right = found.update.left[:, kept] * parts[kept], found.update.right[:, kept]
             if kept.any():
                 update = _balance(LowRank(left.double(), right.double()))
-                if self.serving:
-                    zeros = (0, self.max_rank - update.rank)
-                    sides = update.left, update.right
-                    update = LowRank(*(nn.functional.pad(side, zeros) for side in sides))
-                factors[name] = update
+                zeros = (0, self.max_rank - update.rank if self.serving else 0)
+                padded = (nn.functional.pad(side, zeros) for side in (update.left, update.right))
+                factors[name] = LowRank(*padded)
             if self.pair.frees_bias(self.modules[name]):
                 tuned = self.pair.tuned.read(f"{name}.bias")
                 biases[name] = (tuned + found.shift - left @ (right.mT @ found.mean)).float()
@@ -526,34 +488,28 @@ def _balance(update: LowRank) -> LowRank:
     return LowRank((Q @ U * half).float(), (P @ Vh.mT * half).float())
 
 
-def _require_leave(pair: Pair, leave: Collection[str]) -> None:
-    """Refuse to leave out what is no kind, or a head that the base lacks."""
+def _choose_modules(
+    pair: Pair, modules: str, leave: Collection[str], serving: bool
+) -> dict[str, Module]:
+    """The modules of a pair that get factors, of those that do not ``leave`` the base."""
     if unknown := [kind for kind in leave if kind not in KINDS]:
-        raise InputError("leave", allowed=f"among {', '.join(KINDS)}", value=unknown[0])
+        raise InputError("leave", f"among {', '.join(KINDS)}", value=unknown[0])
     lacking = [o.name for o in pair.others if o.kind == "head" and not pair.base.has(o.name)]
     if lacking and "head" in leave:
-        raise InputError(
-            "base",
-            allowed="one with a head, where adapters leave it alone (leave, --format serving)",
-            given=f"one without {listed(lacking)}",
-            remedy="save it with the tuned model's head and name that, to plan with and to serve, "
-            "or write the head too (--format peft, no --leave head)",
-        )
-
-
-def _choose_modules(pair: Pair, modules: str) -> dict[str, Module]:
-    """The modules of a pair that ``"all"``, a kind or a regular expression names."""
-    words = {name: word for name, word in pair.words.items() if word.kind not in pair.leave}
-    candidates = pair.modules | words
-    if modules == "all":
-        return candidates
-    chosen = {}
-    if modules in ("attention", "mlp"):
-        chosen = {n: module for n, module in candidates.items() if module.kind == modules}
-    else:
-        with contextlib.suppress(re.error):
-            chosen = {n: module for n, module in candidates.items() if re.search(modules, n)}
+        allowed = "one with a head, where adapters leave it alone (leave, --format serving)"
+        remedy = "save it with the tuned model's head and name that, to plan with and to serve, "
+        remedy += "or write the head too (--format peft, no --leave head)"
+        raise InputError("base", allowed, f"one without {listed(lacking)}", remedy)
+    words = {name: word for name, word in pair.words.items() if word.kind not in leave}
+    candidates, chosen = pair.modules | words, dict[str, Module]()
+    # Of a wrong expression there are none.
+    with contextlib.suppress(re.error):
+        for name, module in candidates.items():
+            kinds = modules in ("attention", "mlp")
+            if modules == "all" or (module.kind == modules if kinds else re.search(modules, name)):
+                chosen[name] = module
     if not chosen:
         allowed = "all, attention, mlp, or a regular expression for at least one of"
-        raise InputError("modules", allowed=f"{allowed} {', '.join(candidates)}", value=modules)
-    return chosen
+        raise InputError("modules", f"{allowed} {', '.join(candidates)}", value=modules)
+    together = {module.fused for module in chosen.values()}
+    return {n: m for n, m in pair.modules.items() if m.fused in together} if serving else chosen

@@ -19,9 +19,8 @@ from . import _export, _limits, _texts
 from ._folders import require_apart, require_free, write_folder
 from ._measuring import Measured, Readout, Reference, Trial, run_trials
 from ._models import is_dequantized, reason, require_device
-from ._reading import Text
 from ._streams import Network, Pass, advance, stream
-from ._texts import Batch
+from ._texts import Batch, Text
 from .pair import KINDS, Adapter, Pair
 from .planner import DTYPES, Planner, Report
 
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 _ERROR = 0.1
 # The rank of adapters for serving, by default and at most.
 _SERVED, _MOST_SERVED = 8, 64
+# What a report has from its plan.
+_OWN = "certified", "certificate", "estimate", "stated", "reached", "neighbours_alike", "seconds"
 # An adapter is read back with this part of the texts, the longest, to this relative tolerance.
 _SOME, _RELOADED = 0.25, 1e-5
 
@@ -91,19 +92,17 @@ class Plan:
         if not math.isfinite(self.certified):
             return "Nothing is certified."
         drawn = "one text of each of these groups" if self.planner.texts.grouped else "these texts"
-        sure = (
-            f"is {1 - _limits.DOUBT / _limits.SIZES:.1%}, so that all {_limits.SIZES} sizes of the "
-            "price list hold at once at 95%"
-        )
+        sure = f"is {1 - _limits.DOUBT / _limits.SIZES:.1%}, so that all {_limits.SIZES} sizes of "
+        sure += "the price list hold at once at 95%"
         if self.aim is not None:
             sure = "is 95%: of all first plans made this way, at most one in 20 gets a certificate "
             sure += "that is wrong"
+        least, most = f"{_limits.SHARE:.0%}", _export.most(self.certified)
         return (
-            f"At least {_limits.SHARE:.0%} of texts like these lose at most "
-            f"{_export.most(self.certified)} of what tuning typically changes in a text. The "
-            f"confidence {sure}. {self.measured.texts} texts certify it; no adapter was made with "
-            f"them. This takes {drawn} to be independent draws. Losses are measured in float32 on "
-            "texts as given; nothing is generated."
+            f"At least {least} of texts like these lose at most {most} of what tuning typically "
+            f"changes in a text. The confidence {sure}. {self.measured.texts} texts certify it; no "
+            f"adapter was made with them. This takes {drawn} to be independent draws. Losses are "
+            "measured in float32 on texts as given; nothing is generated."
         )
 
     @property
@@ -112,27 +111,19 @@ class Plan:
         return self.aim is None or self.stated <= self.aim
 
     def __repr__(self) -> str:
-        return (
-            f"Plan(error {self.measured.error:.3g}, certified {self.certified:.3g}; "
-            f"{self.adapter.parameters} parameters, ranks to "
-            f"{max(self.adapter.ranks.values(), default=0)})"
-        )
+        error, number = self.measured.error, self.adapter.parameters
+        highest = max(self.adapter.ranks.values(), default=0)
+        said = f"error {error:.3g}, certified {self.certified:.3g}; {number} parameters"
+        return f"Plan({said}, ranks to {highest})"
 
     def table(self) -> pd.DataFrame:
         """Make a table with each module's size, rank, and the part of the effect it loses alone."""
         import pandas as pd
 
-        return pd.DataFrame(
-            {
-                "module": module.name,
-                "kind": module.kind,
-                "out": module.shape[0],
-                "in": module.shape[1],
-                "rank": self.ranks[module.name],
-                "lost": self.shares.get(module.name, math.nan),
-            }
-            for module in self.planner.modules.values()
-        )
+        about = ((m.name, m.kind, *m.shape) for m in self.planner.modules.values())
+        ranks, lost = self.ranks, self.shares
+        rows = ((n, *more, ranks[n], lost.get(n, math.nan)) for n, *more in about)
+        return pd.DataFrame(rows, columns=["module", "kind", "out", "in", "rank", "lost"])
 
     def report(self) -> dict[str, Any]:
         """Collect everything for JSON, numbers and texts by name; ``None`` for NaN."""
@@ -151,13 +142,9 @@ class Plan:
                 "task": pair.task,
                 "ties_embeddings": tied and "embedding" in kinds,
                 **lost,
-                "certified": self.certified,
-                "certificate": self.certificate,
+                **{name: getattr(self, name) for name in _OWN},
                 "own_effect_certified": self.aim is None,
                 "asked_error": self.aim,
-                "estimate": self.estimate,
-                "stated": self.stated,
-                "reached": self.reached,
                 "certified_share": _limits.SHARE,
                 "typical_effect": self.planner.test.typical,
                 "equal": self.planner.equal,
@@ -178,8 +165,6 @@ class Plan:
                 "used_texts": texts.used,
                 "fingerprint": pair.fingerprint,
                 "grouped": texts.grouped,
-                "neighbours_alike": self.neighbours_alike,
-                "seconds": self.seconds,
                 "versions": {
                     name: metadata.version(name)
                     for name in ("lorapower", "torch", "transformers", "peft")
@@ -225,19 +210,30 @@ def plan(
         Instead, at most so many numbers in the factors, or as many as this rank for all modules.
     estimate : bool
         Whether the error over held-out texts alone is to be at most ``error``, without a
-        certificate.
+        certificate. These texts also choose the size, so the error on others may be a little
+        larger.
     **options
         Options of `Planner`; ``any_base`` of `Pair.open`; and ``serving``, for factors alone, all
         of one rank, ``max_rank``: at most 64, 8 unless given. The search then chooses which modules
         have them, and all else that tuning changed stays the base's.
     """
     start = time.perf_counter()
-    aim = _read_aim(error, parameters, rank, estimate)
+    given = {"error": error, "parameters": parameters, "rank": rank}
+    asked = [name for name, value in given.items() if value is not None] or ["error"]
+    if len(asked) > 1:
+        names, joined = "error, parameters and rank", " and ".join(asked)
+        raise InputError(names, "given alone, each of them", joined)
+    aim = None if asked != ["error"] else _ERROR if error is None else error
+    if aim is None and estimate:
+        raise InputError("estimate", "used with an error", asked[0])
+    if aim is not None and not 0 < aim <= 1:
+        raise InputError("error", "above 0 and at most 1, the base's own", aim)
+    number = 0 if aim is not None else _checks.integer(asked[0], given[asked[0]], 0)
     planner = _prepare(base, tuned, texts, **options)
     if planner.equal:
         found = _state(planner, Adapter({}, {}), aim, estimate)
     elif aim is None:
-        number = planner.parameters(rank) if rank is not None else parameters or 0
+        number = number if rank is None else planner.parameters(number)
         found = _state(planner, planner.candidate(number), aim, estimate)
     else:
         found = _search(planner, aim, estimate)
@@ -280,28 +276,21 @@ def prices(
     import pandas as pd
 
     if options.get("dtype", DTYPES[0]) != DTYPES[0]:
-        allowed = "used with an error, a size or a rank"
-        raise InputError("dtype", allowed=allowed, given="neither")
+        raise InputError("dtype", "used with an error, a size or a rank", "neither")
     planner = _prepare(base, tuned, texts, **options)
     ranks = range(_limits.SIZES)
     numbers = {min(planner.parameters(1) * 2**k // 4, planner.most) for k in ranks}
     adapters = {each.parameters: each for each in map(planner.candidate, sorted(numbers))}
-    rows = []
+    rows, test = [], planner.test
     for done, adapter in enumerate(adapters.values()):
         planner.report("measuring", done, len(adapters))
-        (trial,) = planner.run((adapter, planner.test))
-        squares = trial.squares
-        losses, doubt = planner.test.losses(squares), _limits.DOUBT / _limits.SIZES
-        rows.append(
-            {
-                "parameters": adapter.parameters,
-                "bytes": _export.estimate(planner.pair, adapter)[1],
-                "error": _limits.ratio(squares, planner.test.effect),
-                "certified": _limits.quantile_limit(losses, doubt),
-            }
-        )
+        (trial,) = planner.run((adapter, test))
+        losses = test.losses(trial.squares)
+        size, error = _export.estimate(planner.pair, adapter)[1], test.error(trial.squares)
+        limit = _limits.quantile_limit(losses, _limits.DOUBT / _limits.SIZES)
+        rows.append((adapter.parameters, size, error, limit))
     planner.report("measuring", len(adapters), len(adapters))
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=["parameters", "bytes", "error", "certified"])
     table.attrs["texts"] = len(losses)
     (trial,) = planner.run((adapter, planner.planned))
     table.attrs["neighbours_alike"] = planner.neighbours_alike(trial.squares)
@@ -334,8 +323,8 @@ def extract(
         Folders for the adapter, ``report.json`` and a model card, and, if wanted, for the base with
         the adapter merged into it, in float32, and its tokenizer.
     overwrite : bool
-        Whether what an earlier call has written to these folders is replaced; what was changed
-        since is refused.
+        Whether what an earlier call has written to these folders is replaced; what was changed or
+        added since is refused.
     """
     require_apart("out", out, [base, tuned])
     folder, whole = require_free("out", out, overwrite=overwrite), None
@@ -355,20 +344,17 @@ def extract(
     with write_folder(folder, listed=True) as partial:
         _export.save(partial, planner.pair, result.adapter)
         tell(1, 2)
-        networks = (
-            stream(planner.pair, result.adapter, planner.device),
-            _export.load(partial, planner.pair, planner.device),
-        )
+        made = stream(planner.pair, result.adapter, planner.device)
+        networks = made, _export.load(partial, planner.pair, planner.device)
         # By outputs of both, as the head that is read back may be any.
         compared = (trial.compare() for trial in run_trials([(each, some) for each in networks]))
         stated, again = (math.sqrt(each.squares.sum()) for each in compared)
         effect = planner.test.typical * math.sqrt(_texts.count(some.batches))
         off = _RELOADED * max(stated, 0.1 * effect) + some.rounding()
         if not abs(again - stated) <= off:
-            raise LorapowerError(
-                f"the adapter read back is {again:.6g} off, not {stated:.6g} as measured: nothing "
-                "was written; please report this with the names of both models"
-            )
+            said = f"the adapter read back is {again:.6g} off, not {stated:.6g} as measured: "
+            said += "nothing was written; please report this with the names of both models"
+            raise LorapowerError(said)
         carried, size = _export.measure_peft(partial)
         seconds = time.perf_counter() - start
         result = replace(result, carried=carried, size=size, seconds=seconds)
@@ -457,70 +443,50 @@ def _require_runs(adapter: str, network: Network, one: Batch) -> None:
         finite = not any(each.isnan().any() for each in values)
     except Exception as error:  # whatever peft raises for what it cannot do
         given = f"{adapter} ({reason(error)})"
-        raise InputError("adapter", allowed="one that peft runs on texts", given=given) from error
+        raise InputError("adapter", "one that peft runs on texts", given) from error
     if not finite:
         allowed = "one of finite numbers that brings the head if the base lacks it"
-        raise InputError("adapter", allowed=allowed, given=f"{adapter}, with which outputs are NaN")
+        raise InputError("adapter", allowed, f"{adapter}, with which outputs are NaN")
 
 
-def _read_aim(
-    error: float | None, parameters: int | None, rank: int | None, estimate: bool
-) -> float | None:
-    """The error that is asked for; ``None`` where parameters or a rank are."""
-    given = {"error": error, "parameters": parameters, "rank": rank}
-    asked = [name for name, value in given.items() if value is not None]
-    if len(asked) > 1:
-        allowed = "given alone, each of them"
-        raise InputError("error, parameters and rank", allowed=allowed, given=" and ".join(asked))
-    if parameters is not None or rank is not None:
-        if estimate:
-            raise InputError("estimate", allowed="used with an error", given=asked[0])
-        _checks.integer(asked[0], given[asked[0]], 0)
-        return None
-    aim = _ERROR if error is None else error
-    if not 0 < aim <= 1:
-        raise InputError("error", allowed="above 0 and at most 1, the base's own", given=aim)
-    return aim
-
-
-def _prepare(
-    base: str,
-    tuned: str | Path,
-    texts: Sequence[str | Text],
-    *,
-    serving: bool = False,
-    any_base: bool = False,
-    **options: Any,
-) -> Planner:
+def _prepare(base: str, tuned: str | Path, texts: Sequence[str | Text], **options: Any) -> Planner:
     """Open a pair and pass the texts, for factors that servers of many adapters read or others."""
-    if serving:
+    if options.get("serving"):
         rank = options.setdefault("max_rank", _SERVED)
         _checks.integer("max_rank", rank, 1, _MOST_SERVED, limit="for serving")
         if "leave" in options:
             allowed = "left out for serving, where all but factors stays the base's"
-            raise InputError("leave", allowed=allowed, value=options["leave"])
-        options |= {"serving": True, "leave": KINDS}
-    return Planner(Pair.open(base, tuned, any_base=any_base), texts, **options)
+            raise InputError("leave", allowed, value=options["leave"])
+        options["leave"] = KINDS
+    pair = Pair.open(base, tuned, any_base=options.pop("any_base", False))
+    return Planner(pair, texts, **options)
 
 
 def _search(planner: Planner, aim: float, estimate: bool) -> Plan:
     """The last adapter from large to small before the first that misses the aim [prop-certificate].
 
-    Each is certified at the full confidence.
+    Each is certified at the full confidence. For an estimate, if the first one misses, it is the
+    first from there to larger ones that does not.
     """
+    sizes, place = planner.sizes(aim, estimate=estimate)
     found: tuple[Adapter, Trial] | None = None
-    for done, adapter in enumerate(planner.descend(aim, estimate=estimate)):
-        planner.report("certifying", done, max(done + 1, 8))
-        (trial,) = planner.run((adapter, planner.test))
-        squares = trial.squares
-        lost = planner.test.error(squares)
-        if not estimate:
-            lost = max(lost, _limits.quantile_limit(planner.test.losses(squares)))
-        passes = lost <= aim  # A loss that is no number ends the search.
-        if found is None or passes:
-            found = adapter, trial
-        if not passes:
-            break
+    done, climbs = 0, False
+    while 0 <= place < len(sizes):
+        adapter = planner.at(sizes[place])
+        if found is None or adapter.parameters != found[0].parameters:
+            planner.report("certifying", done, max(done + 1, 3 if estimate else 8))
+            (trial,) = planner.run((adapter, planner.test))
+            lost = planner.test.error(trial.squares)
+            if not estimate:
+                lost = max(lost, _limits.quantile_limit(planner.test.losses(trial.squares)))
+            passes = lost <= aim  # A loss that is no number ends the search.
+            climbs = climbs or (estimate and found is None and lost > aim)
+            if passes or climbs or found is None:
+                found = adapter, trial
+            if passes == climbs or math.isnan(lost):
+                break
+            done += 1
+        place += -1 if climbs else 1
     planner.report("certifying", 1, 1)
     assert found is not None  # The sequence is not empty.
     return _state(planner, found[0], aim, estimate, found[1])

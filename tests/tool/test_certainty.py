@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,15 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from lorapower.checkpoints import Evidence, Planner, Text, _export, quantile_limit, workflow
-from lorapower.checkpoints._limits import (
-    DOUBT,
-    SIZES,
-    allowed,
-    exceed,
-    fewest,
-    quantile,
-    ratio,
-)
+from lorapower.checkpoints._limits import DOUBT, SIZES, allowed, exceed, fewest, quantile, ratio
 from lorapower.checkpoints._measuring import Compared, Reference, Trial, _parts
 from lorapower.checkpoints._texts import mix, prepare, prepare_all
 from lorapower.errors import InputError
@@ -135,8 +126,13 @@ class Drawn:
         self.truth = truth
         self.pair, self.seed, self.most = SimpleNamespace(differing={}), seed, 10**9
 
-    def descend(self, aim: float, *, estimate: bool) -> Iterator[Scaled]:
-        return (Scaled(aim / self.truth * step) for step in self.STEPS)
+    def sizes(self, aim: float, *, estimate: bool) -> tuple[list[int], int]:
+        made = (Scaled(aim / self.truth * step) for step in self.STEPS)
+        self.tried = {each.parameters: each for each in made}
+        return [*self.tried], 0
+
+    def at(self, parameters: int) -> Scaled:
+        return self.tried[parameters]
 
     def report(self, *_: Any) -> None:
         """Tell nobody."""
@@ -392,12 +388,7 @@ def test_checks_take_so_many_texts(share: float, median: int, within: float, pla
 
 
 def test_rounding_of_merged_adapters_contradicts_no_limit() -> None:
-    for losses, limit, exceeding in (
-        (1.0005, 1.0, 0),
-        (5e-6, 0.0, 0),
-        (2e-5, 0.0, 1),
-        (math.nan, 1, 1),
-    ):
+    for losses, limit, exceeding in ((1.0005, 1, 0), (5e-6, 0, 0), (2e-5, 0, 1), (math.nan, 1, 1)):
         assert exceed(np.array([losses]), limit).sum() == exceeding
 
 

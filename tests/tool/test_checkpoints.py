@@ -25,6 +25,7 @@ from lorapower.checkpoints import (
     Measured,
     Pair,
     Planner,
+    _effect,
     _export,
     _folders,
     _measuring,
@@ -150,7 +151,7 @@ def test_each_module_alone(planner: Planner) -> None:
 def test_moments_are_taken_of_few_large_batches(
     places: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planner_module, "MOMENT_TOKENS", 20)
+    monkeypatch.setattr(_effect, "MOMENT_TOKENS", 20)
     planner = Planner(Pair.open(*places), TEXTS)
     assert max(int(batch.attention_mask.sum()) for batch in planner.texts.fit) > 2 * 20
     name = next(iter(planner.modules))
@@ -184,6 +185,21 @@ def test_plans_reach_the_stated_error(places: tuple[str, str]) -> None:
     cost = ((table["out"] + table["in"]) * table["rank"]).sum()
     assert cost == plan.adapter.parameters
     assert "Plan(error" in repr(plan)
+
+
+def test_an_estimate_ends_at_the_same_size_from_wherever_it_begins(
+    places: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = Planner(Pair.open(*places), TEXTS)
+    sizes = [planner.parameters(1) * 2**k // 8 for k in range(6, -1, -1)] + [0]
+    lost = [planner.measure(planner.at(size)).error for size in sizes]
+    aim = (lost[3] * lost[4]) ** 0.5
+    assert lost[3] < aim < lost[4]
+    for begin in range(len(sizes)):
+        monkeypatch.setattr(Planner, "sizes", lambda *_, at=begin, **__: (sizes, at))
+        plan = workflow._search(planner, aim, estimate=True)
+        assert plan.measured.error == pytest.approx(lost[3], rel=1e-6)
+    assert not workflow._search(planner, lost[0] / 2, estimate=True).reached
 
 
 def test_plans_are_certified(places: tuple[str, str], tmp_path: Path) -> None:
@@ -222,7 +238,7 @@ def test_plans_are_certified(places: tuple[str, str], tmp_path: Path) -> None:
     assert verdict(second) == "confirmed"
     with pytest.raises(InputError, match="got 0"):
         check(FRESH)
-    assert all(_folders._written(out).values())
+    assert not _folders._others(out)
     kept = json.loads((out / _export.REPORT).read_text())
     assert kept.pop("evidence")["texts"] == 160
     assert kept == report
@@ -377,27 +393,23 @@ def test_what_was_written_is_replaced_and_nothing_else(
         lines, there = (folder / WRITTEN).read_text().splitlines(), [*folder.iterdir()]
         assert {WRITTEN, *(line.split("  ")[1] for line in lines)} == {file.name for file in there}
         assert {file.stat().st_mode & 0o777 for file in there} == {0o644}
-        (folder / "notes").mkdir()
-        (folder / "notes" / "mine").write_text("mine")
         # Of an earlier run, which wrote more.
         (folder / "stale").write_text("")
         with (folder / WRITTEN).open("a") as listing:
             listing.write(f"{hashlib.sha256().hexdigest()}  stale\n")
     checkpoints.extract(*places, TEXTS, out, rank=2, merged=full, overwrite=True)
     assert (out / _export.CARD).read_text() != before
-    for folder in folders:
-        assert (folder / "notes" / "mine").read_text() == "mine"
-        assert not (folder / "stale").exists()
+    assert not any((folder / "stale").exists() for folder in folders)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "full"}
-    # A card with words of its reader's own is theirs, and so is one that is not listed.
-    (out / _export.CARD).write_text("mine")
-    with monkeypatch.context() as idle:
-        idle.setattr(workflow, "plan", None)  # No work is done.
-        with pytest.raises(InputError, match=r"out must be .*README"):
+    # What its reader has changed or put there is theirs, also while a plan is made.
+    monkeypatch.setattr(workflow, "plan", lambda *_, **__: pytest.fail("work is done"))
+    for name in ("notes", _export.CARD):
+        (out / name).write_text("mine")
+        with pytest.raises(InputError, match=rf"out must be .*{name} is another"):
             checkpoints.extract(*places, TEXTS, out, rank=1, overwrite=True)
-    (out / WRITTEN).write_text("")
-    with pytest.raises(ResultsError, match="which this command has not written"):
-        checkpoints.extract(*places, TEXTS, out, rank=1, overwrite=True)
+        with pytest.raises(ResultsError, match="this command has not written"), write_folder(out):
+            pass
+        (out / "notes").unlink(missing_ok=True)
     assert (out / _export.CARD).read_text() == "mine"
 
 
@@ -427,10 +439,9 @@ def test_nothing_half_written_looks_finished(
 def test_what_was_there_comes_back_if_it_cannot_be_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_text("old")
-    rename = Path.rename
+    out, rename = tmp_path / "out", Path.rename
+    with write_folder(out, listed=True) as partial:
+        (partial / "old").write_text("old")
 
     def refused(self: Path, target: Path) -> Path:
         if (self / "new").exists():

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lorapower import checkpoints, randomness
 from lorapower.checkpoints import Pair, Planner, _effect
 from lorapower.checkpoints import pair as pair_module
-from lorapower.checkpoints._metrics import Moments, find_directions
+from lorapower.checkpoints._effect import Moments, find_directions
 from lorapower.checkpoints._streams import Pass, advance, stream
 from lorapower.lowrank import LowRank
 from lorapower.regression import second_moment_root, truncate
@@ -287,7 +287,7 @@ def test_candidates_lose_less_where_losses_add_up(
     assert all(a <= b for a, b in itertools.pairwise(least))
     assert planner.error(planner.smallest(0.1)) <= 0.1
     # Also where the size that is predicted is much too small.
-    monkeypatch.setattr(f"{Planner.__module__}.predict_least", lambda *_: 20)
+    monkeypatch.setattr(_effect, "predict_least", lambda *_: 20)
     assert planner.error(planner.smallest(0.1)) <= 0.1
 
 

@@ -18,13 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from lorapower import __main__
-from lorapower.checkpoints import (
-    Pair,
-    Planner,
-    _command,
-    extract,
-    workflow,
-)
+from lorapower.checkpoints import Pair, Planner, _command, extract, workflow
 from lorapower.checkpoints._models import quiet
 from lorapower.errors import LorapowerError
 
@@ -56,12 +50,8 @@ def own(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = [sys.executable, *arguments]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture

@@ -59,7 +59,9 @@ def test_pairs_know_modules_and_all_else(architecture: str, tmp_path: Path) -> N
     assert sum(pair.not_low_rank.values()) == sum(other.size for other in pair.others)
 
 
-@pytest.mark.parametrize("architecture", files.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", files.usually(files.ARCHITECTURES, files.SOME.__contains__)
+)
 def test_blocks_in_turn_give_what_whole_networks_give(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
