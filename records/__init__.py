@@ -43,8 +43,9 @@ def read(name: str) -> pd.DataFrame:
     that were not kept, on a processor with bfloat16: of seeds 0 to 2 on the validation part, where
     rates were chosen, and of seeds 0 to 7 at these rates on the test part.
 
-    ``"recipes"`` has a row for each training by a recipe of peft on the task of sentences, as
-    ``recipes.md`` says: the fields of `language.TextRun` and `again.RecipeResults`.
+    ``"recipes"`` has a row for each training on the task of sentences by a recipe of peft at rank
+    4, or of the adapter that Chapter 12 advises, at rank 16, as ``recipes.md`` says: the fields of
+    `language.TextRun` and `again.RecipeResults`.
 
     ``"facts"`` has a row for each training on random facts: the fields of `facts.FactRun` and
     `facts.FactResults`, where ``losses`` is for `unpack`. ``facts.md`` says which there are.
@@ -95,6 +96,11 @@ def read(name: str) -> pd.DataFrame:
     ``name`` and what it ``printed``, its ``seconds`` beside another process, its ``memory`` in
     gigabytes, and the megabytes of weights ``read``, of the tuned model or adapter, and
     ``written``. ``python -m records.pairs`` makes it.
+
+    ``"costs"`` has a row for each ``command`` that ``benchmarks/plans.py`` timed on made-up models
+    of a ``size``: the number of ``texts`` and their ``tokens``, ``threads``, ``seconds``,
+    ``processor`` seconds, ``memory`` at most in gigabytes, and those that a plan said it would
+    ``read``.
 
     Raises `InputError` for other names.
     """

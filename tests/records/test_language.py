@@ -10,11 +10,14 @@ from typing import Any
 import checkpoint_files as files
 import numpy as np
 import pandas as pd
+import peft
 import pytest
 import text_files
 import torch
 import transformers
+from conftest import ROOT
 
+import records
 from records import language, models, unpack
 from records.language import TARGETS, Lora, Method, TextProblem, TextRun, Whole
 from records.texts import Examples
@@ -154,6 +157,35 @@ def test_a_decoder_tells_classes_from_the_last_token(following: TextProblem) -> 
         classes.append((network.score.weight @ hidden).argmax().item())
     assert {*classes} == {0, 1}
     np.testing.assert_array_equal(language.answer(network, problem), classes)
+
+
+def test_the_adapter_to_paste_is_the_one_that_ran(following: TextProblem) -> None:
+    """Chapter 12's, of which there are records; the default has peft's own scale."""
+    text = (ROOT / "chapters" / "12-language.ipynb").read_text(encoding="utf-8")
+    cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"]]
+    (block,) = (cell.split("```")[1] for cell in cells if "```python\nfrom peft" in cell)
+    shown: dict[str, Any] = {}
+    exec(block.removeprefix("python\n"), shown)
+    pasted, given = shown["adapter"], shown["arguments"]
+    ways = [Lora(rank=pasted.r, recipe=recipe) for recipe in ("plain", "default")]
+    with models.quiet():
+        networks = [peft.get_peft_model(models.decoder(following.model), pasted)]
+    networks += [build(following, way) for way in ways]
+    scales = [
+        {m.scaling["default"] for m in network.modules() if hasattr(m, "lora_A")}
+        for network in networks
+    ]
+    assert scales == [{1.0}, {1.0}, {0.5}]
+    assert tuned(networks[0]) == tuned(networks[1]) == tuned(networks[2])
+    columns = {
+        "rank": pasted.r,
+        "learning_rate": given.learning_rate,
+        "batch": given.per_device_train_batch_size,
+        "epochs": given.num_train_epochs,
+    }
+    recorded = records.read("recipes").query("recipe == 'plain'")
+    assert recorded[[*columns]].drop_duplicates().to_dict("records") == [columns]
+    assert (given.warmup_steps, given.weight_decay) == (0.1, 0)
 
 
 # Runs

@@ -57,7 +57,7 @@ def test_rates_of_sentences_were_chosen_again() -> None:
 
 
 def test_wrong_names_of_tables_are_refused() -> None:
-    with pytest.raises(InputError, match="name must be one of commands, decoder, facts"):
+    with pytest.raises(InputError, match="name must be one of commands, costs, decoder"):
         records.read("texts")
 
 
