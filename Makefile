@@ -68,7 +68,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # The chapters' sweeps are kept here, so that a change of text or figures repeats no training.
 export LORAPOWER_RESULTS := $(CURDIR)/$(out)/results
 
-.PHONY: help book test behaviour check nightly style chapter lab serve pdf words tidy clean distclean
+.PHONY: help book test behaviour check nightly style chapter lab serve pdf tidy clean distclean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -113,9 +113,6 @@ serve: book ## serve the built book on this machine, on port PORT
 
 pdf: book ## print the note as a PDF, or other pages: NAME=07 (needs Chromium)
 	@$(bin)/python tools/print_pdf.py $(out)/html/chapters/$(or $(NAME),whole-transformers)*.html --to $(out)
-
-words: book ## count the words of the chapters, and the package's public names
-	@$(bin)/python tools/words.py $(out)/html
 
 tidy: $(ready) ## format the sources and strip the chapters of their outputs
 	$(bin)/nbstripout --keep-id chapters/*.ipynb \

@@ -5,7 +5,7 @@ an appendix: its title is "A. Title", its first theorem Theorem A.1, and its sec
 numbers.
 
 A text names a page by the number in its file's name: ``Chapter {chapter}`07-training` `` links to
-Chapter 7, and ``Appendix {chapter}`A-splitting` `` to Appendix A.
+Chapter 7, and ``Appendix {chapter}`A-networks` `` to Appendix A.
 """
 
 from __future__ import annotations

@@ -17,12 +17,12 @@ from subprocess import DEVNULL, CalledProcessError, check_output
 from typing import Any
 
 from docutils import nodes
+from executed import badges, verdict
 from jinja2 import Template
 from packaging.requirements import Requirement
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
-from verdicts import badges, verdict
 
 import lorapower
 from lorapower.book._executed import read_claims

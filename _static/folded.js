@@ -1,5 +1,5 @@
 // One switch in the header shows the folded code of all pages; closed, code takes no room
-// (folded.css). A browser opens by itself what an address leads into, and keeps in its place what
+// (boxes.css). A browser opens by itself what an address leads into, and keeps in its place what
 // is read. Without this script each cell has a mark.
 document.documentElement.dataset.code = "switched";
 document.addEventListener("DOMContentLoaded", () => {
@@ -7,22 +7,18 @@ document.addEventListener("DOMContentLoaded", () => {
   if (!cells.length) return;
   const KEY = "show-code";
   const button = document.createElement("button");
-  button.type = "button";
-  button.className = "btn btn-sm show-code";
-  button.ariaLabel = "Show code";
+  const about = { type: "button", className: "btn btn-sm show-code", ariaLabel: "Show code" };
+  Object.assign(button, about);
   button.innerHTML = `<i class="fas fa-code"></i><span>${button.ariaLabel}</span>`;
   document.querySelector(".article-header-buttons").prepend(button);
-
   const show = (on) => {
     button.ariaPressed = on;
     for (const cell of cells) cell.open = on;
   };
-
   // A browser may refuse its storage: so this comes last.
   button.addEventListener("click", () => {
-    const on = button.ariaPressed !== "true";
-    show(on);
-    localStorage.setItem(KEY, on);
+    show(button.ariaPressed !== "true");
+    localStorage.setItem(KEY, button.ariaPressed);
   });
   show(false);
   show(localStorage.getItem(KEY) === "true");

@@ -1,19 +1,15 @@
 // A reference to a statement, an equation or a figure shows what it refers to: to a pointer that
 // rests on it, to a keyboard that reaches it, to a finger at the first tap; the second tap follows
 // it. What can be shown, by its anchor, is in preview-data.js, as pages from disk may not fetch;
-// where it is shown, in finding.css. Without scripts a reference is a link.
+// where it is shown, in boxes.css. Without scripts a reference is a link.
 document.addEventListener("DOMContentLoaded", () => {
   const article = document.querySelector(".bd-article");
-  if (!article) return;
   const REST = 250; // milliseconds for which a pointer has to rest, or may be away
   const root = document.documentElement.dataset.content_root;
-  const box = Object.assign(document.createElement("div"), {
-    className: "preview", id: "preview", role: "tooltip", hidden: true,
-  });
-  const data = Object.assign(document.createElement("script"), {
-    src: `${root}_static/preview-data.js`,
-  });
-  document.body.append(box, data);
+  const make = (name, about) =>
+    document.body.appendChild(Object.assign(document.createElement(name), about));
+  const box = make("div", { className: "preview", id: "preview", role: "tooltip", hidden: true });
+  make("script", { src: `${root}_static/preview-data.js` });
   let shown = null; // the link whose preview is open
   let timer = 0;
   let touched = false; // whether the last pointer was a finger
@@ -21,9 +17,8 @@ document.addEventListener("DOMContentLoaded", () => {
   const preview = (link) => window.previews?.[decodeURIComponent(link.hash.slice(1))];
   const linkAt = (target) => {
     const link = target.closest?.("a[href*='#']:not(.headerlink)");
-    return link && article.contains(link) && preview(link) ? link : null;
+    return link && article?.contains(link) && preview(link) ? link : null;
   };
-
   const hide = () => {
     clearTimeout(timer);
     shown?.removeAttribute("aria-describedby");
@@ -31,7 +26,6 @@ document.addEventListener("DOMContentLoaded", () => {
     shown = null;
     box.hidden = true;
   };
-
   const show = (link) => {
     clearTimeout(timer);
     if (shown === link) return;
@@ -47,7 +41,6 @@ document.addEventListener("DOMContentLoaded", () => {
     link.style.setProperty("anchor-name", "--previewed");
     window.MathJax?.startup?.promise.then(() => window.MathJax.typesetPromise([box]));
   };
-
   const soon = (action) => {
     clearTimeout(timer);
     timer = setTimeout(action, REST);

@@ -40,9 +40,8 @@ def needs(path: Path) -> list[Module]:
 
 def beside(module: Module) -> set[Path]:
     """List the data beside a module."""
-    return {
-        file for file in module.path.parent.iterdir() if file.is_file() and file.suffix != ".py"
-    }
+    files = filter(Path.is_file, module.path.parent.iterdir())
+    return {file for file in files if file.suffix != ".py"}
 
 
 def recorded(chapter: Path) -> set[Path]:

@@ -131,8 +131,8 @@ def check(executed: Path) -> None:
 def machine() -> str:
     """Say in words what the chapters run on."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    processors = f"{os.cpu_count()} processors ({platform.machine()})"
-    return f"{processors}, {memory:.0f} GiB of memory, {platform.system()}"
+    kind, system = platform.machine(), platform.system()
+    return f"{os.cpu_count()} processors ({kind}), {memory:.0f} GiB of memory, {system}"
 
 
 def progress(folder: Path, jobs: int) -> str:

@@ -74,6 +74,14 @@ def anchors(page: Path) -> frozenset[str]:
     return frozenset(re.findall(r'<[^>]* id="([^"]+)"', page.read_text(encoding="utf-8")))
 
 
+@pytest.mark.parametrize("docname", PAGES)
+def test_mathematics_keeps_its_punctuation(book: Path, docname: str) -> None:
+    """A line may end behind a formula, but not before what closes it."""
+    for formula in soup(book, docname).select("article span.math"):
+        if str(formula.next_sibling)[:1] in {*",.;:!?)"}:
+            assert formula.find_parent("span", class_="text-nowrap"), formula
+
+
 def claimed(book: Path, chapter: Path) -> list[Claim]:
     return read_claims(book / "_sources" / "chapters" / chapter.name)
 

@@ -19,7 +19,7 @@ FIRST = [ROOT / "README.md", ROOT / "index.md", ROOT / "chapters" / "quickstart.
 @pytest.mark.parametrize("page", FIRST, ids=lambda path: path.stem)
 def test_commands_that_are_shown_are_understood(page: Path) -> None:
     commands = typer.main.get_command(_cli.app).commands  # type: ignore[attr-defined]
-    text = page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")  # lines that go on
     lines = re.findall(r"^lorapower (.*)$", text, re.MULTILINE)
     assert lines
     for line in lines:
@@ -60,4 +60,6 @@ def test_quick_start_shows_every_command_and_its_output(book: Path) -> None:
         # Of plans the last asks for an error; the first lists prices.
         *_, at = (k for k, text in enumerate(blocks) if text.startswith(f"lorapower {name} "))
         assert blocks[at + 1] in outputs
-        assert re.search(r"Estimate +[\d.]+% lost over all \d+ texts", blocks[at + 1])
+        found = re.search(r"Estimate +([\d.]+)% lost over all \d+ texts", blocks[at + 1])
+        assert found
+        assert 4 <= float(found[1]) <= 6, "the page says that it is about half of the 10% stated"

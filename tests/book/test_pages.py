@@ -49,6 +49,11 @@ SILENT_BOXES = """async () => {
     for (let k = 0; k < 60 && silent().length; k++) await new Promise(requestAnimationFrame);
     return silent();
 }"""
+# Code and numbered equations of which a phone shows a part.
+CLIPPED = """() => [...document.querySelectorAll(
+        "div.math:has(.eqno) mjx-container, div.highlight pre:not(.output *)")]
+    .filter((box) => box.clientWidth && box.scrollWidth > box.clientWidth + 1)
+    .map((box) => box.textContent.slice(0, 200))"""
 SWITCH, FOLDED = "button.show-code", "div.cell > details.hide"
 # Whether what is in focus stands out.
 OUTLINED = """() => [document.activeElement, ...document.activeElement.children]
@@ -92,6 +97,7 @@ def test_page_shows_what_it_has_to_everybody(reader: Reader, docname: str) -> No
     page.evaluate(OPEN_FOLDS)
     faults["wider than a phone"] = page.evaluate(TOO_WIDE)
     faults["silent boxes"] = page.evaluate(SILENT_BOXES)
+    faults["clipped"] = page.evaluate(CLIPPED)
     if docname == "chapters/03-partitions":
         reader.darken()
         faults["bars on a phone in the dark"] = bars(page)

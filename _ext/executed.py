@@ -1,4 +1,8 @@
-"""Badges: how many claims of a page agree with a statement, and where their sentences are.
+"""What pages show of executed chapters: the numbers that texts quote, and badges of claims.
+
+In the chapter ``07-training``, ``{eval}`book.quoted["plain_4:.0f"]` `` is the number that it glued
+as ``plain_4``, in the format behind the colon; what was glued as Markdown has no format. JupyterLab
+asks the kernel for it. On any other page it is ``{quoted}`07-training::plain_4:.0f` ``.
 
 The title of a statement has a badge for all that its page claims about it. It leads to the
 sentences on the scorecard, whose badges lead back. Claims about a statement of another page are on
@@ -7,10 +11,13 @@ the scorecard alone. In a book all claims hold, or their chapter would not be in
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from docutils import nodes
@@ -18,10 +25,45 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxRole
 
-from lorapower.book._executed import read_claims
+from lorapower.book._executed import formatted, read_claims, read_quotes
 from lorapower.book.claims import MIME, Claim
 
 SCORECARD = "chapters/scorecard"
+_NAMED = r"(?P<name>\w+)(?::(?P<format>[^\"]+))?"
+_HERE = re.compile(rf'book\.quoted\["{_NAMED}"\]')
+_ELSEWHERE = re.compile(rf"(?P<chapter>[\w-]+)::{_NAMED}")
+
+
+@cache
+def _quotes(path: str) -> dict[str, dict[str, Any]]:
+    return read_quotes(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+class Quoted(SphinxRole):
+    """A number or a text of a run, of this page's or another's."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        try:
+            return [self._node()], []
+        except (OSError, LookupError, ValueError, SyntaxError) as error:
+            message = f"{{{self.name}}}`{self.text}` quotes nothing: {error!r}"
+            return [], [self.inliner.reporter.error(message, line=self.lineno)]
+
+    def _node(self) -> nodes.Node:
+        if parts := _HERE.fullmatch(self.text):
+            docname = self.env.docname
+        elif parts := _ELSEWHERE.fullmatch(self.text):
+            docname = f"chapters/{parts['chapter']}"
+        else:
+            raise ValueError('write book.quoted["name"], or chapter::name; then :format')
+        forms = _quotes(self.env.doc2path(docname))[parts["name"]]
+        if not (text := forms.get("text/markdown")):
+            text = formatted(forms["text/plain"], parts["format"] or "")
+        elif parts["format"]:
+            raise ValueError("it is Markdown, and takes no format")
+        elif text.startswith("$"):
+            return nodes.math("", text.strip("$"))
+        return nodes.inline("", text, classes=["pasted-text"])
 
 
 @dataclass
@@ -95,6 +137,8 @@ def _set_badges(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_role("eval", Quoted(), override=True)  # MyST-NB's own asks a kernel
+    app.add_role("quoted", Quoted())
     app.add_role("verdict", Verdict())
     app.connect("source-read", _leave_out_lines)
     app.connect("doctree-read", _set_badges)
