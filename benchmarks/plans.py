@@ -160,8 +160,9 @@ def main() -> None:
             "threads": chosen.threads,
         }
         row |= measure(each, chosen.threads, log)
-        read = re.search(r"([\d.]+) GB to read", log.read_text())
-        row["read"] = read[1] if read else ""
+        for column, said in (("announced", "of memory"), ("read", "to read")):
+            found = re.search(rf"([\d.]+) GB {said}", log.read_text())
+            row[column] = found[1] if found else ""
         print(row)
         file = chosen.folder / "costs.csv"
         new = not file.is_file()

@@ -99,8 +99,9 @@ def read(name: str) -> pd.DataFrame:
 
     ``"costs"`` has a row for each ``command`` that ``benchmarks/plans.py`` timed on made-up models
     of a ``size``: the number of ``texts`` and their ``tokens``, ``threads``, ``seconds``,
-    ``processor`` seconds, ``memory`` at most in gigabytes, and those that a plan said it would
-    ``read``.
+    ``processor`` seconds, and in gigabytes the ``memory`` at most, files that the system keeps
+    mapped included, the memory that a plan ``announced``, and what it said it would ``read``. Those
+    of 8 billion weights were read off while it ran.
 
     Raises `InputError` for other names.
     """
