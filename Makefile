@@ -112,7 +112,7 @@ serve: book ## serve the built book on this machine, on port PORT
 	$(bin)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
 pdf: book ## print the note as a PDF, or other pages: NAME=07 (needs Chromium)
-	@$(bin)/python tools/print_pdf.py $(out)/html/chapters/$(or $(NAME),whole-transformers)*.html --to $(out)
+	@$(bin)/python tools/print_pdf.py $(out) $(out)/html/chapters/$(or $(NAME),whole-transformers)*.html
 
 tidy: $(ready) ## format the sources and strip the chapters of their outputs
 	$(bin)/nbstripout --keep-id chapters/*.ipynb \
@@ -161,8 +161,7 @@ _build/chapters.mk: tools/dependencies.py tools/execute.py $(package) \
 
 $(out)/chapters/%.ipynb: chapters/%.ipynb tools/execute.py $(ready)
 	+@echo 'Executing $< (profile $(PROFILE))'
-	@$(bin)/python tools/execute.py $< $@ --profile $(PROFILE) --jobs $(JOBS) \
-		$(if $(filter-out $<,$?),,--reworded)
+	@$(bin)/python tools/execute.py $< $@ $(PROFILE) $(JOBS) $(if $(filter-out $<,$?),,--reworded)
 
 $(pair): lorapower/checkpoints/_example.py lorapower/checkpoints/_models.py $(ready)
 	+@echo 'Making the example that chapters share'
@@ -173,4 +172,4 @@ $(pair): lorapower/checkpoints/_example.py lorapower/checkpoints/_models.py $(re
 $(paired:%=$(out)/chapters/%): $(pair)
 
 $(out)/html/index.html: $(pages) $(package) $(executed) tools/build_html.py $(ready)
-	@$(bin)/python tools/build_html.py $(out) --jobs $(JOBS)
+	@$(bin)/python tools/build_html.py $(out) $(JOBS)

@@ -11,6 +11,7 @@ import re
 import sys
 from importlib import import_module
 from pkgutil import walk_packages
+from pydoc import locate
 from typing import Any, cast
 
 from docutils import nodes
@@ -119,12 +120,9 @@ def _name_as_defined(app: Sphinx, env: BuildEnvironment) -> None:
     """Let what a package offers from its modules be found by its name there as well."""
     objects = cast(PythonDomain, env.get_domain("py")).objects
     for name, entry in list(objects.items()):
-        holder: Any = None
-        value: Any = lorapower
-        for part in name.split(".")[1:]:
-            holder, value = value, getattr(value, part, None)
-        in_class = f"{_place(holder)}.{name.rpartition('.')[2]}" if inspect.isclass(holder) else ""
-        if place := in_class or _place(value):
+        holder, last = locate(name.rpartition(".")[0]), name.rpartition(".")[2]
+        in_class = f"{_place(holder)}.{last}" if inspect.isclass(holder) else ""
+        if place := in_class or _place(locate(name)):
             objects.setdefault(place, entry._replace(aliased=True))
 
 

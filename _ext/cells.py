@@ -26,7 +26,6 @@ from sphinx_codeautolink import extension
 from sphinx_codeautolink.extension.block import link_html
 from sphinx_design.shared import create_component
 
-OWN = {"lorapower", "records"}
 CAPTION = re.compile(r":::\{figure\}\n:name: (?P<name>\S+)\n\n(?P<caption>.+)\n:::", re.DOTALL)
 _FOLD = re.compile(r"<!-- fold: (.+) -->")
 _DROPDOWN: dict[str, Any] = {
@@ -65,14 +64,6 @@ def _fold(app: Sphinx, doctree: nodes.document) -> None:
             siblings[start : end + 1] = [create_component(**_DROPDOWN, children=inside)]
 
 
-def _keep_own_names(app: Sphinx, env: BuildEnvironment) -> None:
-    """Forget names of other packages, which the book does not document: to look is to import."""
-    for transforms in env.sphinx_codeautolink_transforms.values():  # type: ignore[attr-defined]
-        for transform in transforms:
-            names = transform.names
-            transform.names = [name for name in names if name.import_components[0] in OWN]
-
-
 def _leave_variables_plain(app: Sphinx, env: BuildEnvironment) -> None:
     for transforms in env.sphinx_codeautolink_transforms.values():  # type: ignore[attr-defined]
         for transform in transforms:
@@ -99,6 +90,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     _link_side_by_side(app)
     app.connect("source-read", _prepare)
     app.connect("doctree-read", _fold)
-    app.connect("env-updated", _keep_own_names, priority=400)
     app.connect("env-updated", _leave_variables_plain, priority=600)  # once it knows what they are
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,4 +1,9 @@
-"""What is put right in written pages, and what pages read from disk could not fetch.
+"""Numbers of pages, what is put right in written ones, and what those read from disk cannot fetch.
+
+On pages that Sphinx does not number figures, statements and equations count from one. The page
+``chapters/A-name`` is an appendix: its title is "A. Title", its first theorem Theorem A.1, and its
+sections have no numbers. A text names a page by the number in its file's name: ``Chapter
+{chapter}`07-training` `` links to Chapter 7, and ``Appendix {chapter}`A-networks` `` to Appendix A.
 
 For who listens to a page: folded cells are all announced under one name, which is not the text they
 show; parameters in lines of their own make a list of definitions that define nothing; the
@@ -23,10 +28,15 @@ from typing import Any
 
 from bs4 import BeautifulSoup
 from bs4.filter import SoupStrainer
-from executed import SCORECARD
-from overviews import chapters
+from docutils import nodes
+from executed import SCORECARD, chapters
+from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util.docutils import SphinxRole
+from sphinx_proof.domain import ProofDomain
 
+_APPENDIX = re.compile(r"chapters/([A-Z])-")
 _SUBSTITUTES = {
     '<summary aria-label="Toggle hidden content">': "<summary>",
     'role="doc-biblioentry"': 'role="listitem"',
@@ -35,6 +45,35 @@ _MATHEMATICS = r'<span class="math notranslate nohighlight">[^<]*</span>'
 _GLUED = re.compile(rf"[(\[“‘]?{_MATHEMATICS}(?:[,.;:!?…%’”)\]/–-]+|\w+)|[(\[“‘]{_MATHEMATICS}")
 _PARAMETERS = re.compile(r"<dl>(\s*<dd><em class=\"sig-param\">.*?)</dl>", re.DOTALL)
 _SHOWN = "div.proof[id]:not(#proof), div.math[id^='equation-'], figure[id], div.claims[id]"
+
+
+class Chapter(SphinxRole):
+    """A link to a page as the role ``doc`` makes it, by its number or letter."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        number = self.text.rpartition("/")[2].partition("-")[0].lstrip("0")
+        link = pending_xref("", nodes.inline("", number), refdomain="std", reftype="doc")
+        link.attributes |= {"reftarget": self.text, "refdoc": self.env.docname}
+        link.attributes |= {"refexplicit": True, "refwarn": True}
+        self.set_source_info(link)
+        return [link], []
+
+
+def _number(app: Sphinx, env: BuildEnvironment) -> None:
+    """Number appendices by letters, and what is on pages without a number from one."""
+    for docname, contents in env.tocs.items():
+        appendix = _APPENDIX.match(docname)
+        letter: tuple[Any, ...] = appendix.groups() if appendix else ()
+        # Sphinx counts through all pages without a number.
+        for numbers in env.toc_fignumbers.get(docname, {}).values():
+            if numbers and {len(number) for number in numbers.values()} == {1}:
+                before = min(numbers.values())[0] - 1
+                numbers.update({name: (*letter, at - before) for name, (at,) in numbers.items()})
+        if letter:
+            title, *sections = contents.findall(nodes.reference)
+            title["secnumber"] = env.titles[docname]["secnumber"] = letter
+            env.toc_secnumbers[docname] = {part["anchorname"]: () for part in sections}
+            env.toc_secnumbers[docname][""] = letter
 
 
 def _mend(
@@ -70,9 +109,8 @@ def _previews(html: str, docname: str) -> Iterator[tuple[str, str]]:
         for link in copy.select("a"):
             link.unwrap()
         for picture in copy.select("img[src]:not([src^='data:'])"):
-            path = f"{posixpath.dirname(docname)}/{picture['src']}"
+            path = f"{posixpath.dirname(docname)}/{picture.attrs.pop('src')}"
             picture["data-src"] = posixpath.normpath(path)
-            del picture["src"]
         for named in copy.select("[id]"):
             del named["id"]
         yield str(part["id"]), str(copy)
@@ -89,6 +127,13 @@ def _complete(app: Sphinx, error: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_role("chapter", Chapter())
+    # Chapters are counted through all parts, and statements by page. Neither extension says that
+    # processes may share the reading: the one works once all is read, the other's domain is empty.
+    app.setup_extension("sphinx_multitoc_numbering")
+    app.extensions["sphinx_multitoc_numbering"].parallel_read_safe = True
+    ProofDomain.merge_domaindata = lambda *_: None
+    app.connect("env-check-consistency", _number)
     # An extension by a name that `import` would not take, which does not say what it is safe for.
     app.connect("build-finished", import_module("sphinx-mathjax-offline").copy_mathjax_files)
     app.connect("build-finished", _complete, priority=700)  # once pages have all their links

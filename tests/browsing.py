@@ -14,10 +14,8 @@ import pytest
 from bs4 import BeautifulSoup
 from conftest import ROOT
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Route
-from print_pdf import MATHJAX_IS_DONE, NO_CHROMIUM, OPTIONS
+from print_pdf import MATHJAX_IS_DONE, NO_CHROMIUM
 from sphinx_external_toc.parsing import parse_toc_yaml
-
-__all__ = ["OPTIONS", "PAGES", "STANDS_STILL", "Reader", "chromium", "reading", "soup"]
 
 # Pages of the book, but for that of the search, which Sphinx adds.
 PAGES = list(parse_toc_yaml(ROOT / "_toc.yml"))
@@ -57,12 +55,6 @@ class Reader:
     def open(self, docname: str, query: str = "") -> None:
         self.page.goto((self.book / f"{docname}.html").as_uri() + query)
         self.page.evaluate(MATHJAX_IS_DONE)
-        self.page.wait_for_function(STANDS_STILL)
-
-    def darken(self) -> None:
-        """As where the whole screen becomes dark in the evening."""
-        self.page.emulate_media(color_scheme="dark")
-        self.page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
         self.page.wait_for_function(STANDS_STILL)
 
 

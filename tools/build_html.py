@@ -1,6 +1,6 @@
 """Build the HTML of the book from its pages and the executed chapters.
 
-usage: python tools/build_html.py _build/quick --jobs 2
+usage: python tools/build_html.py _build/quick PROCESSES
 
 Stages the book's sources in ``_build/quick/source`` and builds them, with every warning an error,
 into a new folder, which replaces ``_build/quick/html`` only if it is complete. Always from nothing:
@@ -9,7 +9,6 @@ Sphinx reports a warning only when it reads a page, so an incremental build woul
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -19,11 +18,13 @@ import time
 import warnings
 from pathlib import Path
 
+from jupyter_book.sphinx import build_sphinx
+
 from lorapower.book._executed import formatted, read_quotes
 
 ROOT = Path(__file__).resolve().parent.parent
 _FOLDERS = ("_ext", "_static", "api", "chapters")
-_SOURCES = (*_FOLDERS, "_config.yml", "_toc.yml", "index.md", "references.bib")
+_FILES = ("_config.yml", "_toc.yml", "index.md", "references.bib")
 
 
 def stage(executed: Path, target: Path) -> None:
@@ -32,13 +33,11 @@ def stage(executed: Path, target: Path) -> None:
     With it come the record of its run and, in files of their own, the figures that it quotes and
     what it quotes of the command's output: other pages show them as they show any file.
     """
-    target.mkdir()
     ignore = shutil.ignore_patterns("*.ipynb", ".*", "__pycache__")
-    for source in (ROOT / name for name in _SOURCES):
-        if source.is_dir():
-            shutil.copytree(source, target / source.name, ignore=ignore)
-        else:
-            shutil.copy(source, target)
+    for folder in _FOLDERS:
+        shutil.copytree(ROOT / folder, target / folder, ignore=ignore)
+    for file in _FILES:
+        shutil.copy(ROOT / file, target)
     for notebook in sorted((ROOT / "chapters").glob("*.ipynb")):
         chapter, chapters = executed / notebook.name, target / "chapters"
         shutil.copy(chapter, chapters)
@@ -51,16 +50,8 @@ def stage(executed: Path, target: Path) -> None:
                 (chapters / f"{name}.txt").write_text(printed, encoding="utf-8")
 
 
-def show_in_readme(picture: Path) -> None:
-    """Copy a figure to where the README shows it, in digits that machines share."""
-    svg = re.sub(r"\d+\.\d+", lambda found: f"{float(found[0]):.3f}", picture.read_text("utf-8"))
-    (ROOT / "docs" / picture.name).write_text(svg, encoding="utf-8")
-
-
-def build(out: Path, jobs: int) -> bool:
-    """Replace ``out/html`` by a newly built book; say whether this succeeded, else leave it."""
-    from jupyter_book.sphinx import build_sphinx
-
+def build(out: Path, jobs: int) -> None:
+    """Replace ``out/html`` by a newly built book, if this succeeds, and name the slowest pages."""
     source, fresh, final = out / "source", out / "fresh", out / "html"
     for folder in (source, fresh):
         shutil.rmtree(folder, ignore_errors=True)
@@ -70,12 +61,13 @@ def build(out: Path, jobs: int) -> bool:
     print("Building the HTML", flush=True)
     # That extension touches every living object, at which torch's deprecated ones protest.
     warnings.filterwarnings("ignore", "", FutureWarning, "sphinx_external_toc.collectors")
-    overrides = {"external_toc_path": str(source / "_toc.yml"), "nitpicky": True}
+    # At its import transformers names what it does without.
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     failed = build_sphinx(
         source,
         fresh / "html",
         path_config=source / "_config.yml",
-        confoverrides=overrides | {"latex_individualpages": False},
+        confoverrides={"latex_individualpages": False},
         quiet=True,
         warningiserror=True,
         keep_going=True,
@@ -83,38 +75,22 @@ def build(out: Path, jobs: int) -> bool:
         jobs=jobs,
     )
     if failed:
-        print("The book is not built: see above.", file=sys.stderr)
-        return False
+        sys.exit("The book is not built: see above.")
     os.utime(fresh / "html" / "index.html", ns=(started, started))
     shutil.rmtree(final, ignore_errors=True)
     (fresh / "html").replace(final)
     shutil.rmtree(fresh)
     if out.name == "quick" and (picture := source / "chapters" / "front.svg").exists():
-        show_in_readme(picture)
-    return True
-
-
-def slowest(chapters: Path) -> str:
-    """Name the five chapters that took the most seconds of a processor."""
-    files = chapters.glob("*.json")
+        # The README shows it too, in digits that machines share.
+        drawn = picture.read_text(encoding="utf-8")
+        svg = re.sub(r"\d+\.\d+", lambda found: f"{float(found[0]):.3f}", drawn)
+        (ROOT / "docs" / picture.name).write_text(svg, encoding="utf-8")
+    files = (out / "chapters").glob("*.json")
     took = {file.stem: json.loads(file.read_text(encoding="utf-8"))["processor"] for file in files}
     five = sorted(took, key=took.__getitem__, reverse=True)[:5]
-    return ", ".join(f"{name} {took[name]:.0f} s" for name in five)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--jobs", type=int, default=1, help="processes that read and write pages")
-    arguments = parser.parse_args()
-    # At whose import it names what it does without.
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    out = arguments.out.resolve()
-    if not build(out, arguments.jobs):
-        return 1
-    print("The slowest chapters, in seconds of a processor:", slowest(out / "chapters"))
-    return 0
+    said = ", ".join(f"{name} {took[name]:.0f} s" for name in five)
+    print("The slowest chapters, in seconds of a processor:", said)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    build(Path(sys.argv[1]).resolve(), int(sys.argv[2]))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import sys
 from itertools import chain
 from pathlib import Path
 
@@ -38,10 +37,10 @@ def needs(path: Path) -> list[Module]:
     return [*reach(imported(code(path)), PLACES).values()]
 
 
-def beside(module: Module) -> set[Path]:
-    """List the data beside a module."""
-    files = filter(Path.is_file, module.path.parent.iterdir())
-    return {file for file in files if file.suffix != ".py"}
+def beside(modules: list[Module]) -> set[Path]:
+    """List the data beside modules."""
+    near = chain.from_iterable(module.path.parent.iterdir() for module in modules)
+    return {file for file in near if file.is_file() and file.suffix != ".py"}
 
 
 def recorded(chapter: Path) -> set[Path]:
@@ -53,47 +52,40 @@ def recorded(chapter: Path) -> set[Path]:
     return {file for file in files if file.name.partition(".")[0] in named}
 
 
-def files(modules: list[Module]) -> set[str]:
-    """List the files of modules, and the data beside them."""
-    paths = {module.path for module in modules}.union(*map(beside, modules))
-    return {str(path.relative_to(ROOT)) for path in paths}
-
-
 def digested(chapter: Path) -> str:
     """Digest what a chapter computes with: metadata, code, modules and their data, and records."""
     modules = needs(chapter)
-    data = sorted(recorded(chapter).union(*map(beside, modules)))
     parts = [
         json.loads(chapter.read_text(encoding="utf-8"))["metadata"],
         digest(code(chapter)),
         sorted(module.digest for module in modules),
-        [hashlib.blake2b(file.read_bytes()).hexdigest() for file in data],
+        [
+            hashlib.blake2b(file.read_bytes()).hexdigest()
+            for file in sorted(recorded(chapter) | beside(modules))
+        ],
     ]
     return digest(json.dumps(parts))
 
 
-def main() -> int:
+def name(file: Path) -> str:
+    """Name a file as the makefile does."""
+    return str(file.relative_to(ROOT))
+
+
+def main() -> None:
+    tool, every = needs(ROOT / "tools" / "execute.py"), set[Path]()
     # Appendices take longer than most: they go first.
     chapters = sorted((ROOT / "chapters").glob("*.ipynb"), reverse=True)
-    try:
-        tool = needs(ROOT / "tools" / "execute.py")
-        needed = {path: files([*tool, *needs(path)]) for path in chapters}
-        records = {
-            path: {str(file.relative_to(ROOT)) for file in recorded(path)} for path in chapters
-        }
-    except SyntaxError as error:
-        print(f"{Path(str(error.filename)).relative_to(ROOT)} is not Python", file=sys.stderr)
-        return 1
-    print("executed :=", *(f"$(out)/chapters/{path.name}" for path in needed))
-    for path, names in needed.items():
-        print(f"$(out)/chapters/{path.name}:", *sorted(names))
-        if records[path]:
-            print(f"_build/quick/chapters/{path.name}:", *sorted(records[path]))
-    every = set().union(*needed.values(), *records.values())
+    print("executed :=", *(f"$(out)/chapters/{path.name}" for path in chapters))
+    for path in chapters:
+        modules = [*tool, *needs(path)]
+        files, records = {module.path for module in modules} | beside(modules), recorded(path)
+        for out, needed in (("$(out)", files), ("_build/quick", records)):
+            print(f"{out}/chapters/{path.name}:", *sorted(map(name, needed)))
+        every |= files | records
     # A file that is gone counts as changed, and is not missed.
-    print(*(f"{file}:" for file in sorted(every)), sep="\n")
-    return 0
+    print(*(f"{file}:" for file in sorted(map(name, every))), sep="\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

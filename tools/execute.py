@@ -1,6 +1,6 @@
 """Execute one chapter with papermill; a finished file appears only if everything in it succeeded.
 
-usage: python tools/execute.py chapters/NN-name.ipynb _build/quick/chapters/NN-name.ipynb
+usage: python tools/execute.py SOURCE TARGET PROFILE CHAPTERS-AT-A-TIME [--reworded]
 
 Beside it ``NN-name.json`` says in which profile, on which machine and in what time it ran. A line
 says how many chapters are done and how long the rest may take.
@@ -13,7 +13,6 @@ below the new text.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -94,15 +93,14 @@ def clean(notebook: NotebookNode) -> None:
 def reword(source: Path, executed: Path, target: Path) -> bool:
     """Write an executed notebook with the source's text; say whether the code is the same."""
     new, old = (nbformat.read(path, as_version=4) for path in (source, executed))
-    done = [cell for cell in old.cells if cell.cell_type == "code"]
-    kept = [cell for cell in done if cell.id != "injected-parameters"]
-    code = [cell for cell in new.cells if cell.cell_type == "code"]
-    if [(cell.id, cell.source) for cell in code] != [(cell.id, cell.source) for cell in kept]:
+    code, done = ([c for c in book.cells if c.cell_type == "code"] for book in (new, old))
+    injected = next(k for k, cell in enumerate(done) if cell.id == "injected-parameters")
+    given = done.pop(injected)
+    if [(cell.id, cell.source) for cell in code] != [(cell.id, cell.source) for cell in done]:
         return False
-    for cell, run in zip(code, kept, strict=True):
+    for cell, run in zip(code, done, strict=True):
         cell.outputs, cell.execution_count = run.outputs, run.execution_count
-        if run is not done[-1] and (after := done[done.index(run) + 1]) not in kept:
-            new.cells.insert(new.cells.index(cell) + 1, after)
+    new.cells.insert(new.cells.index(code[injected - 1]) + 1, given)
     new.metadata = old.metadata
     nbformat.write(new, target)
     return True
@@ -128,13 +126,6 @@ def check(executed: Path) -> None:
         raise ChapterError("\n".join(failing))
 
 
-def machine() -> str:
-    """Say in words what the chapters run on."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    kind, system = platform.machine(), platform.system()
-    return f"{os.cpu_count()} processors ({kind}), {memory:.0f} GiB of memory, {system}"
-
-
 def progress(folder: Path, jobs: int) -> str:
     """Say how many chapters in a folder are done, and how long the others may take.
 
@@ -145,8 +136,8 @@ def progress(folder: Path, jobs: int) -> str:
     lines = rules.read_text(encoding="utf-8").splitlines() if rules.exists() else []
     pages = [line.partition(":") for line in lines if line.startswith("$(out)")]
     seconds, left = {}, []
-    for targets, _, files in pages:
-        executed = folder / Path(targets.split()[0]).name
+    for target, _, files in pages:
+        executed = folder / Path(target).name
         sources = [ROOT / file for file in (f"chapters/{executed.name}", *files.split())]
         newest = max(source.stat().st_mtime for source in sources if source.exists())
         if not executed.exists() or executed.stat().st_mtime < newest:
@@ -161,22 +152,13 @@ def progress(folder: Path, jobs: int) -> str:
     return f": {done} of {len(pages)} done, about {expected / 60:.1f} minutes to go"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("--profile", required=True)
-    parser.add_argument("--jobs", type=int, default=1, help="chapters executed at a time")
-    parser.add_argument("--reworded", action="store_true", help="nothing else has changed")
-    arguments = parser.parse_args()
+def main(source: Path, target: Path, profile: str, jobs: int, reworded: bool) -> int:
     # Each has its part of the processors: threads of one would take the time of another.
-    share = max(1, (os.cpu_count() or 1) // max(1, arguments.jobs))
-    os.environ.setdefault("OMP_NUM_THREADS", str(share))
-    source, target, profile = arguments.source, arguments.target, arguments.profile
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     partial, failed = (target.with_suffix(f".{end}.ipynb") for end in ("partial", "failed"))
     # The file carries the time at which its inputs were read: what changes during the run is newer.
     started = time.time_ns()
-    if arguments.reworded and reword(source, target, partial):
+    if reworded and reword(source, target, partial):
         os.utime(partial, ns=(started, started))
         partial.replace(target)
         print(f"The code of {source} is as it was: outputs stay")
@@ -193,14 +175,18 @@ def main() -> int:
     seconds = (time.time_ns() - started) / 1e9
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     processor = sum(use.ru_utime + use.ru_stime for use in usage)
-    about = {"profile": profile, "machine": machine(), "seconds": seconds, "processor": processor}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    machine = f"{os.cpu_count()} processors ({platform.machine()}), {memory:.0f} GiB of memory"
+    machine = f"{machine}, {platform.system()}"
+    about = {"profile": profile, "machine": machine, "seconds": seconds, "processor": processor}
     target.with_suffix(".json").write_text(json.dumps(about), encoding="utf-8")
     os.utime(partial, ns=(started, started))
     partial.replace(target)
     failed.unlink(missing_ok=True)
-    print(f"Executed {source} in {seconds:.0f} s{progress(target.parent, arguments.jobs)}")
+    print(f"Executed {source} in {seconds:.0f} s{progress(target.parent, jobs)}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    source, target, profile, jobs, *options = sys.argv[1:]
+    sys.exit(main(Path(source), Path(target), profile, int(jobs), "--reworded" in options))

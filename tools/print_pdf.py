@@ -1,13 +1,12 @@
 """Print pages of the built book, each as a PDF of its own, with headless Chromium.
 
-usage: python tools/print_pdf.py _build/quick/html/chapters/whole-transformers.html ... --to _build
+usage: python tools/print_pdf.py FOLDER _build/quick/html/chapters/whole-transformers.html ...
 
 How they look is in ``_static/print.css`` and ``_static/note.css``.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -16,15 +15,6 @@ from pathlib import Path
 from playwright.sync_api import Browser, sync_playwright
 
 NO_CHROMIUM = "no Chromium: install it (on Debian: apt-get install chromium) or name it in CHROMIUM"
-OPTIONS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 MATHJAX_IS_DONE = "() => window.MathJax?.startup?.promise.then(() => null)"
 # On paper the other pages of the book are nowhere.
 _LEAVE_BOOK = """() => document.querySelectorAll("a[href]").forEach((link) => {
@@ -61,21 +51,14 @@ def print_page(browser: Browser, source: Path, target: Path) -> None:
     print(f"Printed: {target}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("pages", nargs="+", type=Path)
-    parser.add_argument("--to", required=True, type=Path)
-    arguments = parser.parse_args()
+def main(folder: Path, *pages: Path) -> None:
     if (program := chromium()) is None:
-        print(NO_CHROMIUM, file=sys.stderr)
-        return 1
+        sys.exit(NO_CHROMIUM)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=OPTIONS)
-        for page in arguments.pages:
-            print_page(browser, page, arguments.to / f"{page.stem}.pdf")
-        browser.close()
-    return 0
+        browser = playwright.chromium.launch(executable_path=program)
+        for page in pages:
+            print_page(browser, page, folder / f"{page.stem}.pdf")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(*map(Path, sys.argv[1:]))

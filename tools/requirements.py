@@ -12,22 +12,13 @@ import sys
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def main() -> int:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    decisive = {
-        "project": project["project"],
-        "build-system": project["build-system"],
-        "setuptools": project["tool"]["setuptools"],
-        "versions": [line for line in lines if line and not line.startswith("#")],
-        "files": sys.argv[1:],
-    }
-    print(json.dumps(decisive, indent=1, sort_keys=True))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
+lines = Path("constraints.txt").read_text(encoding="utf-8").splitlines()
+decisive = {
+    "project": project["project"],
+    "build-system": project["build-system"],
+    "setuptools": project["tool"]["setuptools"],
+    "versions": [line for line in lines if line and not line.startswith("#")],
+    "files": sys.argv[1:],
+}
+print(json.dumps(decisive, indent=1, sort_keys=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import posixpath
 import re
 from collections import Counter
 from importlib import import_module
@@ -15,6 +16,7 @@ import yaml
 from browsing import PAGES, soup
 from bs4 import BeautifulSoup, Tag
 from conftest import CHAPTERS, ROOT
+from sphinx.util.inventory import InventoryFile
 
 import api
 from lorapower.book._executed import read_claims
@@ -26,6 +28,7 @@ PACKAGE = {
     for page in sorted((ROOT / "api").glob("*.rst"))
     if page.stem != "index"
 }
+every_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 
 
 def test_addresses_of_earlier_editions_lead_on(book: Path) -> None:
@@ -37,17 +40,12 @@ def test_addresses_of_earlier_editions_lead_on(book: Path) -> None:
         assert (book / old).with_name(new).is_file()
 
 
-def number_of(chapter: Path) -> str:
-    """A chapter's number, an appendix's letter, or nothing, for a note."""
-    name = chapter.stem.partition("-")[0]
-    return name.lstrip("0") if re.fullmatch(r"\d+|[A-Z]", name) else ""
-
-
-@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+@every_chapter
 def test_chapter_has_the_number_of_its_file(book: Path, chapter: Path) -> None:
-    """In all parts of the book; its statements and figures count from there."""
-    page, number = soup(book, f"chapters/{chapter.stem}"), number_of(chapter)
-    expected = rf"\b{number}\." if number else r"^\D+\d+\s*$"
+    """In all parts of the book; its statements and figures count from there, a note's from one."""
+    name = chapter.stem.partition("-")[0].lstrip("0")
+    expected = rf"\b{name}\." if re.fullmatch(r"\d+|[A-Z]", name) else r"^\D+\d+\s*$"
+    page = soup(book, f"chapters/{chapter.stem}")
     counters = page.select("h1 .section-number, article .caption-number")
     assert counters
     for counter in counters:
@@ -55,10 +53,10 @@ def test_chapter_has_the_number_of_its_file(book: Path, chapter: Path) -> None:
 
 
 @pytest.mark.parametrize("docname", [*PAGES, "search"])
-def test_internal_links_resolve(book: Path, docname: str) -> None:
-    here = book / f"{docname}.html"
+def test_links_resolve_and_mathematics_keeps_its_punctuation(book: Path, docname: str) -> None:
+    here, page = book / f"{docname}.html", soup(book, docname)
     broken = []
-    for link in soup(book, docname).select("a[href]"):
+    for link in page.select("a[href]"):
         address = urlsplit(str(link["href"]))
         if address.scheme or address.netloc:
             continue
@@ -67,6 +65,10 @@ def test_internal_links_resolve(book: Path, docname: str) -> None:
         if not target.is_file() or (fragment and fragment not in anchors(target)):
             broken.append(link["href"])
     assert broken == []
+    # A line may end behind a formula, but not before what closes it.
+    for formula in page.select("article span.math"):
+        if str(formula.next_sibling)[:1] in {*",.;:!?)"}:
+            assert formula.find_parent("span", class_="text-nowrap"), formula
 
 
 @functools.cache
@@ -74,19 +76,11 @@ def anchors(page: Path) -> frozenset[str]:
     return frozenset(re.findall(r'<[^>]* id="([^"]+)"', page.read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("docname", PAGES)
-def test_mathematics_keeps_its_punctuation(book: Path, docname: str) -> None:
-    """A line may end behind a formula, but not before what closes it."""
-    for formula in soup(book, docname).select("article span.math"):
-        if str(formula.next_sibling)[:1] in {*",.;:!?)"}:
-            assert formula.find_parent("span", class_="text-nowrap"), formula
-
-
 def claimed(book: Path, chapter: Path) -> list[Claim]:
     return read_claims(book / "_sources" / "chapters" / chapter.name)
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+@every_chapter
 def test_every_claim_is_on_the_scorecard_and_behind_its_statement(
     book: Path, chapter: Path
 ) -> None:
@@ -120,6 +114,15 @@ def plain(text: str | Tag) -> str:
     return " ".join(re.findall(r"\w+", re.sub(r"\$[^$]*\$", " ", text)))
 
 
+def test_every_module_of_the_package_has_a_place() -> None:
+    shown = [module.partition(".")[2] for modules in PACKAGE.values() for module in modules]
+    top = {path.stem for path in (ROOT / "lorapower").iterdir() if not path.name.startswith("_")}
+    index = (ROOT / "api" / "index.rst").read_text()
+    listed = {name.split(".")[0] for name in re.findall(r"(?m)^   ([\w.]+)$", index)}
+    assert {name.split(".")[0] for name in shown} == top - {"py"} == listed
+    assert len(shown) == len(set(shown))
+
+
 @pytest.mark.parametrize("docname", PACKAGE)
 def test_page_on_the_package_has_every_public_name(book: Path, docname: str) -> None:
     modules = PACKAGE[docname]
@@ -127,6 +130,24 @@ def test_page_on_the_package_has_every_public_name(book: Path, docname: str) -> 
     shown = {str(entry["id"]) for entry in soup(book, docname).select("dt.sig[id]")}
     assert expected <= shown
     assert {f"module-{module}" for module in modules} <= anchors(book / f"{docname}.html")
+
+
+def test_members_come_from_bases_without_an_entry(book: Path) -> None:
+    with (book / "objects.inv").open("rb") as file:
+        entries = InventoryFile.load(file, "", posixpath.join)
+    methods = entries["py:method"]
+    assert {f"lorapower.networks.FNN.{name}" for name in ("__call__", "random")} <= {*methods}
+    assert "lorapower.networks.FNN.depth" in entries["py:property"]
+    # The first is said at the base, which has an entry; the second has no docstring of its own.
+    assert not {f"lorapower.networks.FNN.{name}" for name in ("map", "with_parameters")} & {
+        name for name, (*_, place, _) in methods.items() if "FNN" in place
+    }
+    assert "lorapower.book.WIDEST" in entries["py:data"]
+
+
+def test_labels_in_docstrings_become_links() -> None:
+    text = api.link_labels("`pad` of ``x `y` z`` by [thm-partition], ``[a-b]``, [..., k].")
+    assert text == "`pad` of ``x `y` z`` by [:prf:ref:`thm-partition`], ``[a-b]``, [..., k]."
 
 
 def test_labels_in_docstrings_lead_to_their_statements(book: Path) -> None:
@@ -143,7 +164,7 @@ def test_labels_in_docstrings_lead_to_their_statements(book: Path) -> None:
     assert found["thm-optimal-adaptation"].startswith("Theorem 1.")
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+@every_chapter
 def test_names_in_code_lead_to_the_package(book: Path, chapter: Path) -> None:
     links = soup(book, f"chapters/{chapter.stem}").select("div.cell_input pre a")
     assert links
@@ -194,3 +215,43 @@ def test_every_reference_within_the_book_has_a_preview(book: Path) -> None:
         assert content.get_text().strip()
         assert not content.select("a, [id], script")
         assert all((book / str(one["data-src"])).is_file() for one in content.select("img"))
+
+
+# The pages that a reader meets first
+
+
+def test_front_page_leads_everywhere(book: Path) -> None:
+    page = soup(book, "index")
+    links = {str(link["href"]).partition("#")[0] for link in page.select("article a[href]")}
+    doors = {f"chapters/{name}.html" for name in ("quickstart", "map", "answers", "built")}
+    assert doors | {f"chapters/{chapter.stem}.html" for chapter in CHAPTERS} <= links
+    assert len(page.select("article figure img")) == 2
+
+
+def test_answers_are_one_line_and_say_what_they_rest_on(book: Path) -> None:
+    """With numbers of the run, all of which are shown."""
+    page = soup(book, "chapters/answers")
+    for question in page.select("article h3"):
+        answer = question.find_next_sibling("p")
+        assert answer is not None
+        (bold,) = answer.select(":scope > strong")
+        assert answer.get_text() == bold.get_text()
+        details = answer.find_next_sibling("details")
+        assert details is not None
+        assert details.select("a.reference.internal")
+    numbers = [number.get_text() for number in page.select("span.pasted-text")]
+    assert numbers
+    assert all(re.search(r"\d", number) and "nan" not in number for number in numbers)
+
+
+def test_quick_start_shows_every_command_and_its_output(book: Path) -> None:
+    page = soup(book, "chapters/quickstart")
+    blocks = [block.get_text() for block in page.select("article div.highlight pre")]
+    outputs = [block.get_text() for block in page.select("article div.terminal pre")]
+    for name in ("plan", "extract", "check", "shrink"):
+        # Of plans the last asks for an error; the first lists prices.
+        *_, at = (k for k, text in enumerate(blocks) if text.startswith(f"lorapower {name} "))
+        assert blocks[at + 1] in outputs
+        found = re.search(r"Estimate +([\d.]+)% lost over all \d+ texts", blocks[at + 1])
+        assert found
+        assert 4 <= float(found[1]) <= 6, "the page says that it is about half of the 10% stated"

@@ -1,37 +1,31 @@
-"""What the Makefile promises, on a small book; and one such book that is really built."""
+"""What the Makefile and its tools promise, on a small book."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import execute
 import nbformat
 import pytest
 from conftest import ROOT, Make
 from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-Tool = Callable[..., tuple[int, Path]]
+Tool = Callable[..., tuple[Any, Any]]
 
 PARAMETERS = 'profile: str = "quick"  # quick or paper'
 
 CLAIM = """\
 from IPython.display import display
 
-claim = {
-    "statement": "One and one make $2$",
-    "label": "thm-sum",
-    "predicted": "2",
-    "measured": str(1 + 1),
-    "holds": HOLDS,
-}
-display({"application/vnd.lorapower.claim+json": claim, "text/plain": "claim"}, raw=True)"""
+claim = {"statement": "One and one make $2$", "label": "thm-sum", "holds": False}
+claim |= {"predicted": "2", "measured": "3"}
+display({"application/vnd.lorapower.claim+json": claim}, raw=True)"""
 
 FIGURE = """\
 %config InlineBackend.figure_formats = ["svg"]
@@ -41,42 +35,15 @@ plt.rcParams["svg.hashsalt"] = "fixed"
 plt.plot([1, 2])
 plt.show()"""
 
-THEOREM = """\
-# A sum
-
-:::{prf:theorem}
-:label: thm-sum
-$1 + 1 = 2$.
-:::"""
-
-TOC = """\
-format: jb-book
-root: index
-chapters:
-  - file: chapters/01-sum
-  - file: chapters/02-other
-  - file: chapters/scorecard
-"""
-
-# The package of the small book, and what its second chapter imports besides.
-PACKAGE = {
-    "__init__": "",
-    "errors": "",
-    "unused": "",
-    "wing/__init__": "from lorapower import errors",
-    "wing/common": "",
-    "wing/images": "import records\n\n\ndef read():\n    from . import common",
-}
-
 # In place of the tool that executes: it says what it does, and may fail.
 EXECUTE = """\
 import os
 import sys
 from pathlib import Path
 
-source, target, _, profile, *_ = sys.argv[1:]
-with Path(os.environ["RUNS"]).open("a") as log:
-    print(Path(source).stem, profile, file=log)
+source, target, profile, _, *options = sys.argv[1:]
+with Path("runs").open("a") as log:
+    print(Path(source).stem, profile, *options, file=log)
 if Path(source).stem == os.environ.get("FAILING"):
     sys.exit(f"{source} does not hold")
 Path(target).parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +61,24 @@ html.mkdir(exist_ok=True)
 """
 
 
+# The files of the small book that are not the project's, besides its chapters.
+FILES = {
+    "_toc.yml": "format: jb-book\nroot: index\nchapters: [{glob: chapters/*}]\n",
+    "index.md": "# A book",
+    "lorapower/__init__.py": "",
+    "lorapower/errors.py": "",
+    "lorapower/unused.py": "",
+    "lorapower/wing/__init__.py": "from lorapower import errors",
+    "lorapower/wing/common.py": "",
+    "lorapower/wing/images.py": "import records\n\n\ndef read():\n    from . import common",
+    "records/__init__.py": "",
+    "records/table.csv.gz": "",
+    "records/sweeps/other-runs.jsonl.gz": "",
+    "tools/build_html.py": BUILD,
+    "tools/execute.py": EXECUTE,
+}
+
+
 def write_chapter(folder: Path, name: str, text: str, *code: str) -> Path:
     cells = [
         new_markdown_cell(text),
@@ -101,101 +86,95 @@ def write_chapter(folder: Path, name: str, text: str, *code: str) -> Path:
         *map(new_code_cell, code),
     ]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    metadata = {"kernelspec": kernel}
     path = folder / "chapters" / f"{name}.ipynb"
-    nbformat.write(new_notebook(cells=cells, metadata=metadata), path)
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
     return path
 
 
-class Book:
-    """A small book in `folder`, made by the project's own Makefile; chapters are not executed."""
-
-    def __init__(self, folder: Path, run_make: Make) -> None:
-        self.folder = folder
-        self.page = folder / "_build" / "html" / "index.html"
-        self._make = run_make
-        self.log = folder.parent / "runs"
-
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        return self._make(self.folder, *arguments, RUNS=str(self.log), **environment)
-
-    def make(self, *arguments: str, status: int = 0, **environment: str) -> str:
-        """Run make to its end, expect the exit status, return what it printed."""
-        self.log.unlink(missing_ok=True)
-        process = self.start(*arguments, **environment)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == status, output
-        return output
-
-    def executed(self) -> list[str]:
-        """List what the last make executed, with the profile."""
-        return sorted(self.log.read_text().splitlines()) if self.log.exists() else []
-
-
 @pytest.fixture
-def small(tmp_path: Path, run_make: Make) -> Book:
+def folder(tmp_path: Path) -> Path:
+    """That of a small book, whose chapters are not executed."""
     folder = tmp_path / "a book"
-    for name in ("api", "chapters", "lorapower/wing"):
-        (folder / name).mkdir(parents=True)
     for name in ("_ext", "_static", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "_config.yml", "constraints.txt", "pyproject.toml", "references.bib"):
-        shutil.copy(ROOT / name, folder / name)
-    for module, text in PACKAGE.items():
-        (folder / "lorapower" / f"{module}.py").write_text(text)
-    (folder / "records" / "sweeps").mkdir(parents=True)
-    for name in ("__init__.py", "table.csv.gz", "sweeps/other-runs.jsonl.gz"):
-        (folder / "records" / name).touch()
-    (folder / "tools" / "execute.py").write_text(EXECUTE)
-    (folder / "tools" / "build_html.py").write_text(BUILD)
-    (folder / "_toc.yml").write_text(TOC)
-    (folder / "index.md").write_text("# A book\n\nSee {prf:ref}`thm-sum`.\n")
+        shutil.copy(ROOT / name, folder)
+    for name in ("api", "chapters", "lorapower/wing", "records/sweeps"):
+        (folder / name).mkdir(parents=True)
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
     shutil.copy(ROOT / "chapters" / "scorecard.md", folder / "chapters")
-    write_chapter(folder, "01-sum", THEOREM, "import lorapower.wing")
-    write_chapter(
-        folder,
-        "02-other",
-        "# Another",
-        "%time\nfrom lorapower.wing import images, os\nimages.read('other-runs')",
-    )
-    return Book(folder, run_make)
+    write_chapter(folder, "01-sum", "# A sum", "import lorapower.wing")
+    other = "%time\nfrom lorapower.wing import images, os\nimages.read('other-runs')"
+    write_chapter(folder, "02-other", "# Another", other)
+    return folder
+
+
+@pytest.fixture
+def make(folder: Path, run_make: Make) -> Tool:
+    """Make the small book: what is printed, and what was executed, with profile and options."""
+    log = folder / "runs"
+
+    def run(*arguments: str, status: int = 0, **environment: str) -> tuple[str, list[str]]:
+        log.write_text("")
+        process = run_make(folder, *arguments, **environment)
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == status, said
+        return said, sorted(log.read_text().splitlines())
+
+    return run
 
 
 FIRST, SECOND = "01-sum quick", "02-other quick"
+PAGE = Path("_build", "quick", "html", "index.html")
 
 
-def test_only_chapters_that_depend_on_what_changed_are_executed(small: Book) -> None:
-    assert "make book" in small.make("help")
-    small.make("book")
-    assert small.executed() == [FIRST, SECOND]
-    small.make("book")
-    assert small.executed() == []
+def test_only_chapters_that_depend_on_what_changed_are_executed(folder: Path, make: Tool) -> None:
+    assert "make book" in make("help")[0]
+    said, executed = make("book")
+    assert str((folder / PAGE).resolve()) in said
+    assert executed == [FIRST, SECOND]
+    assert make("book")[1] == []
     for changed, executed in {
         "index.md": [],
         "lorapower/unused.py": [],
         "lorapower/wing/common.py": [SECOND],
-        "chapters/02-other.ipynb": [SECOND],
+        "chapters/02-other.ipynb": [f"{SECOND} --reworded"],
         "lorapower/errors.py": [FIRST, SECOND],
         "records/table.csv.gz": [SECOND],
         "records/sweeps/other-runs.jsonl.gz": [SECOND],
         "tools/execute.py": [FIRST, SECOND],
     }.items():
-        (small.folder / changed).touch()
-        small.make("book")
-        assert small.executed() == executed, f"after a change of {changed}"
-    common = small.folder / "lorapower" / "wing" / "common.py"
+        (folder / changed).touch()
+        assert make("book")[1] == executed, f"after a change of {changed}"
+    common = folder / "lorapower" / "wing" / "common.py"
     common.write_text("from .. import unused")
-    small.make("book")
-    (small.folder / "lorapower" / "unused.py").touch()
-    small.make("book")
-    assert small.executed() == [SECOND]
+    make("book")
+    (folder / "lorapower" / "unused.py").touch()
+    assert make("book")[1] == [SECOND]
     common.unlink()
-    small.make("book")
-    assert small.executed() == [SECOND], "a module that is gone has changed"
-    (small.folder / "chapters" / "02-other.ipynb").touch()
-    assert "02-other.ipynb does not hold" in small.make("book", status=2, FAILING="02-other")
-    small.make("book")
-    assert small.executed() == [SECOND]
+    assert make("book")[1] == [SECOND], "a module that is gone has changed"
+    (folder / "chapters" / "02-other.ipynb").touch()
+    said, _ = make("book", status=2, FAILING="02-other")
+    assert "02-other.ipynb does not hold" in said
+    assert make("book")[1] == [f"{SECOND} --reworded"]
+
+
+def test_a_warning_leaves_the_book_as_it_was(folder: Path, make: Tool) -> None:
+    """By the project's own tool, which says what is wrong."""
+    make("book")
+    shutil.copy(ROOT / "tools" / "build_html.py", folder / "tools")
+    executed = folder / "_build" / "quick" / "chapters"
+    for source in (folder / "chapters").glob("*.ipynb"):
+        shutil.copy(source, executed)
+        (executed / source.name).with_suffix(".json").write_text("{}")
+    broken = "# A broken book\n\nSee {prf:ref}`thm-nowhere`, {quoted}`01-sum::nothing`.\n"
+    (folder / "index.md").write_text(broken)
+    said, repeated = make("book", status=2)
+    assert not repeated
+    assert "thm-nowhere" in said
+    assert "{quoted}`01-sum::nothing` quotes nothing" in said
+    assert "broken" not in (folder / PAGE).read_text()
 
 
 @pytest.fixture
@@ -205,11 +184,9 @@ def run_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
     monkeypatch.setattr(execute, "ROOT", tmp_path)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
 
-    def run(source: Path, profile: str = "quick", *options: str) -> tuple[int, Path]:
+    def run(source: Path, profile: str = "quick", reworded: bool = False) -> tuple[int, Path]:
         target = tmp_path / "executed" / source.name
-        given = ["", str(source), str(target), "--profile", profile, *options]
-        monkeypatch.setattr(sys, "argv", given)
-        return execute.main(), target
+        return execute.main(source, target, profile, 1, reworded), target
 
     return run
 
@@ -223,7 +200,7 @@ def test_executed_chapter_holds_only_its_results(
         "import sys\nfrom pathlib import Path\n\nprint('noise', file=sys.stderr)\n"
         "Path('..', 'module.py').touch()"
     )
-    source = write_chapter(tmp_path, "01-sum", THEOREM, FIGURE, noise)
+    source = write_chapter(tmp_path, "01-sum", "# A sum", FIGURE, noise)
     figures = []
     for profile in ("quick", "paper"):
         status, target = run_tool(source, profile)
@@ -256,7 +233,7 @@ def test_executed_chapter_holds_only_its_results(
     ("code", "reasons"),
     [
         (
-            CLAIM.replace("HOLDS", "False") + "\nimport os\n\nos.getcwd()",
+            f"{CLAIM}\nimport os\n\nos.getcwd()",
             ["claim fails: One and one make $2$", "print nothing that depends on the machine"],
         ),
         ("import os\n\nos._exit(1)", ["died"]),
@@ -270,7 +247,7 @@ def test_failing_chapter_leaves_no_finished_file(
     code: str,
     reasons: list[str],
 ) -> None:
-    status, target = run_tool(write_chapter(tmp_path, "01-sum", THEOREM, code))
+    status, target = run_tool(write_chapter(tmp_path, "01-sum", "# A sum", code))
     failed = target.with_suffix(".failed.ipynb")
     said = capsys.readouterr().err
     assert status == 1
@@ -278,24 +255,27 @@ def test_failing_chapter_leaves_no_finished_file(
     assert list(target.parent.iterdir()) == [failed]
 
 
-@pytest.mark.programs
 def test_new_words_repeat_no_run(run_tool: Tool, tmp_path: Path) -> None:
-    source = write_chapter(tmp_path, "01-sum", THEOREM, "1 + 1")
-    status, target = run_tool(source, "paper")
-    before = nbformat.read(target, as_version=4)
-    notebook = nbformat.read(source, as_version=4)
+    source = write_chapter(tmp_path, "01-sum", "# A sum", "1 + 1")
+    notebook: NotebookNode = nbformat.read(source, as_version=4)
     notebook.cells[0].source += "\n\nThat is all."
     nbformat.write(notebook, source)
-    status, target = run_tool(source, "paper", "--reworded")
+    before: NotebookNode = nbformat.reads(nbformat.writes(notebook), as_version=4)
+    before.cells[0].source = "# A sum"
+    given = new_code_cell('profile = "paper"', id="injected-parameters")
+    before.cells.insert(2, given)
+    for count, cell in enumerate(before.cells[1:]):
+        cell.execution_count, cell.outputs = count, [new_output("stream", text="2")]
+    (tmp_path / "executed").mkdir()
+    nbformat.write(before, tmp_path / "executed" / source.name)
+    status, target = run_tool(source, "paper", reworded=True)
     after = nbformat.read(target, as_version=4)
     assert status == 0
     assert after.cells[0].source == notebook.cells[0].source
     assert after.cells[1:] == before.cells[1:]
-    assert after.cells[2].id == "injected-parameters"
     notebook.cells[2].source = "1 + 2"
     nbformat.write(notebook, source)
-    _, target = run_tool(source, "paper", "--reworded")
-    assert nbformat.read(target, as_version=4).cells[-1].outputs[0].data["text/plain"] == "3"
+    assert not execute.reword(source, target, target)
 
 
 def test_progress_counts_what_is_older_than_its_sources(
@@ -317,21 +297,3 @@ def test_progress_counts_what_is_older_than_its_sources(
         (done / f"{name}.json").write_text(json.dumps({"seconds": seconds}))
     # 120 s for the old one, 90 for the missing one, in two processes.
     assert execute.progress(done, 2) == ": 1 of 3 done, about 1.8 minutes to go"
-
-
-def test_book_is_built_and_a_warning_fails_the_build(small: Book) -> None:
-    """By the project's own tools."""
-    for name in ("execute.py", "build_html.py"):
-        shutil.copy(ROOT / "tools" / name, small.folder / "tools" / name)
-    write_chapter(small.folder, "01-sum", THEOREM, CLAIM.replace("HOLDS", "True"))
-    write_chapter(small.folder, "02-other", "# Another", "print(profile)")
-    said = small.make("book")
-    assert str(small.page.resolve()) in said
-    assert "One and one make" in (small.page.parent / "chapters" / "scorecard.html").read_text()
-    built = small.page.stat().st_mtime_ns
-    index = small.folder / "index.md"
-    index.write_text("# A broken book\n\nSee {prf:ref}`thm-nowhere`, {quoted}`01-sum::nothing`.\n")
-    said = small.make("book", status=2)
-    assert "thm-nowhere" in said
-    assert "{quoted}`01-sum::nothing` quotes nothing" in said
-    assert small.page.stat().st_mtime_ns == built

@@ -6,7 +6,6 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +20,7 @@ from cells import CAPTION
 from conftest import CHAPTERS, ROOT
 from nbformat import NotebookNode
 
-from lorapower import InputError, book
+from lorapower import InputError
 from lorapower.book import RESULTS
 
 IMAGES = {"image/png", "image/svg+xml"}
@@ -59,20 +58,6 @@ def test_source_holds_nothing_of_a_run_or_a_machine(notebook: NotebookNode) -> N
         assert "injected-parameters" not in cell.metadata.get("tags", []), cell.id
 
 
-def test_one_cell_declares_the_parameters(chapter: Path, notebook: NotebookNode) -> None:
-    (cell,) = (c for c in code_cells(notebook) if "parameters" in c.metadata.get("tags", []))
-    for line in cell.source.splitlines():
-        assert PARAMETER_LINE.fullmatch(line), f"not `name: type = value  # comment`: {line}"
-    alone: dict[str, object] = {}
-    exec(cell.source, alone)
-    described = papermill.inspect_notebook(chapter)
-    assert set(described) == set(alone) - {"__builtins__", "__annotations__"}
-    assert described["profile"]["default"] == '"quick"'
-    for about in described.values():
-        assert about["inferred_type_name"] != "None", about
-        assert about["help"], about
-
-
 def test_claims_and_figures_are_folded(notebook: NotebookNode) -> None:
     for cell in code_cells(notebook):
         if "mystnb" in cell.metadata or re.search(r"\b(claims|figures)\.\w+\(", cell.source):
@@ -82,74 +67,58 @@ def test_claims_and_figures_are_folded(notebook: NotebookNode) -> None:
         assert len(re.findall(r"\bclaims\.\w+\(", cell.source)) < 2, f"split cell {cell.id}"
 
 
-def assert_described(cell: NotebookNode, after: NotebookNode) -> None:
-    about = cell.metadata.get("mystnb", {})
-    assert about.get("image", {}).get("alt"), f"figure of cell {cell.id} has no alternative text"
-    if "remove-cell" in cell.metadata.get("tags", []):
-        # Another page shows it, with a caption of its own.
-        return
-    caption = CAPTION.fullmatch(after.source)
-    assert caption, f"figure of cell {cell.id} has no caption below it"
-    assert caption["name"].startswith("fig-"), f"name of figure {cell.id}"
-
-
 def test_figures_are_described(book: Path, chapter: Path) -> None:
     executed = nbformat.read(book / "_sources" / "chapters" / chapter.name, as_version=4)
     for cell, after in pairwise(executed.cells):
-        if any(IMAGES & set(output.get("data", {})) for output in cell.get("outputs", ())):
-            assert_described(cell, after)
-
-
-@dataclass
-class Head:
-    """The cells with which a chapter begins, run without a kernel, as papermill would run them."""
-
-    cells: list[str]
-    variables: dict[str, Any]
-
-    def run(self, **given: object) -> None:
-        injected = "".join(f"{name} = {value!r}\n" for name, value in given.items())
-        parameters, first = self.cells
-        self.variables["In"] = []
-        for cell in (parameters, f"# Parameters\n{injected}", first):
-            self.variables["In"].append(cell)
-            exec(compile(cell, "a cell", "exec", dont_inherit=True), self.variables)
-
-    def model(self) -> type[book.Parameters]:
-        """The chapter's model of its parameters."""
-        with pytest.raises(InputError, match="nothing_of_the_kind"):
-            self.run(nothing_of_the_kind=1)
-        model: type[book.Parameters] = self.variables["Parameters"]
-        return model
+        if not any(IMAGES & set(output.get("data", {})) for output in cell.get("outputs", ())):
+            continue
+        image = cell.metadata.get("mystnb", {}).get("image", {})
+        assert image.get("alt"), f"figure of cell {cell.id} has no alternative text"
+        if "remove-cell" not in cell.metadata.get("tags", []):  # else another page shows it
+            caption = CAPTION.fullmatch(after.source)
+            assert caption, f"figure of cell {cell.id} has no caption below it"
+            assert caption["name"].startswith("fig-"), f"name of figure {cell.id}"
 
 
 @pytest.fixture
-def head(notebook: NotebookNode, monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
+def variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Those of a notebook, without a kernel."""
     module = ModuleType("a_chapter")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.delenv(RESULTS, raising=False)
     threads = torch.get_num_threads()
     with mpl.rc_context():
-        yield Head([cell.source for cell in code_cells(notebook)[:2]], vars(module))
+        yield vars(module)
     torch.set_num_threads(threads)
 
 
-def test_the_model_has_the_parameters_of_the_cell(chapter: Path, head: Head) -> None:
-    model = head.model()
-    assert list(papermill.inspect_notebook(chapter)) == list(model.model_fields)
-    # What the cell says is usable, and so is what the tests run.
-    declared: dict[str, Any] = {}
-    exec(head.cells[0], declared)
-    given = {name: declared[name] for name in model.model_fields}
-    completed = dict(model(**given))
-    if "results" in completed:
-        assert completed["results"] is None
-        chosen = dict(model(**given | {"results": "runs"}))
-        assert chosen["results"] == Path("runs", "sweeps.sqlite")
+def run_head(notebook: NotebookNode, variables: dict[str, Any], **given: object) -> None:
+    """Run the cells with which a chapter begins, as papermill would run them."""
+    parameters, first = (cell.source for cell in code_cells(notebook)[:2])
+    injected = "".join(f"{name} = {value!r}\n" for name, value in given.items())
+    variables["In"] = []
+    for cell in (parameters, f"# Parameters\n{injected}", first):
+        variables["In"].append(cell)
+        exec(compile(cell, "a cell", "exec", dont_inherit=True), variables)
 
 
-def test_a_chapter_refuses_bad_values_in_its_first_line(head: Head) -> None:
-    model = head.model()
+def test_a_chapter_declares_its_parameters_and_refuses_bad_values_in_its_first_line(
+    chapter: Path, notebook: NotebookNode, variables: dict[str, Any]
+) -> None:
+    (cell,) = (c for c in code_cells(notebook) if "parameters" in c.metadata.get("tags", []))
+    for line in cell.source.splitlines():
+        assert PARAMETER_LINE.fullmatch(line), f"not `name: type = value  # comment`: {line}"
+    run_head(notebook, variables)
+    assert variables.get("results") is None
+    model, described = variables["Parameters"], papermill.inspect_notebook(chapter)
+    assert list(described) == list(model.model_fields)
+    assert len(described) == len(cell.source.splitlines())
+    assert described["profile"]["default"] == '"quick"'
+    for about in described.values():
+        assert about["inferred_type_name"] != "None", about
+        assert about["help"], about
+    with pytest.raises(InputError, match="nothing_of_the_kind"):
+        run_head(notebook, variables, nothing_of_the_kind=1)
     for name, schema in model.model_json_schema()["properties"].items():
         bad = {
             "enum": "no such word",
@@ -159,7 +128,7 @@ def test_a_chapter_refuses_bad_values_in_its_first_line(head: Head) -> None:
         }
         for value in (bad[key] for key in bad if key in schema):
             with pytest.raises(InputError, match=rf"\b{name} must be .*; got ") as caught:
-                head.run(**{name: value})
+                run_head(notebook, variables, **{name: value})
             assert caught.value.name == name, f"{name} = {value!r}"
 
 

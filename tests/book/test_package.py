@@ -5,18 +5,33 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 from pathlib import Path
 from pkgutil import resolve_name
 
+import checkpoint_files as files
 import nbformat
 import pytest
+import typer
 from conftest import CHAPTERS, ROOT
+
+from lorapower.checkpoints import _command
+from records import pairs
 
 MODULES = sorted((ROOT / "lorapower").rglob("*.py"))
 # Chapters with code in their text, most of it in solutions of exercises.
 CODED = [c for c in CHAPTERS if c.stem[0].isdigit() and "```python" in c.read_text("utf-8")]
 DOCUMENTS = [ROOT / "README.md", ROOT / "api" / "examples.md", *CHAPTERS]
+FIRST = [ROOT / "README.md", ROOT / "index.md", ROOT / "chapters" / "quickstart.md"]
 CODE = re.compile(r"^( *)```python\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+
+
+def small_example(folder: Path) -> Path:
+    """What `lorapower example` makes, with checkpoints that take seconds less to plan for."""
+    files.pair(folder)
+    texts = (json.dumps({"text": text}) for text in files.texts())
+    (folder / "texts.jsonl").write_text("\n".join(texts))
+    return folder
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS[:2], *CODED], ids=lambda path: path.stem)
@@ -24,6 +39,7 @@ def test_code_in_the_text_runs(
     document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pairs, "example", lambda: small_example(tmp_path))
     if document.suffix == ".ipynb":
         cells = nbformat.read(document, as_version=4).cells
         text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
@@ -57,6 +73,18 @@ def test_commands_of_the_text_exist() -> None:
             document.name
         )
         assert set(re.findall(r"(?<!--adapter )\b([A-Z_]{3,})=", text)) <= variables, document.name
+
+
+@pytest.mark.parametrize("page", FIRST, ids=lambda path: path.stem)
+def test_commands_that_are_shown_are_understood(page: Path) -> None:
+    commands = typer.main.get_command(_command.app).commands  # type: ignore[attr-defined]
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")  # lines that go on
+    lines = re.findall(r"^lorapower (.*)$", text, re.MULTILINE)
+    assert lines
+    for line in lines:
+        name, *arguments = shlex.split(line, comments=True)
+        if arguments != ["--help"]:
+            commands[name].make_context(name, arguments)
 
 
 def test_layout_of_the_text_is_true() -> None:
