@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorapower import randomness
+from lorapower.adapters import Adapters
 from lorapower.constructions import linear
-from lorapower.networks import FNN, LinearNetwork, Transformer
+from lorapower.lowrank import LowRank
+from lorapower.networks import FNN, LinearNetwork, Network, Transformer
 
 PRENORM: dict[str, Any] = {"residual": True, "norm": "layer"}
 seeds = st.integers(0, 2**32 - 1)
@@ -100,3 +102,20 @@ def residual_pair(seed: int, *sizes: int, **options: Any) -> tuple[Transformer, 
         for purpose in ("frozen", "target")
     )
     return frozen, target
+
+
+def drawn_adapters(
+    network: Network, ranks: Sequence[int], seed: int = 0, size: float = 1.0, biases: bool = False
+) -> Adapters:
+    """Adapters of which no factor, and no change of a bias if there are any, is 0."""
+    draw = randomness.generator(seed, "adapters of tests")
+
+    def drawn(*shape: int) -> Tensor:
+        shape = (*network.batch_shape, *shape)
+        return size * randomness.normal(draw, *shape, dtype=network.dtype)
+
+    updates = tuple(
+        LowRank(*(drawn(n, R) for n in w.shape[-2:]))
+        for w, R in zip(network.weights, ranks, strict=True)
+    )
+    return Adapters(updates, tuple(drawn(b.shape[-1]) for b in network.biases) if biases else ())

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import benign, conditioned, moderate, plain_splitting, seeds
+from strategies import PRENORM, benign, conditioned, moderate, normal, plain_splitting, seeds
 from torch import Tensor
 
-from lorapower import bounds, lowrank, randomness, regions
+from lorapower import bounds, lowrank, regions
 from lorapower.adapters import Adapters
 from lorapower.bounds import samples
-from lorapower.constructions import adapt, fnn, linear, transformer
+from lorapower.constructions import fnn, linear, transformer
 from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, Gap, LinearNetwork, Network, Transformer, blocks
 from lorapower.regression import reduced_rank, second_moment_root, truncate
@@ -27,9 +27,7 @@ SHAPES: list[tuple[int, ...]] = [(), (3,), (2, 1), (2, 3)]
 
 
 def matrix(rows: int, cols: int) -> Maker:
-    return lambda batch, seed: randomness.normal(
-        randomness.generator(seed, "matrix of a batch"), *batch, rows, cols
-    )
+    return lambda batch, seed: normal(*batch, rows, cols, seed=seed)
 
 
 def deep(depth: int) -> Maker:
@@ -40,32 +38,23 @@ def relu(depth: int) -> Maker:
     return lambda batch, seed: benign(depth, 4, batch, seed)
 
 
-def open_ended(depth: int) -> Maker:
-    """Make ReLU networks with a linear end, whose outputs are never constant."""
-    return lambda batch, seed: benign(depth, 4, batch, seed, linear_last=True)
+def heads(batch: tuple[int, ...], seed: int) -> Transformer:
+    return moderate(2, 4, 2, batch, seed)
 
 
-def heads(**options: Any) -> Maker:
-    if not options:
-        return lambda batch, seed: moderate(2, 4, 2, batch, seed)
-    return lambda batch, seed: Transformer.random(
-        1, 4, 2, batch_shape=batch, seed=seed, purpose=f"{seed}", **options
-    )
+def normed(batch: tuple[int, ...], seed: int) -> Transformer:
+    return Transformer.random(1, 4, 2, batch_shape=batch, seed=seed, purpose=f"{seed}", **PRENORM)
 
 
 def adapters_of(left: Tensor, right: Tensor, bias: Tensor) -> Adapters:
     return Adapters((LowRank(left, right),), (bias[..., 0],))
 
 
-def region(kind: str, points: Tensor, size: Tensor) -> regions.Region:
-    low, high = points.amin(-1), points.amax(-1)
-    if kind == "ball":
-        return regions.Ball(size[..., 0, 0].abs(), low)
-    return regions.Box(low, high) if kind == "box" else regions.Samples(points, 0.3)
-
-
 def of_region(kind: str, points: Tensor, size: Tensor, M: Tensor) -> list[Tensor]:
-    held = region(kind, points, size)
+    low, high = points.amin(-1), points.amax(-1)
+    held: regions.Region = regions.Samples(points, 0.3)
+    if kind != "samples":
+        held = regions.Box(low, high) if kind == "box" else regions.Ball(size[..., 0, 0].abs(), low)
     image, positive = held.image(M, M @ held.centre), held.relu()
     ends = [each.lowest(torch.eye(each.width).double()) for each in (image, positive)]
     return [held.lowest(M), held.typical(1.0), image.centre, positive.centre, *ends]
@@ -102,9 +91,9 @@ def plainly(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def found_by(construct: Any, frozen: Any, target: Any, *inputs: Any, x: Tensor) -> list[Tensor]:
-    found = construct(frozen, target, 2, *inputs, throw=False)
-    return [found.success, found.adapters.merge(frozen)(x)]
+def of_transformer(frozen: Transformer, target: Transformer) -> list[Tensor]:
+    found = transformer.adapt(frozen, target, 2, throw=False)
+    return [found.success, found.adapters.merge(frozen)(X[:, :3])]
 
 
 def of_fnn(frozen: FNN, target: FNN, radius: Tensor) -> list[Tensor]:
@@ -124,10 +113,9 @@ def of_linear_adapt(frozen: LinearNetwork, target: LinearNetwork) -> list[Tensor
     return [*evidence, found.adapters.merge(frozen).product()]
 
 
-X = randomness.normal(randomness.generator(0, "inputs of batches"), 4, 200)
+X = normal(4, 200)
 M, N, POINTS, ONE = matrix(4, 3), matrix(5, 4), matrix(3, 6), matrix(1, 1)
 INPUTS, TOKENS = matrix(4, 8), matrix(4, 3)
-NORMED = {"residual": True, "norm": "layer"}
 DESIGN = samples.Design(50, 4, 6, 3.0)
 
 CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
@@ -154,8 +142,8 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
     },
     "LinearNetwork": (of_linear, [deep(3), INPUTS]),
     "FNN": (of_relu, [relu(3), INPUTS]),
-    "Transformer": (lambda network, z: network(z), [heads(), TOKENS]),
-    "Transformer, norms": (lambda network, z: network(z), [heads(**NORMED), TOKENS]),
+    "Transformer": (lambda network, z: network(z), [heads, TOKENS]),
+    "Transformer, norms": (lambda network, z: network(z), [normed, TOKENS]),
     "merge": (
         lambda network, *parts: adapters_of(*parts).merge(network)(X),
         [relu(1), matrix(4, 2), matrix(4, 2), matrix(4, 1)],
@@ -165,32 +153,19 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
     "fnn_threshold": (bounds.fnn_threshold, [relu(3), relu(2)]),
     "fnn_error": (lambda f, t, x: bounds.fnn_error(f, t, 1, x), [relu(3), relu(2), INPUTS]),
     "fnn_error_on": (lambda f, t, x: bounds.fnn_error_on(f, t, 1, x), [relu(3), relu(2), INPUTS]),
-    "transformer_ranks": (least_rank, [heads(), heads()]),
-    "transformer_ranks, norms": (
-        least_rank,
-        [heads(**NORMED), heads(**NORMED)],
-    ),
-    "attention_floor": (
-        lambda f, t: bounds.attention_floor(f, t, X, 1).value,
-        [heads(**NORMED), heads(**NORMED)],
-    ),
+    "transformer_ranks": (least_rank, [heads, heads]),
+    "transformer_ranks, norms": (least_rank, [normed, normed]),
+    "attention_floor": (lambda f, t: bounds.attention_floor(f, t, X, 1).value, [normed] * 2),
     "feed_forward_floor": (
         lambda f, t: bounds.feed_forward_floor(f, t, X, 3).value,
-        [heads(**NORMED), heads(**NORMED)],
+        [normed] * 2,
     ),
     "sure": (lambda A: DESIGN.sure(lowrank.spectrum(A)), [matrix(4, 6)]),
     "shrink_values": (lambda A: DESIGN.shrink_values(lowrank.spectrum(A)), [matrix(4, 6)]),
     "linear.adapt": (of_linear_adapt, [deep(2), deep(1)]),
     "fnn.adapt": (plainly(of_fnn), [relu(3), relu(2), ONE]),
-    "transformer.adapt": (
-        plainly(partial(found_by, transformer.adapt, x=X[:, :3])),
-        [heads(), heads()],
-    ),
-    "transformer.adapt, norms": (
-        plainly(partial(found_by, transformer.adapt, x=X[:, :3])),
-        [heads(**NORMED), heads(**NORMED)],
-    ),
-    "adapt": (partial(found_by, adapt, x=X), [deep(2), deep(1)]),
+    "transformer.adapt": (plainly(of_transformer), [heads, heads]),
+    "transformer.adapt, norms": (plainly(of_transformer), [normed, normed]),
 }
 
 

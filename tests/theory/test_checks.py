@@ -1,4 +1,4 @@
-"""Arrays that are read and copied, and errors that say what was wrong."""
+"""Arrays that are read and copied, errors, random streams and the check of annotated shapes."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
+import typechecks
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxtyping import Float
+from strategies import seeds
+from torch import Tensor
 
-from lorapower import InputError, _checks
-from lorapower.errors import (
-    LONGEST,
-    LorapowerError,
-    PrecisionError,
-    ResultsError,
-    SingularError,
-)
+from lorapower import InputError, _checks, randomness
+from lorapower.errors import LONGEST, LorapowerError, PrecisionError, ResultsError, SingularError
 from lorapower.networks import FNN, LinearNetwork, Transformer
 from lorapower.regions import Ball, Box, Samples
 from lorapower.training import Fixed
@@ -92,3 +91,48 @@ def test_objects_copy_the_numbers_that_they_are_given(make: Any, kind: Any) -> N
     for part in given:
         part *= 2
     assert pickle.dumps(result) == before
+
+
+purposes = st.lists(st.one_of(st.text(max_size=5), st.integers(0, 9)), max_size=3).map(tuple)
+
+
+@given(seeds, purposes, seeds, purposes)
+def test_equal_numbers_only_for_equal_seed_and_purpose(
+    seed: int, purpose: tuple[Any, ...], other_seed: int, other: tuple[Any, ...]
+) -> None:
+    same = (seed, purpose) == (other_seed, other)
+    one, two = (
+        torch.rand(8, generator=randomness.generator(s, *p))
+        for s, p in ((seed, purpose), (other_seed, other))
+    )
+    assert torch.equal(one, two) == same
+    assert torch.equal(one, torch.rand(8, generator=randomness.generator(seed, *purpose)))
+
+
+def test_all_bits_of_seeds_count() -> None:
+    one, two = (torch.rand(8, generator=randomness.generator(s)) for s in (5, 5 + 2**32))
+    assert not torch.equal(one, two)
+    numbers = {randomness.number(seed, "x") for seed in range(100)}
+    assert len(numbers) == 100
+    assert all(0 <= value < 2**32 for value in numbers)
+
+
+def test_seeded_leaves_the_global_numbers_as_they_were() -> None:
+    before = torch.get_rng_state()
+    with randomness.seeded(1, "module"):
+        inside = torch.rand(4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(inside, torch.rand(4, generator=randomness.generator(1, "module")))
+    with pytest.raises(ZeroDivisionError), randomness.seeded(1, "module"):
+        raise ZeroDivisionError
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_annotations_that_are_not_true_fail() -> None:
+    @jaxtyping.jaxtyped(typechecker=typechecks.checked)
+    def summed(x: Float[Tensor, "*batch n"], keep: bool) -> Float[Tensor, "*batch n"]:
+        return 2 * x if keep else x.sum(-1, keepdim=True)
+
+    summed(torch.ones(3, 4), True)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        summed(torch.ones(3, 4), False)

@@ -55,7 +55,7 @@ def both(frozen: Any, target: Any) -> dict[str, Any]:
 LINEAR = both(LinearNetwork.random(2, 3), LinearNetwork.random(1, 3, seed=1))
 RELU = both(FNN.random(2, 3), FNN.random(1, 3, seed=1))
 HEADS = both(Transformer.random(1, 3, 1), Transformer.random(1, 3, 1, seed=1))
-WIDER = FNN.random(1, 4)
+ONE, WIDER = HEADS["frozen"], FNN.random(1, 4)
 SINGLE = LINEAR["target"].to(torch.float32)
 DATA = Fresh(RELU["target"], (3,), samples=4)
 FITTED = fitted.adapt(**RELU, ranks=1, inputs=X, held_out=2 * X, throw=False)
@@ -64,17 +64,20 @@ MIXED, BATCHES = [X[:, :3].float(), X[:, :3]], [torch.ones(2, 1, 1), torch.ones(
 UNUSABLE: list[Any] = [[], [X, X], [NAN], [X.half()], X, MIXED, BATCHES, [None], [[["a"]]]]
 UNUSABLE += [[X + 1j], [[[1, 2], [3, 4]]], [[[1.0], [1.0, 2.0]]], [torch.ones(3, 2, 0)]]
 UNUSABLE += [[[torch.ones(2, requires_grad=True)]]]
+UNLIKE = [{"b_1": torch.ones(1, 3)}, {f"b_{n}": torch.ones(n + 1, 1, 3).double() for n in (1, 2)}]
 # Above the width, below 0, no number, and one too many.
 RANKS: list[Any] = [4, -1, "all", [1, 2, 3]]
+RATES: list[Any] = [0.0, -1e-3, np.nan, True, "0"]
 MANY = Transformer.random(1, 3, 1, batch_shape=(2,))
 NARROW = both(*residual_pair(0, 1, 6, 2, head_size=3))
 PRENORM = both(*residual_pair(0, 1, 6, 1, hidden=8))
-FINAL_NORM = residual_pair(0, 1, 6, 1, hidden=8, final_norm=True)[1]
+FEW, FINAL_NORM = PRENORM["frozen"], residual_pair(0, 1, 6, 1, hidden=8, final_norm=True)[1]
 UNRELATED = residual_pair(0, 1, 6, 1, head_size=4, hidden=11)[1]
-FEW = PRENORM["frozen"]
 NARROWER = residual_pair(0, 1, 4, 1, head_size=6, hidden=8)[1]
 LLAMA = decoder("LlamaModel", 4, 4)
 READ = from_decoder(LLAMA)
+SLIDING: Any = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 # Read as it is, the base would be taken for the tuned model.
 LORA = inject_adapter_in_model(
     LoraConfig(r=1, target_modules=["q_proj"]), decoder("LlamaForCausalLM")
@@ -84,14 +87,6 @@ LORA = inject_adapter_in_model(
 def replaced(network: Transformer, change: Any, *names: str) -> list[Transformer]:
     """Change each of these parts in turn."""
     return [network.replace(**{name: change(getattr(network, name))}) for name in names]
-
-
-def with_biases(biases: dict[str, torch.Tensor]) -> Transformer:
-    return HEADS["frozen"].replace(**biases)
-
-
-def train_ranks(ranks: Any) -> Any:
-    return train(RELU["frozen"], [Tuning(ranks)], DATA, steps=1)
 
 
 class Door(NamedTuple):
@@ -129,25 +124,12 @@ DOORS = [
     Door(Partition.uniform, {"depth": 2, "blocks": 2}, {"blocks": [0, 3]}),
     Door(Adapters, {"updates": (LowRank(X, X),)}, {"updates": [()]}),
     Door(
-        HEADS["frozen"].replace,
+        ONE.replace,
         {},
-        {
-            "W_O": [HEADS["frozen"].W_O * torch.nan],
-            "W_1": [HEADS["frozen"].W_1[..., :2]],
-            "b_Q": [HEADS["frozen"].W_Q[..., 0]],
-            "final_norm": [True],
-        },
+        {"W_O": [ONE.W_O * torch.nan], "W_1": [ONE.W_1[..., :2]], "b_Q": [ONE.W_Q[..., 0]]}
+        | {"final_norm": [True]},
     ),
-    Door(
-        with_biases,
-        {"biases": {}},
-        {
-            "biases": [
-                {"b_1": torch.ones(1, 3)},
-                {k: torch.ones(n, 1, 3).double() for k, n in (("b_1", 2), ("b_2", 3))},
-            ]
-        },
-    ),
+    Door(lambda biases: ONE.replace(**biases), {"biases": {}}, {"biases": UNLIKE}),
     Door(
         Adapters((LowRank(X, X[:, :4]),) * 2, (X[:, 0],) * 2).merge,
         {"network": RELU["frozen"]},
@@ -175,13 +157,8 @@ DOORS = [
                 decoder("GPT2Model", activation_function="tanh"),
                 decoder("GPT2Model", scale_attn_weights=False),
                 decoder("MistralModel", sliding_window=31),
-                decoder(
-                    "Qwen2Model", use_sliding_window=True, sliding_window=4, max_window_layers=0
-                ),
-                decoder(
-                    "LlamaModel",
-                    rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
-                ),
+                decoder("Qwen2Model", **SLIDING),
+                decoder("LlamaModel", rope_parameters=SCALED),
             ]
         },
     ),
@@ -216,7 +193,7 @@ DOORS = [
                 HEADS["target"].to(torch.float32),
                 *(Transformer.random(*sizes) for sizes in ((2, 3, 1), (1, 3, 2), (1, 2, 1))),
             ],
-            "ranks": [dict.fromkeys(HEADS["frozen"].adapted_kinds, 3) | {"W_V": 4}, {"W_Q": 1}, 4],
+            "ranks": [dict.fromkeys(ONE.adapted_kinds, 3) | {"W_V": 4}, {"W_Q": 1}, 4],
         },
     ),
     # Heads narrower than the tokens, of 3 rows, are adapted exactly or not at all.
@@ -224,7 +201,7 @@ DOORS = [
     Door(
         attention_only,
         PRENORM | {"tokens": TOKENS},
-        {"frozen": replaced(PRENORM["frozen"], torch.zeros_like, "W_V", "g_1")},
+        {"frozen": replaced(FEW, torch.zeros_like, "W_V", "g_1")},
     ),
     Door(
         adapt,
@@ -248,21 +225,31 @@ DOORS = [
     # Training
     Door(
         Tuning,
-        {"learning_rate": 1.0, "weight_decay": 0.0, "schedule": "cosine"},
-        {
-            "learning_rate": [0.0, np.nan, True, "0"],
-            "weight_decay": [-1.0],
-            "schedule": ["no such"],
-        },
+        {"learning_rate": 1.0, "weight_decay": 0.0, "schedule": "cosine", "loss": "squared"},
+        {"learning_rate": RATES, "schedule": ["no such"]}
+        | {"weight_decay": [-1.0, np.inf], "loss": ["absolute"]},
     ),
-    Door(Fresh, {"label": RELU["target"], "shape": (3,), "samples": 2}, {"samples": [0]}),
-    Door(Fixed, {"training": (X, X), "validation": (X, X)}, {"training": [(X, X[:, :1])]}),
+    Door(Tuning, {"final": 0, "ranks": 1}, {"final": [1]}),
+    Door(
+        Fresh,
+        {"label": RELU["target"], "shape": (3,), "samples": 2},
+        {"label": [nn.Sequential(nn.Linear(3, 3))], "shape": [(1, 2, 3)], "samples": [0]},
+    ),
+    Door(
+        Fixed,
+        {"training": (X, X), "validation": (X, X), "samples": 4},
+        {"training": [(X, X[:, :1]), (NAN, X)], "validation": [(X, NAN)], "samples": [5]},
+    ),
     Door(
         train,
         {"frozen": RELU["frozen"], "tunings": [Tuning(1)], "data": DATA, "steps": 1, "every": 1},
         {"frozen": ["text"], "tunings": [[]], "steps": [-1]},
     ),
-    Door(train_ranks, {"ranks": 1}, {"ranks": [-1, [1, 2, 3]]}),
+    Door(
+        lambda ranks: train(RELU["frozen"], [Tuning(ranks)], DATA, steps=1),
+        {"ranks": 1},
+        {"ranks": [-1, 4, [1, 2, 3]]},
+    ),
     Door(
         train_fused,
         {"frozen": RELU["frozen"], "ranks": 1, "data": DATA, "starts": 1, "steps": 1, "every": 1}
@@ -277,11 +264,7 @@ DOORS = [
     # Bounds
     Door(bounds.fnn_error, RELU | {"ranks": 1, "inputs": X}, {"ranks": [4], "inputs": [NAN]}),
     Door(bounds.transformer_ranks, HEADS, {"target": [RELU["target"]]}),
-    Door(
-        bounds.transformer_ranks,
-        PRENORM,
-        {"target": [NARROWER, PRENORM["target"].replace(eps=1.0)]},
-    ),
+    Door(bounds.transformer_ranks, PRENORM, {"target": [NARROWER, FEW.replace(eps=1.0)]}),
     Door(
         bounds.packed_rank,
         {"width": 2, "heads": 2, "head_size": 1, "part": "values", "norm": "layer"},
@@ -324,11 +307,7 @@ DOORS = [
 ]
 
 
-def named(door: Door) -> str:
-    return door.function.__qualname__
-
-
-@pytest.mark.parametrize("door", DOORS, ids=named)
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.function.__qualname__)
 def test_a_refusal_names_the_parameter(door: Door) -> None:
     door.function(**door.valid)
     for name, values in door.refused.items():

@@ -16,28 +16,15 @@ from lorapower import InputError, SingularError, constructions
 from lorapower.networks import FNN, Gap, LinearNetwork
 from lorapower.regions import Ball
 
+shapes = st.tuples(st.integers(1, 8), st.integers(1, 8), st.integers(1, 3))
 
-@given(
-    st.integers(1, 8),
-    st.integers(1, 8),
-    st.integers(1, 3),
-    batch_shapes,
-    batch_shapes,
-    dtypes,
-    seeds,
-    st.data(),
-)
+
+@given(shapes, batch_shapes, st.booleans(), dtypes, seeds, st.data())
 def test_a_gap_is_what_numpy_finds(
-    inputs: int,
-    outputs: int,
-    depth: int,
-    batch: tuple[int, ...],
-    other: tuple[int, ...],
-    dtype: torch.dtype,
-    seed: int,
-    data: st.DataObject,
+    shape: tuple[int, ...], batch: tuple[int, ...], alike: bool, dtype: Any, seed: int, data: Any
 ) -> None:
-    other = other if other in (batch, ()) else ()
+    inputs, outputs, depth = shape
+    other = batch if alike else ()
     width = max(inputs, outputs)
     sizes = [inputs, *[width] * (depth - 1), outputs]
     sides = enumerate(pairwise(sizes), start=seed)
@@ -118,16 +105,12 @@ def test_a_product_that_overflows_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "fnn", "transformer"])
 def test_a_batch_goes_on_without_its_bad_members(kind: str) -> None:
-    frozen: Any = {
-        "linear": conditioned(2, 4, batch_shape=(4,)),
-        "fnn": benign(2, 4, (4,), 1),
-        "transformer": moderate(2, 4, 2, (4,), 1),
-    }[kind]
-    target: Any = {
-        "linear": LinearNetwork.random(1, 4),
-        "fnn": FNN.random(1, 4, seed=2),
-        "transformer": moderate(2, 4, 2, (), 2),
-    }[kind]
+    pairs: dict[str, tuple[Any, Any]] = {
+        "linear": (conditioned(2, 4, batch_shape=(4,)), LinearNetwork.random(1, 4)),
+        "fnn": (benign(2, 4, (4,), 1), FNN.random(1, 4, seed=2)),
+        "transformer": (moderate(2, 4, 2, (4,), 1), moderate(2, 4, 2, (), 2)),
+    }
+    frozen, target = pairs[kind]
 
     def scaled(*factors: float) -> Any:
         by = torch.tensor(factors, dtype=torch.float64)[:, None, None]

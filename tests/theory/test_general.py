@@ -1,40 +1,37 @@
-"""One call for every kind of network, and the rank that an error needs."""
+"""One call for every kind of network, the rank that an error needs, and fitted adapters."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from strategies import normal
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import PRENORM, dtypes, normal, seeds
 from torch import Tensor
 
 from lorapower import InputError, bounds
-from lorapower.constructions import adapt, fnn, linear, rank_for_error, transformer
-from lorapower.networks import FNN, Gap, LinearNetwork, Transformer
+from lorapower.constructions import adapt, fitted, fnn, fused, linear, rank_for_error, transformer
+from lorapower.networks import FNN, Gap, LinearNetwork, Partition, Transformer
 from lorapower.regions import Ball, Samples
+from lorapower.training import Fresh, Tuning, polish, train
 
 KINDS = ["linear", "fnn", "transformer"]
 
 
-def problem(
-    kind: str, *, width: int = 4, batch: tuple[int, ...] = (), seed: int = 0
-) -> tuple[Any, Any, Tensor]:
-    """A frozen network, a target, and inputs, not one of which is like another in a batch."""
-    x = normal(5, width, 30, seed=seed)
-    target: dict[str, Any] = {"batch_shape": batch, "seed": seed, "purpose": "target"}
+def problem(kind: str, *, seed: int = 0) -> tuple[Any, Any, Tensor]:
+    """A frozen network, a target, and inputs."""
+    x = normal(5, 4, 30, seed=seed)
+    other: dict[str, Any] = {"seed": seed, "purpose": "target"}
     if kind == "linear":
-        frozen = LinearNetwork.random(2, width, seed=seed)
-        return frozen, LinearNetwork.random(1, width, **target), x[0]
+        return LinearNetwork.random(2, 4, seed=seed), LinearNetwork.random(1, 4, **other), x[0]
     if kind == "fnn":
-        return FNN.random(4, width, seed=seed), FNN.random(2, width, **target), x[0]
-    sizes: dict[str, Any] = {"heads": 2, "scale": width**-0.5}
-    if kind == "residual":
-        sizes |= {"scale": None, "residual": True, "norm": "layer"}
-    frozen_one = Transformer.random(2, width, seed=seed, **sizes)
-    return frozen_one, Transformer.random(2, width, **sizes, **target), x
+        return FNN.random(4, 4, seed=seed), FNN.random(2, 4, **other), x[0]
+    options = PRENORM if kind == "residual" else {"scale": 0.5}
+    frozen = Transformer.random(2, 4, 2, seed=seed, **options)
+    return frozen, Transformer.random(2, 4, 2, **options, **other), x
 
 
 def relative(frozen: Any, target: Any, rank: int, x: Tensor) -> float:
@@ -60,29 +57,23 @@ def test_adapt_is_the_construction_of_the_kind(kind: str) -> None:
         assert torch.equal(update.matrix(), other.matrix())
 
 
-def equal_ranks(frozen: Transformer, _: Transformer) -> int:
-    """Find the first rank that is enough on all weights of unrelated networks."""
-    equal = (dict.fromkeys(frozen.weight_kinds, rank) for rank in itertools.count())
-    return next(r["W_1"] for r in equal if bounds.ranks_suffice(frozen, r))
-
-
 @pytest.mark.parametrize("kind", [*KINDS, "residual"])
-@pytest.mark.parametrize("error", [1e-15, 1e-3, 0.1, 0.5])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_rank_is_the_first_that_an_exhaustive_search_finds(
-    kind: str, error: float, seed: int
-) -> None:
+def test_the_rank_is_the_first_that_an_exhaustive_search_finds(kind: str, seed: int) -> None:
     frozen, target, x = problem(kind, seed=seed)
     left = [relative(frozen, target, rank, x) for rank in range(5)]
-    least = next(rank for rank, value in enumerate(left) if value <= error)
-    assert rank_for_error(frozen, target, error, x) == least
-    if error == 1e-15:
-        threshold: Any = {
-            "linear": lambda *pair: Gap(*pair).threshold,
-            "fnn": bounds.fnn_threshold,
-            "residual": equal_ranks,
-        }.get(kind, lambda *pair: bounds.transformer_ranks(*pair).largest())
-        assert least == int(threshold(frozen, target))
+    for error in (1e-15, 1e-3, 0.1, 0.5):
+        least = next(rank for rank, value in enumerate(left) if value <= error)
+        assert rank_for_error(frozen, target, error, x) == least
+    exact = rank_for_error(frozen, target, 1e-15, x)
+    if kind == "residual":  # unrelated networks
+        ranks = (dict.fromkeys(frozen.weight_kinds, R) for R in range(exact - 1, exact + 1))
+        assert [bounds.ranks_suffice(frozen, each) for each in ranks] == [False, True]
+    elif kind == "transformer":
+        assert exact == bounds.transformer_ranks(frozen, target).largest()
+    else:
+        threshold = bounds.fnn_threshold if kind == "fnn" else lambda *pair: Gap(*pair).threshold
+        assert exact == threshold(frozen, target)
 
 
 def test_no_rank_is_enough() -> None:
@@ -109,3 +100,114 @@ def test_a_hidden_layer_that_is_too_narrow_is_said_to_be() -> None:
         rank_for_error(frozen, target, 1e-3, x)
     # As it is it leaves something, which may be all that is asked for.
     assert rank_for_error(frozen, target, 100.0, x) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapted_and_trained_networks_stay_on_their_device(kind: str) -> None:
+    frozen, target, x = problem(kind)
+    frozen, target = (network.to(device="cuda") for network in (frozen, target))
+    found = adapt(frozen, target, 2, *[Ball(1.0)] * (kind == "fnn"), throw=False)
+    merged = found.adapters.merge(frozen)
+    assert merged.device.type == merged(x).device.type == "cuda"
+    if kind == "fnn":
+        assert bounds.fnn_threshold(frozen, target).device.type == "cuda"
+    if kind != "transformer":
+        runs = train(frozen, [Tuning(1)], Fresh(target, (4,)), steps=2)
+        assert runs.network.device.type == "cuda"
+
+
+def relu(depth: int, layers: int, width: int, **more: Any) -> tuple[FNN, FNN]:
+    """A frozen ReLU network and a target."""
+    frozen, target = (
+        FNN.random(d, width, purpose=p, **more) for d, p in ((depth, "frozen"), (layers, "target"))
+    )
+    return frozen, target
+
+
+@given(st.integers(1, 2), st.integers(3, 6), st.integers(0, 3), seeds)
+def test_what_fused_networks_reach_is_carried_back(
+    depth: int, width: int, rank: int, seed: int
+) -> None:
+    frozen, target = relu(2 * depth, depth, width, seed=seed)
+    x, pair = normal(width, 9, seed=seed), fused.fuse(frozen, target, rank)
+    tuned = train(
+        pair.network, [Tuning(ranks=pair.fused_ranks, learning_rate=1e-2)],
+        Fresh(target, (width,), samples=8), steps=5,
+    ).adapters[0].to(torch.float64)  # fmt: skip
+    found = pair.carry_back(tuned, Ball(20.0), throw=False)
+    assert max(found.adapters.ranks, default=0) <= rank
+    made, wanted = found.adapters.merge(frozen)(x), tuned.merge(pair.network)(x)
+    assert found.success
+    assert made.allclose(wanted, rtol=1e-7, atol=1e-7)
+
+
+def fused_error(found: fitted.FittedAdaptation, x: Tensor) -> float:
+    """The mean squared error of the fit before it is carried back."""
+    adapted = found.fused_adapters.merge(found.fused.network)
+    return float((adapted(x) - found.fused.target(x)).square().mean())
+
+
+def test_fits_lose_to_no_construction_and_no_iteration_makes_them_worse() -> None:
+    frozen, target = relu(4, 2, 8)
+    x, others = normal(8, 400), normal(8, 800, seed=1)
+    found = fitted.adapt(frozen, target, 2, x, others)
+    built = fnn.adapt(frozen, target, 2, Ball.about(torch.cat([x, others], 1), 1.25))
+    left, of_built = (
+        fitted.relative_error(each.adapters.merge(frozen), target, others[:, :400])
+        for each in (found, built)
+    )
+    assert left <= of_built * (1 + 1e-9)
+    polished = (polish(found, x, others, iterations=count) for count in (1, 10, 60))
+    errors = [fused_error(each, x) for each in (found, *polished)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > errors[1] > errors[3]
+
+
+def test_partitions_unequal_ranks_and_linear_ends() -> None:
+    frozen, target = relu(5, 2, 6, linear_last=True)
+    x, others = normal(6, 100), normal(6, 200, seed=1)
+    found = fitted.adapt(frozen, target, [1, 2, 0, 1, 2], x, others, partition=Partition([2, 3]))
+    assert found.adapters.ranks == (1, 2, 0, 1, 2)
+    better = polish(found, x, others, iterations=20)
+    choosing, test = others.tensor_split(2, -1)
+    assert fused_error(better, choosing) <= fused_error(found, choosing)
+    error = fitted.relative_error(better.adapters.merge(frozen), target, test)
+    assert float(better.error) == pytest.approx(float(error))
+
+
+@pytest.mark.parametrize("kind", ["few", "repeated", "zeros", "constant"])
+def test_degenerate_inputs(kind: str) -> None:
+    x, others = normal(6, 40), normal(6, 60, seed=1)
+    constant = x.where(torch.arange(6)[:, None] != 2, 1.0)
+    other = {"few": x[:, :2], "repeated": x[:, :1].expand(6, 9), "zeros": 0 * x}
+    x = other.get(kind, constant)
+    for frozen, target in (relu(2, 1, 6), relu(4, 2, 6)):
+        assert fitted.adapt(frozen, target, 3, x, others).error < 1e-18
+        assert fitted.adapt(frozen, target, 1, x, others).error.isfinite()
+        assert polish(fitted.adapt(frozen, target, 1, x, others), x, others).error.isfinite()
+
+
+@given(st.integers(2, 6), st.integers(0, 4), st.booleans(), dtypes, seeds)
+def test_nearest_layers_are_the_nearest(
+    width: int, rank: int, linear_last: bool, dtype: torch.dtype, seed: int
+) -> None:
+    frozen, target = (n.to(dtype) for n in relu(4, 2, width, seed=seed, linear_last=linear_last))
+    mixed = normal(width, width, seed=seed) ** 3
+    x = (1 + mixed @ normal(width, 50, seed=seed + 1)).to(dtype)
+    pair = fused.fuse(frozen, target, min(rank, width))
+    near = fitted.nearest(pair, x).merge(pair.network)
+    assert isinstance(near, FNN)
+    assert near.linear_last == linear_last
+    z, eps = x, torch.finfo(dtype).eps
+    for i, P in enumerate(pair.network.weights):
+        values = torch.linalg.svdvals(near.weights[i] - P)
+        assert (values[pair.fused_ranks[i] :] <= 100 * eps * (1 + values[0])).all()
+        wanted = target.weights[i] @ z + target.biases[i][:, None]
+        missed = (near.weights[i] @ z + near.biases[i][:, None] - wanted).double()
+        # Least squares over all offsets and all updates of that rank, by Eckart and Young.
+        centred = ((target.weights[i] - P) @ (z - z.mean(1, keepdim=True))).double()
+        least = torch.linalg.svdvals(centred)[pair.fused_ranks[i] :].square().sum()
+        scale = float(wanted.double().square().sum() + centred.square().sum())
+        assert float(missed.square().sum()) == pytest.approx(float(least), abs=100 * eps * scale)
+        z = target.layers(slice(i, i + 1))(z)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from strategies import batch_shapes, dtypes, normal, random_matrix, seeds
 
 from lorapower import lowrank
-from lorapower.networks import Gap, LinearNetwork
 
 sides = st.integers(1, 12)
 
@@ -28,18 +27,9 @@ def test_truncated_svd_is_the_best_approximation(
     left_out = np.concatenate([sigma[..., rank:], np.zeros((*batch, 1))], -1)
     difference = (matrix - approximation.matrix()).double().numpy()
     tolerance = 20 * torch.finfo(dtype).eps * max(rows, cols) * sigma.max()
-    zero = LinearNetwork([torch.zeros_like(matrix)])
-    predicted = Gap(zero, LinearNetwork([matrix]))
-    for norm, expected, least in (
-        (np.linalg.norm(difference, 2, (-2, -1)), left_out.max(-1), predicted.error(rank)),
-        (
-            np.linalg.norm(difference, "fro", (-2, -1)),
-            np.sqrt((left_out**2).sum(-1)),
-            predicted.error(rank, "fro"),
-        ),
-    ):
+    for kind, expected in ((2, left_out.max(-1)), ("fro", np.sqrt((left_out**2).sum(-1)))):
+        norm = np.linalg.norm(difference, kind, (-2, -1))  # type: ignore[arg-type]
         np.testing.assert_allclose(norm, expected, rtol=0, atol=tolerance)
-        np.testing.assert_allclose(least.numpy(), expected, rtol=0, atol=tolerance)
 
 
 @given(st.integers(1, 10), st.data(), seeds)

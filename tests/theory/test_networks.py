@@ -1,8 +1,9 @@
-"""Linear networks: products, inputs of all kinds, and the way from and to torch.nn."""
+"""Networks and their adapters: members of batches, merging, and the way from and to torch.nn."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,30 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import batch_shapes, dtypes, normal, seeds
+from strategies import batch_shapes, drawn_adapters, dtypes, normal, seeds
 from torch import Tensor, nn
 
 from lorapower import InputError, randomness
-from lorapower.networks import FNN, LinearNetwork, as_network
-
-
-@given(st.integers(1, 6), st.integers(1, 8), batch_shapes, dtypes, seeds)
-def test_network_is_its_product(
-    depth: int, width: int, batch: tuple[int, ...], dtype: torch.dtype, seed: int
-) -> None:
-    network = LinearNetwork.random(depth, width, batch_shape=batch, seed=seed, dtype=dtype)
-    assert network.depth == depth
-    assert network.widths == (width,) * (depth + 1)
-    assert network.batch_shape == batch
-    assert network.dtype == dtype
-    x = normal(*batch, width, 5, seed=seed).to(dtype)
-    stacked = np.stack([w.double().numpy() for w in network.weights])
-    expected = x.double().numpy()
-    for weight in stacked:
-        expected = weight @ expected
-    tolerance = 100 * torch.finfo(dtype).eps
-    np.testing.assert_allclose(network(x).numpy(), expected, atol=tolerance)
-    np.testing.assert_allclose((network.product() @ x).numpy(), expected, atol=tolerance)
+from lorapower.adapters import Adapters
+from lorapower.lowrank import LowRank
+from lorapower.networks import FNN, LinearNetwork, Network, Transformer, as_network
+from lorapower.training import Fresh, Tuning, train
 
 
 def test_random_weights_are_drawn_as_torch_draws_its_own() -> None:
@@ -51,6 +36,9 @@ def test_batches_of_layers_broadcast_and_can_be_picked_apart() -> None:
     assert network.product().shape == (5, 4, 3)
     assert network[2].batch_shape == ()
     assert network[1:3].batch_shape == (2,)
+    for make in (np.ones, torch.ones):
+        stacks: list[Any] = [make((2, 2)), make((3, 2, 2))]
+        assert [len(as_network(stack).weights) for stack in stacks] == [1, 3]
 
 
 def test_batches_are_gone_through_member_by_member() -> None:
@@ -67,20 +55,12 @@ def test_batches_are_gone_through_member_by_member() -> None:
 KINDS: tuple[type[FNN] | type[LinearNetwork], ...] = (FNN, LinearNetwork)
 
 
-class Doubled(nn.Linear):
-    """A layer that is a `Linear` by name only."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
+class Other(nn.Linear):
+    """A layer that may do anything."""
 
 
 class Backwards(nn.Sequential):
-    """A Sequential by name only."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in reversed(self):
-            x = layer(x)
-        return x
+    """So may this one."""
 
 
 @st.composite
@@ -113,6 +93,9 @@ def test_a_module_and_its_network_compute_the_same(
     module, sizes = data.draw(modules(linear=kind is LinearNetwork))
     network = as_network(module.eval())
     assert isinstance(network, FNN | LinearNetwork)
+    biases = [getattr(layer, "bias", None) for layer in module.modules()]
+    plain = not network.relus and all(bias is None for bias in biases)
+    assert isinstance(network, LinearNetwork) == plain
     assert network.widths == tuple(sizes)
     x = normal(3, sizes[0], seed=seed).to(network.dtype)
     atol = 200 * torch.finfo(network.dtype).eps
@@ -120,37 +103,30 @@ def test_a_module_and_its_network_compute_the_same(
     again = network.to_sequential()
     torch.testing.assert_close(again(x), module(x), atol=atol, rtol=0)
     there = as_network(again)
-    for mine, theirs in zip(
-        (*there.weights, *there.biases), (*network.weights, *network.biases), strict=True
-    ):
-        assert torch.equal(mine, theirs)
+    pairs = zip(there.weights + there.biases, network.weights + network.biases, strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
     assert there.relus == network.relus
 
 
 FIRST = nn.Linear(2, 2, bias=False)
-# Unusable modules, and which layer of them is named.
-WRONG: dict[str, tuple[nn.Sequential, str]] = {
-    "GELU": (nn.Sequential(FIRST, nn.Sequential(nn.GELU())), "GELU"),
-    "LayerNorm": (nn.Sequential(OrderedDict(a=FIRST, norm=nn.LayerNorm(2))), "LayerNorm"),
-    "subclass": (nn.Sequential(Doubled(2, 2)), "Doubled"),
-    "own forward": (Backwards(FIRST), "Backwards"),
-    "own forward inside": (nn.Sequential(Backwards(FIRST)), "Backwards"),
-    "ReLU first": (nn.Sequential(nn.ReLU(), FIRST), "ReLU"),
-    "late Flatten": (nn.Sequential(FIRST, nn.Flatten()), "Flatten"),
-    "Flatten of samples": (nn.Sequential(nn.Flatten(0), FIRST), "Flatten"),
-}
+# Unusable modules, and what is said of them: in general the layer.
+WRONG: list[tuple[nn.Sequential, str]] = [
+    (nn.Sequential(FIRST, nn.Sequential(nn.GELU())), r"; got GELU\("),
+    (nn.Sequential(OrderedDict(a=FIRST, norm=nn.LayerNorm(2))), r"; got LayerNorm\("),
+    (nn.Sequential(Other(2, 2)), r"; got Other\("),
+    (Backwards(FIRST), r"; got Backwards\("),
+    (nn.Sequential(Backwards(FIRST)), r"; got Backwards\("),
+    (nn.Sequential(nn.ReLU(), FIRST), r"; got ReLU\("),
+    (nn.Sequential(FIRST, nn.Flatten()), r"; got Flatten\("),
+    (nn.Sequential(nn.Flatten(0), FIRST), r"; got Flatten\("),
+    (nn.Sequential(nn.Linear(2, 2), FIRST), "none between its layers 1 and 2"),
+]
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_other_modules_are_refused_by_the_layer(case: str) -> None:
-    module, named = WRONG[case]
-    with pytest.raises(InputError, match=rf"^mine must be .*; got {named}\("):
+@pytest.mark.parametrize(("module", "said"), WRONG)
+def test_other_modules_are_refused(module: nn.Sequential, said: str) -> None:
+    with pytest.raises(InputError, match=f"^mine must be .*{said}"):
         as_network(module, name="mine")
-
-
-def test_layers_without_a_relu_between_them_have_no_biases() -> None:
-    with pytest.raises(InputError, match="none between its layers 1 and 2"):
-        as_network(nn.Sequential(nn.Linear(2, 2), FIRST))
 
 
 def test_a_batch_is_no_module() -> None:
@@ -169,18 +145,115 @@ def test_gradients_flow_to_unchecked_parameters(kind: Any) -> None:
     assert not network.with_parameters(*parts)(torch.ones(3, 4).double()).requires_grad
 
 
-def test_modules_and_matrices_stand_for_networks() -> None:
-    matrix = np.eye(2)
-    plain, biased = (nn.Linear(2, 2, bias=bias) for bias in (False, True))
-    kinds: list[tuple[Any, type, int]] = [
-        (nn.Sequential(plain, nn.Dropout(), nn.Sequential(plain)), LinearNetwork, 2),
-        (nn.Sequential(plain, nn.Sequential(nn.ReLU())), FNN, 1),
-        (nn.Sequential(biased), FNN, 1),
-        (matrix, LinearNetwork, 1),
-        (torch.as_tensor(matrix), LinearNetwork, 1),
-        ([matrix, matrix], LinearNetwork, 2),
-        (np.stack([matrix] * 3), LinearNetwork, 3),
-    ]
-    for value, kind, depth in kinds:
-        network = as_network(value)
-        assert (type(network), len(network.weights)) == (kind, depth)
+def parameters(network: Network) -> tuple[Tensor, ...]:
+    return (*network.weights, *network.biases)
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=4), batch_shapes, dtypes, st.booleans(), seeds
+)
+def test_merge_adds_the_products_of_the_factors(
+    ranks: list[int], batch: tuple[int, ...], dtype: torch.dtype, biases: bool, seed: int
+) -> None:
+    network = FNN.random(len(ranks), 4, batch_shape=batch, seed=seed, dtype=dtype)
+    double = network.to(torch.float64)
+    adapters = drawn_adapters(double, ranks, seed, biases=biases)
+    before = [part.clone() for part in parameters(network)]
+    merged, wanted = adapters.merge(network), adapters.merge(double)
+    for weight, update, old in zip(wanted.weights, adapters.updates, double.weights, strict=True):
+        change = torch.einsum("...id,...jd->...ij", update.left, update.right)
+        torch.testing.assert_close(weight, old + change)
+    changes = adapters.bias_updates or [torch.zeros_like(b) for b in double.biases]
+    for bias, change, old in zip(wanted.biases, changes, double.biases, strict=True):
+        torch.testing.assert_close(bias, old + change)
+    # The sum is taken in double precision and rounded once.
+    for found, sure in zip(parameters(merged), parameters(wanted), strict=True):
+        assert torch.equal(found, sure.to(dtype))
+    assert all(map(torch.equal, parameters(network), before))
+    assert merged.dtype == dtype
+    assert adapters.ranks == tuple(ranks)
+    assert adapters.parameter_count == 8 * sum(ranks) + 4 * len(ranks) * biases
+
+
+def test_a_sum_that_is_not_finite_is_refused() -> None:
+    network = LinearNetwork.random(1, 2)
+    huge = torch.full((2, 1), 1e200, dtype=torch.float64)
+    with pytest.raises(InputError, match="weight of layer 1 must be finite"):
+        Adapters((LowRank(huge, huge),)).merge(network)
+
+
+# Of a batch of shape [2, 2]: what one may write into the brackets.
+INDICES: list[Any] = [0, -1, (1, 0), slice(1), (slice(None), 1), ..., None, [1, 0]]
+INDICES += [torch.tensor([[True, False], [True, True]]), torch.zeros(2, 2, dtype=torch.bool)]
+
+
+@pytest.mark.parametrize("index", INDICES, ids=str)
+@pytest.mark.parametrize("kind", ["linear", "fnn", "transformer"])
+def test_members_are_those_of_the_network(kind: str, index: Any) -> None:
+    networks: dict[str, Any] = {
+        "linear": LinearNetwork.random(2, 3, batch_shape=(2, 2)),
+        "fnn": FNN.random(2, 3, batch_shape=(2, 2)),
+        "transformer": Transformer.random(1, 3, 2, batch_shape=(2, 2)),
+    }
+    network = networks[kind]
+    ranks = [l % 3 for l in range(len(network.weights))]
+    adapters = drawn_adapters(network, ranks, 0, biases=kind != "linear")
+    picked = adapters[index]
+    assert picked.ranks == adapters.ranks
+    assert picked.parameter_count == adapters.parameter_count
+    if not torch.arange(4).reshape(2, 2)[index].numel():
+        assert picked.batch_shape == (0,)
+        return
+    found, sure = picked.merge(network[index]), adapters.merge(network)[index]
+    assert picked.batch_shape == found.batch_shape == sure.batch_shape
+    for one, other in zip(parameters(found), parameters(sure), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("index", [2, (0, 0, 0), torch.ones(3, dtype=torch.bool)], ids=str)
+def test_an_index_that_the_batch_does_not_have_is_refused(index: Any) -> None:
+    network = LinearNetwork.random(2, 3, batch_shape=(2, 2))
+    for batch in (network, drawn_adapters(network, [1, 1], 0)):
+        with pytest.raises(IndexError):
+            batch[index]
+
+
+# Widths 5 → 6 → 4 → 3: ranks of the adapters, and how many numbers they and the biases have.
+OWN: list[tuple[Tuning, tuple[int, ...], int]] = [
+    (Tuning(2), (2, 2, 2), 2 * (11 + 10 + 7) + 13),
+    (Tuning(5), (5, 4, 3), 5 * 11 + 4 * 10 + 3 * 7 + 13),
+    (Tuning((0, 3, 1), biases=False), (0, 3, 1), 3 * 10 + 7),
+    (Tuning(0), (0, 0, 0), 13),
+    (Tuning(final=1), (0, 0, 0), 3),
+    (Tuning(final=2, biases=False), (0, 0, 0), 0),
+]
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_runs_of_training_have_ranks_and_counts_of_their_own(batch: tuple[int, ...]) -> None:
+    sides = 5, 6, 4, 3
+    weights = [normal(*batch, o, i).float() for i, o in pairwise(sides)]
+    biases = [normal(*batch, o).float() for o in sides[1:]]
+    frozen = FNN(weights, biases)
+
+    def labelled(x: Tensor) -> Tensor:
+        return x[..., :3, :]
+
+    runs = train(frozen, [tuning for tuning, _, _ in OWN], Fresh(labelled, (5,)), steps=3)
+    assert runs.adapters.ranks == (5, 4, 3)
+    with pytest.raises(InputError, match=r"tune equally many .*some that tune \[0, 3, .*pick one"):
+        _ = runs.adapters.parameter_count
+    for i, (tuning, ranks, count) in enumerate(OWN):
+        own = runs.adapters[i]
+        assert own.ranks == ranks
+        assert own.parameter_count == count
+        assert bool(own.bias_updates) == tuning.biases
+        if not tuning.final:
+            merged, sure = own.merge(frozen), runs.network[i]
+            for one, other in zip(parameters(merged), parameters(sure), strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    both = runs.adapters[[0, 2]]
+    assert both.ranks == (2, 3, 2)
+    assert [both[0].ranks, both[1].ranks] == [(2, 2, 2), (0, 3, 1)]
+    assert not both[1].bias_updates
+    assert runs.adapters[[3, 3]].parameter_count == 13

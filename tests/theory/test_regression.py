@@ -31,17 +31,14 @@ def left(K: Tensor, y: Tensor, z: Tensor, R: Tensor, penalty: float, E: Tensor) 
     return float((R @ missed).square().mean(-1).sum() + penalty * (R @ (K - E)).square().sum())
 
 
-@given(
-    st.integers(1, 6),
-    st.integers(1, 6),
-    st.integers(1, 40),
-    st.integers(0, 6),
-    st.sampled_from([0.0, 0.01, 1.0]),
-    seeds,
-)
+sizes = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 40), st.integers(0, 6))
+
+
+@given(sizes, st.sampled_from([0.0, 0.01, 1.0]), seeds)
 def test_no_matrix_of_the_rank_does_better(
-    out: int, into: int, samples: int, rank: int, shrinkage: float, seed: int
+    sizes: tuple[int, ...], shrinkage: float, seed: int
 ) -> None:
+    out, into, samples, rank = sizes
     rank = min(rank, out, into)
     z, y, R, E = drawn(seed, out, into, samples)
     found = reduced_rank(y, z, rank, towards=E, shrinkage=shrinkage, metric=R)

@@ -12,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import drawn_adapters
 from torch import Tensor
 from torch.nn import functional
 
-from lorapower import InputError, _checks, randomness
-from lorapower.networks import FNN, LinearNetwork, Transformer
-from lorapower.training import Data, Fixed, Fresh, Training, Tuning, engine, train
+from lorapower import InputError, _checks, randomness, training
+from lorapower.networks import FNN, LinearNetwork, Partition, Transformer
+from lorapower.training import Data, Fixed, Fresh, Training, Tuning, train
+from lorapower.training.dynamics import course
 
 KINDS = ("linear", "fnn", "transformer")
 LINEAR_LAST = "fnn, linear last"
@@ -48,15 +50,9 @@ def fresh(kind: str, width: int = 6, *, samples: int = 20, seed: int = 0) -> Fre
 def parts(result: Training[Any], *index: Any) -> list[np.ndarray[Any, Any]]:
     """All numbers of some runs."""
     chosen = result.network[index]
-    tensors = [
-        *chosen.weights,
-        *chosen.biases,
-        *(
-            getattr(result, name)[index]
-            for name in ("training_loss", "validation_loss", "best_loss", "best_step", "diverged")
-        ),
-    ]
-    return [tensor.numpy() for tensor in tensors]
+    names = "training_loss", "validation_loss", "best_loss", "best_step", "diverged"
+    losses = (getattr(result, name)[index] for name in names)
+    return [tensor.numpy() for tensor in (*chosen.weights, *chosen.biases, *losses)]
 
 
 def assert_same(found: Sequence[Any], wanted: Sequence[Any]) -> None:
@@ -77,9 +73,6 @@ def start_factors(frozen: Any, tuning: Tuning, data: Data, **options: Any) -> li
     return [u.right[0] for u in train(frozen, [still], data, steps=1, **options).adapters.updates]
 
 
-# --- Against torch's own Adam ---------------------------------------------------------------------
-
-
 def mean_loss(out: Tensor, y: Tensor, classes: Sequence[int]) -> Tensor:
     if not classes:
         return functional.mse_loss(out, y)
@@ -98,15 +91,11 @@ def plain_loop(
 ) -> tuple[list[float], list[float]]:
     """Training and validation losses of one run, in double precision."""
     starts = start_factors(frozen, tuning, data, classes=classes)
-    weights = [weight.double() for weight in frozen.weights]
-    biases = [bias.double() for bias in frozen.biases]
+    weights, biases = ([p.double() for p in each] for each in (frozen.weights, frozen.biases))
     first = len(weights) - tuning.final
-    full = {m: weights[m].clone().requires_grad_() for m in range(first, len(weights))}
+    full = {m: weights[m].clone() for m in range(first, len(weights))}
     factors = {
-        m: (
-            torch.zeros(len(weights[m]), rank, dtype=torch.float64, requires_grad=True),
-            starts[m][:, :rank].double().requires_grad_(),
-        )
+        m: (weights[m].new_zeros(len(weights[m]), rank), starts[m][:, :rank].double())
         for m, rank in enumerate(ranks)
         if rank
     }
@@ -114,22 +103,17 @@ def plain_loop(
     if tuning.final and first:
         beside = beside[:0] if isinstance(frozen, Transformer) else beside[first:]
     moves = [tuning.biases] * len(biases) if isinstance(tuning.biases, bool) else tuning.biases
-    biases = [
-        b.clone().requires_grad_() if moves[l] and l in beside else b for l, b in enumerate(biases)
-    ]
-    parameters = [*full.values(), *(f for pair in factors.values() for f in pair)]
-    parameters += [b for b in biases if b.requires_grad]
-    adam = torch.optim.Adam(parameters, tuning.learning_rate, weight_decay=tuning.weight_decay)
-    falls = tuning.schedule == "cosine"
-    rates = torch.optim.lr_scheduler.LambdaLR(
-        adam, lambda step: (1 + math.cos(math.pi * step / steps)) / 2 if falls else 1.0
-    )
+    biases = [bias.clone() for bias in biases]
+    tuned = [*full.values(), *(f for pair in factors.values() for f in pair)]
+    tuned += [biases[l] for l in beside if moves[l]]
+    for parameter in tuned:
+        parameter.requires_grad_()
+    adam = torch.optim.Adam(tuned, tuning.learning_rate, weight_decay=tuning.weight_decay)
 
     def loss(x: Tensor, y: Tensor, one_sided: bool = False) -> Tensor:
-        adapted = [
-            full[m] if m in full else w + factors[m][0] @ factors[m][1].T if m in factors else w
-            for m, w in enumerate(weights)
-        ]
+        adapted = [full.get(m, weight) for m, weight in enumerate(weights)]
+        for m, (A, B) in factors.items():
+            adapted[m] = adapted[m] + A @ B.T
         network = frozen.with_parameters(adapted, biases, checked=False)
         if one_sided:
             p = FNN(network.weights, network.biases, linear_last=True, checked=False)(x.double())
@@ -140,13 +124,30 @@ def plain_loop(
     for step in range(steps):
         x, y = (part[step % Data.BLOCK] for part in data.block(step // Data.BLOCK))
         adam.zero_grad()
+        if tuning.schedule == "cosine":
+            part_left = (1 + math.cos(math.pi * step / steps)) / 2
+            adam.param_groups[0]["lr"] = tuning.learning_rate * part_left
         value = loss(x, y, tuning.loss == "one-sided")
         value.backward()
         adam.step()
-        rates.step()
         training.append(value.item())
         validation.append(loss(*data.validation).item())
     return training, validation
+
+
+def assert_trained_as_plainly(
+    frozen: Any, tuning: Tuning, data: Data, ranks: Sequence[int], steps: int = 20, **options: Any
+) -> Training[Any]:
+    result = train(frozen, [tuning], data, steps=steps, **options)
+    losses = plain_loop(frozen, tuning, ranks, data, steps, **options)
+    for found, wanted in zip((result.training_loss, result.validation_loss), losses, strict=True):
+        # Adam divides by a gradient's size, so that the rounding of small ones counts.
+        np.testing.assert_allclose(found[0], wanted, rtol=1e-4)
+    return result
+
+
+# Of all weights of the transformer that tests train.
+IN_HEADS = (2,) * 16 + (0, 0) + (0, 2) + (2,)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def plain_loop(
         (LINEAR_LAST, Tuning(3), (3, 3)),
         (LINEAR_LAST, Tuning((0, 2), learning_rate=1e-2, weight_decay=1e-2), (0, 2)),
         (LINEAR_LAST, Tuning(final=1), (0, 0)),
-        ("transformer", Tuning(2), (2,) * 16 + (0, 0) + (0, 2) + (2,)),
+        ("transformer", Tuning(2), IN_HEADS),
         ("transformer", Tuning((1, 2, 0) * 7, biases=False), (1, 2, 0) * 7),
         ("transformer", Tuning(final=1), (0,) * 21),
         ("transformer", Tuning(final=21, weight_decay=1e-3), (0,) * 21),
@@ -176,18 +177,13 @@ def plain_loop(
 def test_losses_are_those_of_a_plain_loop_with_torchs_adam(
     kind: str, tuning: Tuning, ranks: tuple[int, ...]
 ) -> None:
-    frozen, data = network(kind), fresh(kind)
-    result = train(frozen, [tuning], data, steps=STEPS)
-    training, validation = plain_loop(frozen, tuning, ranks, data, STEPS)
-    # Adam divides by a gradient's size, so that the rounding of small ones counts.
-    np.testing.assert_allclose(result.training_loss[0], training, rtol=1e-4)
-    np.testing.assert_allclose(result.validation_loss[0], validation, rtol=1e-4)
+    assert_trained_as_plainly(network(kind), tuning, fresh(kind), ranks, STEPS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", [(0, 1, 2, 3, 4, 5), (0, 0, 0, 1, 1, 1), (2, 0, 0, 1, 1, 2)])
 def test_classes_are_learnt_by_torchs_cross_entropy(kind: str, classes: tuple[int, ...]) -> None:
-    frozen, data = network(kind), fresh(kind)
+    data = fresh(kind)
 
     def label(x: Tensor) -> Tensor:
         out = data.label(x)
@@ -195,12 +191,8 @@ def test_classes_are_learnt_by_torchs_cross_entropy(kind: str, classes: tuple[in
         return out[..., : max(classes) + 1].argmax(-1)
 
     labelled = Fresh(label, data.shape, samples=20, seed=3)
-    tuning = Tuning(2, learning_rate=1e-2)
-    result = train(frozen, [tuning], labelled, steps=STEPS, classes=classes)
-    ranks = (2,) * 16 + (0, 0) + (0, 2) + (2,) if kind == "transformer" else (2, 2)
-    training, validation = plain_loop(frozen, tuning, ranks, labelled, STEPS, classes)
-    np.testing.assert_allclose(result.training_loss[0], training, rtol=1e-4)
-    np.testing.assert_allclose(result.validation_loss[0], validation, rtol=1e-4)
+    tuning, ranks = Tuning(2, learning_rate=1e-2), IN_HEADS if kind == "transformer" else (2, 2)
+    assert_trained_as_plainly(network(kind), tuning, labelled, ranks, STEPS, classes=classes)
 
 
 @pytest.mark.parametrize("sizes", [(3, 7, 5), (9, 2, 2, 6), (1, 1), (5, 1)])
@@ -209,22 +201,15 @@ def test_layers_need_not_be_square(kind: str, sizes: tuple[int, ...]) -> None:
     draw = randomness.generator(0, "inputs")
     shapes = list(zip(sizes[1:], sizes[:-1], strict=True))
     weights = [torch.randn(shape, generator=draw) for shape in shapes]
-    frozen: Any = (
-        LinearNetwork(weights)
-        if kind == "linear"
-        else FNN(
-            weights,
-            [torch.rand(o, generator=draw) for o, _ in shapes],
-            linear_last=kind == LINEAR_LAST,
-        )
-    )
+    biases = [torch.rand(o, generator=draw) for o, _ in shapes]
+    frozen: Any = LinearNetwork(weights)
+    if kind != "linear":
+        frozen = FNN(weights, biases, linear_last=kind == LINEAR_LAST)
     data = Fresh(lambda x: x[..., :1, :].expand(*x.shape[:-2], sizes[-1], -1), sizes[:1], seed=1)
     # One rank for all is a cap.
     for tuning in (Tuning(1), Tuning(max(map(min, shapes))), Tuning(final=len(shapes))):
-        ranks = [min(tuning.ranks, *shape) for shape in shapes]
-        result = train(frozen, [tuning], data, steps=20)
-        _, validation = plain_loop(frozen, tuning, ranks, data, 20)  # type: ignore[arg-type]
-        np.testing.assert_allclose(result.validation_loss[0], validation, rtol=1e-4)
+        ranks: Any = [min(tuning.ranks, *shape) for shape in shapes]
+        result = assert_trained_as_plainly(frozen, tuning, data, ranks)
         assert [w.shape[-2:] for w in result.network.weights] == shapes
         assert result.network.relus == frozen.relus
         for update, rank in zip(result.adapters.updates, ranks, strict=True):
@@ -237,17 +222,15 @@ def test_layers_need_not_be_square(kind: str, sizes: tuple[int, ...]) -> None:
 def test_transformers_need_not_be_square() -> None:
     draw = randomness.generator(0, "inputs")
     L, H, D, d, v, F, out = 2, 3, 5, 2, 7, 6, 4
-    shapes = [(L, H, d, D)] * 2 + [(L, H, v, D), (L, H, D, v)]
-    shapes_rest = [(L, F, D), (L, F), (L, D, F), (L, D), (out, D)]
+    shapes: list[Any] = [(L, H, d, D)] * 2 + [(L, H, v, D), (L, H, D, v)]
+    shapes += [(L, F, D), (L, F), (L, D, F), (L, D), (out, D)]
     names = ("W_Q", "W_K", "W_V", "W_O", "W_1", "b_1", "W_2", "b_2", "W_out")
-    sizes = zip(names, shapes + shapes_rest, strict=True)
+    sizes = zip(names, shapes, strict=True)
     matrices: Any = {name: 0.4 * torch.randn(s, generator=draw) for name, s in sizes}
     frozen = Transformer(matrices)
     data = Fresh(lambda x: x[..., :out, :], (D, 4), samples=30, seed=1)
     ranks = (2,) * len(frozen.weights)
-    result = train(frozen, [Tuning(ranks)], data, steps=20)
-    _, validation = plain_loop(frozen, Tuning(ranks), ranks, data, 20)
-    np.testing.assert_allclose(result.validation_loss[0], validation, rtol=1e-4)
+    assert_trained_as_plainly(frozen, Tuning(ranks), data, ranks)
 
 
 @pytest.mark.parametrize(
@@ -263,19 +246,14 @@ def test_residual_transformers_are_trained_alike(options: dict[str, Any]) -> Non
     moving = tuple(name[:3] in ("b_1", "g_2") for name in frozen.bias_names)
     ranks, data = frozen.ranks(2, "mlp"), Fresh(target, (4, 3), samples=8, seed=2)
     tuning = Tuning(ranks, biases=moving, learning_rate=1e-2)
-    result = train(frozen, [tuning], data, steps=20)
-    training, validation = plain_loop(frozen, tuning, ranks, data, 20)
-    np.testing.assert_allclose(result.training_loss[0], training, rtol=1e-4)
-    np.testing.assert_allclose(result.validation_loss[0], validation, rtol=1e-4)
+    result = assert_trained_as_plainly(frozen, tuning, data, ranks)
     assert [bool(change.any()) for change in result.adapters[0].bias_updates] == [*moving]
-
-
-# --- What a run gives does not depend on its company ----------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_is_the_same_alone_and_in_any_order(kind: str) -> None:
-    frozen, data = network(kind), fresh(kind, samples=70)
+    """Also beside one that diverges."""
+    frozen, data = network(kind, 4), fresh(kind, samples=70)
     tunings = [
         Tuning(2),
         Tuning(5, learning_rate=1e-2),
@@ -284,13 +262,18 @@ def test_a_run_is_the_same_alone_and_in_any_order(kind: str) -> None:
         Tuning(2, biases=False),
         Tuning(4, schedule="cosine"),
         Tuning(final=2),
+        Tuning(2, learning_rate=1e6),
     ]
     together = train(frozen, tunings, data, steps=STEPS)
     backwards = train(frozen, tunings[::-1], data, steps=STEPS)
-    for i, tuning in enumerate(tunings):
+    for i, tuning in enumerate(tunings[:-1]):
         wanted = parts(together, i)
         assert_close(parts(backwards, len(tunings) - 1 - i), wanted)
         assert_close(parts(train(frozen, [tuning], data, steps=STEPS), 0), wanted)
+    assert together.diverged.tolist() == [False] * 7 + [True]
+    assert together.validation_loss[-1, -1].isnan()
+    assert together.best_loss[-1].isfinite()
+    assert all(w.isfinite().all() for w in together.network.weights)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -315,9 +298,6 @@ def test_first_factors_are_normal_and_shared_by_all_ranks() -> None:
     # Standard errors of the mean and of the standard deviation of as many normal numbers.
     assert abs(entries.mean()) < 4 * 0.25 / math.sqrt(len(entries))
     assert abs(entries.std() - 0.25) < 4 * 0.25 / math.sqrt(2 * len(entries))
-
-
-# --- What is returned -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -383,23 +363,6 @@ def test_a_run_ends_at_its_goal_and_no_more_data_is_made_when_all_have() -> None
     assert max(asked) <= end // Fresh.BLOCK + 2
 
 
-# --- Runs that diverge ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_divergence_is_marked_and_harms_nobody(kind: str) -> None:
-    frozen, data = network(kind, 4), fresh(kind)
-    good, bad = Tuning(2), Tuning(2, learning_rate=1e6)
-    alone = train(frozen, [good], data, steps=STEPS)
-    result = train(frozen, [good, bad, good], data, steps=STEPS)
-    assert result.diverged.tolist() == [False, True, False]
-    assert result.validation_loss[1, -1].isnan()
-    assert result.best_loss[1].isfinite()
-    assert all(w.isfinite().all() for w in result.network.weights)
-    assert_close(parts(result, 0), parts(alone, 0))
-    assert_close(parts(result, 2), parts(alone, 0))
-
-
 @pytest.mark.parametrize(("kind", "size"), [("fnn", 1e25), ("transformer", 1e30)])
 def test_what_overflows_from_the_start_diverges(kind: str, size: float) -> None:
     """Of a transformer scores alone, which its softmax does not hide."""
@@ -410,9 +373,6 @@ def test_what_overflows_from_the_start_diverges(kind: str, size: float) -> None:
     assert result.diverged.all()
     assert result.best_loss.isinf().all()
     assert_same([result.network.weights[0][0].numpy()], [large.weights[0].numpy()])
-
-
-# --- Data -----------------------------------------------------------------------------------------
 
 
 def test_fresh_batches_depend_on_seed_and_index_alone() -> None:
@@ -459,8 +419,6 @@ def test_fixed_batches_use_each_sample_once_an_epoch(
     assert_same(data.block(1), Fixed((x, 2 * x), (x, 2 * x), samples=samples, seed=seed).block(1))
 
 
-# --- Bad input ------------------------------------------------------------------------------------
-
 X, Y = torch.ones(6, 8), torch.ones(6, 8)
 CLASSES = torch.arange(8) % 6
 
@@ -481,20 +439,17 @@ def run(kind: str = "fnn", tuning: Tuning = Tuning(1), data: Any = None, **optio
 
 
 HUGE = LinearNetwork(torch.full((1, 6, 6), 1e39, dtype=torch.float64))
+NARROW = LinearNetwork([torch.ones(2, 4), torch.ones(4, 2)])
+EACH = drawn_adapters(network("fnn"), (1, 1), biases=True)
+ONE_SIDED = Tuning(1, loss="one-sided")
 # The name in the error, and calls that are refused before any step.
 BAD: list[tuple[str, Callable[[], Any]]] = [
     ("tunings", lambda: train(network("fnn"), Tuning(1), fresh("fnn"))),  # type: ignore[arg-type]
     ("weight of layer 1", lambda: train(HUGE, [Tuning(1)], fresh("linear"))),
-    ("rank", lambda: run(tuning=Tuning(7))),
     ("rank", lambda: run("transformer", Tuning(7))),
-    ("ranks", lambda: run(tuning=Tuning((1, 1, 1)))),
     ("rank of layer 2", lambda: run(tuning=Tuning((1, 9)))),
     ("final", lambda: run(tuning=Tuning(final=3))),
-    ("final", lambda: Tuning(1, final=1)),
     ("biases", lambda: run(tuning=Tuning(1, biases=(True, False, True)))),
-    ("learning_rate", lambda: Tuning(learning_rate=-1e-3)),
-    ("tunings", lambda: train(network("fnn"), [], fresh("fnn"))),
-    ("weight_decay", lambda: Tuning(weight_decay=math.inf)),
     ("every", lambda: run(steps=3, every=4)),
     ("until", lambda: run(until=-1.0)),
     ("seed", lambda: run(seed=[1, 2])),
@@ -512,11 +467,18 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("data's inputs", lambda: run(data=fresh("transformer"))),
     ("data's inputs", lambda: run("transformer", data=fresh("fnn"))),
     ("data's inputs", lambda: run(data=given_data(x_validation=X[:5]))),
-    ("training inputs", lambda: Fixed((X * math.nan, Y), (X, Y))),
-    ("validation labels", lambda: Fixed((X, Y), (X, Y * math.inf))),
-    ("samples", lambda: Fixed((X, Y), (X, Y), samples=9)),
-    ("shape", lambda: Fresh(network("fnn"), (1, 2, 3))),
-    ("label", lambda: Fresh(torch.nn.Sequential(torch.nn.Linear(6, 6)), (6,))),
+    ("loss", lambda: run("linear", ONE_SIDED)),
+    ("loss", lambda: run(LINEAR_LAST, ONE_SIDED)),
+    ("loss", lambda: run("transformer", ONE_SIDED)),
+    ("loss", lambda: run(tuning=ONE_SIDED, classes=range(6))),
+    ("data's labels", lambda: run(tuning=ONE_SIDED, data=given_data(y=-Y))),
+    ("network", lambda: training.descend(network("fnn", width=5), EACH, (X, X), (X, X))),
+    ("training", lambda: training.descend(network("fnn"), EACH, (X, X[:2]), (X, X))),
+    ("adapters", lambda: training.descend(network("fnn", batch=(2,)), EACH, (X, X), (X, X))),
+    ("ranks", lambda: training.train_fused(NARROW, 2, Fresh(NARROW, (4,)))),
+    ("partition", lambda: training.train_fused(HUGE, 2, fresh("linear"), partition=Partition([1]))),
+    ("right", lambda: course(torch.eye(2), torch.ones(2, 2), torch.ones(1))),
+    ("right", lambda: course(torch.eye(2), torch.ones(3, 1), torch.ones(1))),
 ]
 
 
@@ -524,7 +486,7 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
 def test_bad_input_is_refused_before_any_step(
     name: str, call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine._Runs, "descend", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(training.engine._Runs, "descend", lambda *_: pytest.fail("a step"))
     with pytest.raises(InputError, match=f"^{name} must be"):
         call()
 

@@ -45,30 +45,15 @@ def test_weights_one_by_one_are_the_network(
     assert torch.equal(names[f"W_2 of block {depth}"], network.W_2[..., -1, :, :])
 
 
-@given(
-    st.integers(1, 3),
-    st.integers(1, 9),
-    st.integers(1, 3),
-    st.integers(1, 6),
-    batch_shapes,
-    batch_shapes,
-    dtypes,
-    st.booleans(),
-    seeds,
-)
-@example(2, 1, 2, 1, (2, 2), (), torch.float32, False, 339)  # small adapted weights
+sizes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.integers(1, 6))
+
+
+@given(sizes, batch_shapes, st.booleans(), dtypes, st.booleans(), seeds)
+@example((2, 1, 2, 1), (2, 2), False, torch.float32, False, 339)  # small adapted weights
 def test_exact_at_the_threshold_segment_by_segment(
-    depth: int,
-    width: int,
-    heads: int,
-    length: int,
-    batch: tuple[int, ...],
-    other: tuple[int, ...],
-    dtype: torch.dtype,
-    saturated: bool,
-    seed: int,
+    sizes: tuple[int, ...], batch: Any, alike: bool, dtype: Any, saturated: bool, seed: int
 ) -> None:
-    other = other if other in (batch, ()) else ()
+    (depth, width, heads, length), other = sizes, batch if alike else ()
     scale = 1.0 if saturated else width**-0.5
     frozen, target = (
         Transformer.random(depth, width, heads, scale=scale, batch_shape=shape, seed=s, dtype=dtype)
@@ -122,27 +107,27 @@ def test_a_segment_that_is_reached_needs_nothing() -> None:
 def of_rank(k: int, rows: bool, columns: bool, *, width: int = 5, size: int = 3) -> Gap:
     """A segment of a narrow head, whose target has rank ``k``, and may share rows and columns."""
     draw = randomness.generator(0, "narrow", k, rows, columns)
-    G, H, Y, X = (
-        randomness.normal(draw, *shape)
-        for shape in ((width, width), (width, width), (size, width), (width, size))
-    )
-    C, A = randomness.normal(draw, size, width), randomness.normal(draw, width, size)
+    G, H = randomness.normal(draw, 2, width, width)
+    (Y, C), (X, A) = (randomness.normal(draw, 2, *s) for s in ((size, width), (width, size)))
     C[:1] = randomness.normal(draw, 1, size) @ Y if rows else C[:1]
     A[:, :1] = X @ randomness.normal(draw, size, 1) if columns else A[:, :1]
     A[:, k:], C[k:] = 0, 0
     return Gap([G, Y, X, H], [G, C, A, H])
 
 
+def assert_needs(gap: Gap, ranks: list[int], size: int, least: float) -> None:
+    """The ranks on the inner side, on the outer side and together; below them errors are larger."""
+    for inner, outer in product(range(size + 1), repeat=2):
+        enough = inner >= ranks[0] and outer >= ranks[1] and inner + outer >= ranks[2]
+        missed = float(adapt_narrow(gap, inner, outer).rounding_error)
+        assert (missed < 1e-10) if enough else (missed > least)
+
+
 @pytest.mark.parametrize("k", [0, 1, 2, 3])
 @pytest.mark.parametrize(("rows", "columns"), [(False, False), (True, False), (True, True)])
 def test_a_narrow_target_of_any_rank_needs_what_is_said(k: int, rows: bool, columns: bool) -> None:
     gap = of_rank(k, rows, columns)
-    needed = gap.pair_ranks
-    for inner, outer in product(range(4), repeat=2):
-        enough = inner >= needed.inner and outer >= needed.outer
-        enough = enough and inner + outer >= needed.together
-        missed = float(adapt_narrow(gap, inner, outer).rounding_error)
-        assert (missed < 1e-10) if enough else (missed > 1e-4)
+    assert_needs(gap, [int(rank) for rank in gap.pair_ranks[:3]], 3, 1e-4)
 
 
 def test_frozen_halves_of_lower_rank_need_what_is_said() -> None:
@@ -155,12 +140,8 @@ def test_frozen_halves_of_lower_rank_need_what_is_said() -> None:
     silent = Gap([eye, Y, zero, eye], [eye, torch.stack([y, b]), A, eye])
     empty = Gap([eye, zero.mT, zero, eye], [eye, torch.stack([y, b]), A, eye])
     for gap, ranks in ((hidden, [1, 1, 3]), (silent, [1, 2, 3]), (empty, [2, 2, 2])):
-        needed = gap.pair_ranks
-        assert torch.stack(needed[:3]).tolist() == ranks
-        for inner, outer in product(range(3), repeat=2):
-            missed = float(adapt_narrow(gap, inner, outer).rounding_error)
-            enough = inner >= ranks[0] and outer >= ranks[1] and inner + outer >= ranks[2]
-            assert (missed < 1e-10) if enough else (missed > 1e-7)
+        assert torch.stack(gap.pair_ranks[:3]).tolist() == ranks
+        assert_needs(gap, ranks, 2, 1e-7)
 
 
 @pytest.mark.parametrize(("width", "size"), [(12, 4), (40, 6), (40, 20)])
@@ -177,15 +158,8 @@ def test_rows_that_take_the_place_of_hidden_ones_are_as_large(width: int, size: 
 
 def test_narrow_heads_of_two_ranks_are_adapted_in_one_batch() -> None:
     gaps = [of_rank(k, False, False) for k in (3, 1)]
-    both = Gap(
-        *(
-            [
-                torch.stack(pair)
-                for pair in zip(*(getattr(gap, side).weights for gap in gaps), strict=True)
-            ]
-            for side in ("frozen", "target")
-        )
-    )
+    sides = ([getattr(gap, side).weights for gap in gaps] for side in ("frozen", "target"))
+    both = Gap(*([*map(torch.stack, zip(*side, strict=True))] for side in sides))
     assert both.pair_ranks.inner.tolist() == [int(gap.pair_ranks.inner) for gap in gaps]
     assert (adapt_narrow(both, 3, 3).rounding_error < 1e-10).all()
 
