@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -72,6 +75,7 @@ SOME = [*{getattr(transformers, a).config_class: a for a in reversed(ARCHITECTUR
 # Of these types each is read in a way of its own; the others are like them.
 USUAL = re.compile("(Bert|GPT2|Llama|Gemma2|ModernBert)(For|LM|Model)")
 CONFIG_FILES = "adapter_config.json", "config.json"
+Patch = pytest.MonkeyPatch
 Change = Callable[[str, torch.Tensor], torch.Tensor | None]
 
 
@@ -80,6 +84,17 @@ def usually(cases: Sequence[Any], usual: Callable[[str], Any] = USUAL.match) -> 
     each = [(case,) if isinstance(case, str) else case for case in cases]
     nightly = pytest.mark.nightly
     return [pytest.param(*case, marks=() if usual(case[0]) else nightly) for case in each]
+
+
+def loaded(
+    place: str | Path, architecture: str, adapter: str | Path | None = None, **options: Any
+) -> Any:
+    """A network as transformers loads it, maybe with an adapter as peft does."""
+    with quiet(), warnings.catch_warnings(action="ignore"):
+        network: Any = getattr(transformers, architecture).from_pretrained(place, **options)
+        if adapter is not None:
+            network = peft.PeftModel.from_pretrained(network, str(adapter))
+        return network.eval()
 
 
 def outputs(network: Any, batch: Any, task: str) -> torch.Tensor:
@@ -105,6 +120,33 @@ def distances(one: Any, other: Any, batches: Sequence[Any], task: str) -> torch.
     return torch.stack(found)
 
 
+def apart(batches: Sequence[Any]) -> list[torch.Tensor]:
+    """The tokens of each text."""
+    pairs = (zip(batch.input_ids, batch.is_token, strict=True) for batch in batches)
+    return [ids[there] for pair in pairs for ids, there in pair]
+
+
+@torch.no_grad()
+def plain(network: Any, texts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Outputs for texts, one at a time, minus their mean where they are logits."""
+    found = [network(input_ids=ids[None]) for ids in texts]
+    if "logits" not in found[0]:
+        return torch.cat([each.last_hidden_state[0].double() for each in found])
+    logits = torch.cat([each.logits.flatten(0, -2).double() for each in found])
+    return logits - logits.mean(-1, keepdim=True)
+
+
+def lost(
+    base: str, tuned: str, adapter: str | Path, architecture: str, given: Sequence[str]
+) -> tuple[float, int]:
+    """What an adapter loses as peft runs it, on texts one at a time, and their tokens."""
+    tokens = [torch.tensor(byte_words()(text).input_ids) for text in given]
+    ways = (base, adapter), (tuned, None), (base, None)
+    networks = (loaded(place, architecture, other) for place, other in ways)
+    adapted, wanted, before = (plain(network, tokens) for network in networks)
+    return float((adapted - wanted).norm() / (before - wanted).norm()), sum(map(len, tokens))
+
+
 def texts(number: int = 140, seed: int = 0) -> list[str]:
     """Different sentences of some of `WORDS`."""
     draw = np.random.default_rng(seed)
@@ -119,6 +161,14 @@ def words() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", eos_token="</s>", model_max_length=64
     )
+
+
+def short(tokenizer: Any, task: str) -> Any:
+    """What texts need of a pair, which takes ten tokens."""
+    config = SimpleNamespace(model_type="bert", hidden_size=8, num_hidden_layers=2)
+    config.max_position_embeddings = 10
+    tuned = SimpleNamespace(config=config)
+    return SimpleNamespace(tokenizer=tokenizer, padding=0, tuned=tuned, config=config, task=task)
 
 
 @functools.cache
@@ -164,7 +214,7 @@ def low_rank(rank: int = 3, size: float = 0.4, seed: int = 0, *, words: bool = F
         elif "embed" in name or "wpe" in name:
             return None
         if value.ndim == 1:
-            return 0.02 * normal(*value.shape)
+            return size / 20 * normal(*value.shape)
         left, right = (normal(n, rank) for n in value.shape)
         return size * value.std() * (left * 0.5 ** torch.arange(rank)) @ right.mT
 

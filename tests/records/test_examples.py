@@ -9,25 +9,20 @@ from pathlib import Path
 import checkpoint_files as files
 import numpy as np
 import pytest
-import torch
 
 from lorapower.checkpoints import Adapter, Pair
 from records import examples, pairs
-from records.examples import Adapted, Example, Lost, Prepared
+from records.examples import Example, Lost, Prepared
 
 PROBLEM = Example(seed=3, sentences=61)
+Found = tuple[Prepared, dict[tuple[str, float], Lost]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What looks like an example, whose tuning is small, so that derivatives predict it."""
     new = tmp_path_factory.mktemp("example")
-    large = files.low_rank(8)
-
-    def small(name: str, value: torch.Tensor) -> torch.Tensor | None:
-        change = large(name, value)
-        return None if change is None else change / 20
-
+    small = files.low_rank(8, size=0.02)
     assert files.pair(new, change=small) == (str(new / "base"), str(new / "tuned"))
     lines = [json.dumps({"text": text, "label": 0}) for text in dict.fromkeys(files.texts(160))]
     (new / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -35,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def measured(folder: Path) -> tuple[Prepared, dict[tuple[str, float], Lost]]:
+def measured(folder: Path) -> Found:
     settings = [s for s in examples.every(4, [1, 4], sentences=61) if s.problem == PROBLEM]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs, "example", lambda seed: {3: folder}[seed])
@@ -46,9 +41,7 @@ def measured(folder: Path) -> tuple[Prepared, dict[tuple[str, float], Lost]]:
     return example, {(s.way, s.asked): one for s, one in zip(settings, found, strict=True)}
 
 
-def test_losses_are_those_of_the_command(
-    measured: tuple[Prepared, dict[tuple[str, float], Lost]],
-) -> None:
+def test_losses_are_those_of_the_command(measured: Found) -> None:
     example, found = measured
     planner = example.planner
     assert len(found) == len(examples.HALVES) + 2 * len(examples.WAYS) + 2
@@ -58,9 +51,8 @@ def test_losses_are_those_of_the_command(
             one = found[way, rank]
             assert adapter.parameters == one.parameters <= planner.parameters(rank)
             assert one.error == pytest.approx(planner.measure(adapter).error, rel=1e-4)
-            assert {n: r for n, r in zip(example.modules, one.ranks, strict=True) if r} == (
-                adapter.ranks
-            )
+            ranks = zip(example.modules, one.ranks, strict=True)
+            assert {name: rank for name, rank in ranks if rank} == adapter.ranks
     for half in ("attention", "mlp"):
         assert found[half, 0].error == pytest.approx(planner.only(half), rel=1e-4)
     base = planner.measure(Adapter({}, {}))
@@ -71,9 +63,7 @@ def test_losses_are_those_of_the_command(
         assert found["least", aim].parameters == adapter.parameters
 
 
-def test_a_small_tuning_is_linear_and_its_modules_are_not_unrelated(
-    measured: tuple[Prepared, dict[tuple[str, float], Lost]],
-) -> None:
+def test_a_small_tuning_is_linear_and_its_modules_are_not_unrelated(measured: Found) -> None:
     example, found = measured
     one = found["by module", 4]
     assert one.derivative == pytest.approx(one.chosen, rel=0.05)
@@ -83,9 +73,7 @@ def test_a_small_tuning_is_linear_and_its_modules_are_not_unrelated(
     assert example.predict(everything)["derivative"] < 0.01
 
 
-def test_shares_of_the_norm_are_those_of_all_changes(
-    folder: Path, measured: tuple[Prepared, dict[tuple[str, float], Lost]]
-) -> None:
+def test_shares_of_the_norm_are_those_of_all_changes(folder: Path, measured: Found) -> None:
     _, found = measured
     pair = Pair.open(str(folder / "base"), str(folder / "tuned"))
     values = [np.linalg.svd(pair.change(name).numpy(), compute_uv=False) for name in pair.modules]
@@ -93,9 +81,3 @@ def test_shares_of_the_norm_are_those_of_all_changes(
     for rank in (1, 4):
         share = sum(each[:rank].sum() for each in squares) / sum(each.sum() for each in squares)
         assert found["same rank", rank].kept == pytest.approx(share, rel=1e-5)
-
-
-def test_the_record_is_of_this_many_runs() -> None:
-    settings = examples.every(2, [1, 2, 8])
-    assert len({*settings}) == len(settings) == 2 * (3 + 15 + 2)
-    assert settings[0] == Adapted(problem=Example(), way="attention")

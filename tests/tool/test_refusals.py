@@ -18,6 +18,7 @@ import peft
 import pytest
 import torch
 import transformers
+from checkpoint_files import Patch
 from test_tuned_adapters import train
 from torch import Tensor
 
@@ -231,15 +232,17 @@ def untied(folder: Path) -> None:
         files.alter(place, head)
 
 
-def another(architecture: str, name: str, value: object) -> Row:
-    """A tuned model with whose configuration the base's weights are another function."""
+def another(architecture: str, **values: Any) -> list[Row]:
+    """Tuned models with whose configuration the base's weights are another function."""
 
-    def change(folder: Path) -> None:
+    def change(folder: Path, **entry: Any) -> None:
         _, tuned = files.pair(folder / "other", architecture, pad_token_id=0)
-        files.configure(Path(tuned), **{name: value})
+        files.configure(Path(tuned), **entry)
 
-    said = f"with the base's configuration, as adapters are served with that; got {name} {value!r}"
-    return Row(f"plan other/base other/tuned {LINES}", said, change)
+    said = "with the base's configuration, as adapters are served with that; got"
+    command = f"plan other/base other/tuned {LINES}"
+    each = values.items()
+    return [Row(command, f"{said} {n} {v!r}", functools.partial(change, **{n: v})) for n, v in each]
 
 
 TUNED: list[tuple[str, Change]] = [
@@ -310,24 +313,18 @@ CHECKPOINTS = [
     *within("base", f"{PLAN} --format serving", [("with the tuned model's", tensors(headless))]),
     Row(f"plan other/base other/tuned {LINES}", "as many blocks as its config.json says", deep),
     Row(f"plan other/base other/tuned {LINES}", "as tie_word_embeddings says; got two", untied),
-    another(BERT, "layer_norm_eps", 0.1),
-    another(BERT, "hidden_act", "relu"),
-    another("BertModel", "num_attention_heads", 2),
-    another("BertModel", "is_decoder", True),
-    another("BertModel", "num_hidden_layers", 1),
-    another("BertModel", "max_position_embeddings", 32),
-    another("RobertaModel", "pad_token_id", 1),
-    another(GPT, "scale_attn_weights", False),
-    another("GPT2ForSequenceClassification", "pad_token_id", 7),
-    another(LLAMA, "rms_norm_eps", 0.1),
-    another(LLAMA, "num_attention_heads", 2),
-    another(LLAMA, "tie_word_embeddings", True),
-    another("Gemma2ForCausalLM", "final_logit_softcapping", 9.0),
-    another("Gemma2ForCausalLM", "query_pre_attn_scalar", 9),
-    another("Gemma3ForCausalLM", "use_bidirectional_attention", True),
-    another("Qwen3ForCausalLM", "head_dim", 4),
-    another("StableLmForCausalLM", "use_parallel_residual", True),
-    another("ModernBertForSequenceClassification", "classifier_pooling", "mean"),
+    *another(BERT, layer_norm_eps=0.1, hidden_act="relu"),
+    *another("BertModel", num_attention_heads=2, is_decoder=True, num_hidden_layers=1),
+    *another("BertModel", max_position_embeddings=32),
+    *another("RobertaModel", pad_token_id=1),
+    *another(GPT, scale_attn_weights=False),
+    *another("GPT2ForSequenceClassification", pad_token_id=7),
+    *another(LLAMA, rms_norm_eps=0.1, num_attention_heads=2, tie_word_embeddings=True),
+    *another("Gemma2ForCausalLM", final_logit_softcapping=9.0, query_pre_attn_scalar=9),
+    *another("Gemma3ForCausalLM", use_bidirectional_attention=True),
+    *another("Qwen3ForCausalLM", head_dim=4),
+    *another("StableLmForCausalLM", use_parallel_residual=True),
+    *another("ModernBertForSequenceClassification", classifier_pooling="mean"),
 ]
 
 # Adapters, in place of the tuned model and to check
@@ -490,11 +487,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     ids=lambda row: f"{row.said} {row.command}"[:90],
 )
 def test_bad_input_is_one_line(
-    row: Row,
-    given: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    row: Row, given: Path, tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(given, tmp_path / "own", symlinks=True))
     monkeypatch.chdir(folder)

@@ -7,28 +7,24 @@ import shutil
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import checkpoint_files as files
 import huggingface_hub
 import peft
 import pytest
 import torch
-import transformers
+from checkpoint_files import Patch
 from torch import Tensor
 
 from lorapower import InputError, randomness
-from lorapower.checkpoints import Pair, _texts, check, extract
+from lorapower.checkpoints import Pair, check, extract
 from lorapower.checkpoints._models import quiet
 
 TASKS = {"Classification": "SEQ_CLS", "LM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
 TASKS |= {"Model": "FEATURE_EXTRACTION"}
 BERT, GPT, LLAMA = "BertForSequenceClassification", "GPT2LMHeadModel", "LlamaForCausalLM"
 TIED: dict[str, Any] = {"tie_word_embeddings": True}
-
-
-def loaded(base: str, architecture: str) -> Any:
-    with quiet():
-        return getattr(transformers, architecture).from_pretrained(base).eval()
 
 
 def train(folder: Path, base: str, architecture: str, *, seed: int = 0, **options: Any) -> str:
@@ -41,7 +37,8 @@ def train(folder: Path, base: str, architecture: str, *, seed: int = 0, **option
     } | options
     with quiet(), warnings.catch_warnings(action="ignore"):
         with randomness.seeded(seed, "started adapters"):
-            wrapped = peft.get_peft_model(loaded(base, architecture), peft.LoraConfig(**config))
+            network = files.loaded(base, architecture)
+            wrapped = peft.get_peft_model(network, peft.LoraConfig(**config))
         draw = randomness.generator(seed, "trained adapters")
         with torch.no_grad():
             for value in wrapped.parameters():
@@ -50,11 +47,6 @@ def train(folder: Path, base: str, architecture: str, *, seed: int = 0, **option
                     value.add_(0.1 * change)
         wrapped.save_pretrained(str(folder))
     return str(folder)
-
-
-def by_peft(base: str, architecture: str, adapter: str) -> Any:
-    with quiet(), warnings.catch_warnings(action="ignore"):
-        return peft.PeftModel.from_pretrained(loaded(base, architecture), adapter).eval()
 
 
 def outputs(network: Any) -> Tensor:
@@ -71,7 +63,7 @@ def outputs(network: Any) -> Tensor:
 def require_same(pair: Pair, wrapped: Any) -> None:
     """The outputs of both networks are equal, and what each parameter changes by."""
     network = pair.network()
-    wanted, before = outputs(wrapped), outputs(loaded(pair.base.source, pair.architecture))
+    wanted, before = outputs(wrapped), outputs(files.loaded(pair.base.source, pair.architecture))
     torch.testing.assert_close(outputs(network), wanted, rtol=1e-5, atol=1e-5)
     if before.shape == wanted.shape:
         assert (wanted - before).abs().max() > 1e-2
@@ -92,17 +84,6 @@ def require_same(pair: Pair, wrapped: Any) -> None:
         if not pair.base.has(name) or not torch.equal(value, pair.base.read(name))
     }
     assert {other.name for other in pair.others} == different
-
-
-@pytest.mark.parametrize("architecture", files.usually(files.ARCHITECTURES))
-def test_adapters_are_what_peft_computes(architecture: str, tmp_path: Path) -> None:
-    base, _ = files.pair(tmp_path, architecture)
-    # It ends in the name of a head, which peft saves whole.
-    adapter = train(tmp_path / "adapter", base, architecture, exclude_modules=["pre_classifier"])
-    pair = Pair.open(base, adapter)
-    assert (pair.architecture, pair.tuned.source) == (architecture, adapter)
-    require_same(pair, by_peft(base, architecture, adapter))
-    assert all(pair.multiplier(name).rank == 3 for name in pair.modules)  # type: ignore[union-attr]
 
 
 OPTIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -133,13 +114,25 @@ OPTIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("architecture", "sizes", "options"), OPTIONS, ids=str)
-def test_options_of_peft(
+# It ends in the name of a head, which peft saves whole.
+LINEAR = {"exclude_modules": ["pre_classifier"]}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sizes", "options"),
+    files.usually([(a, {}, LINEAR) for a in files.ARCHITECTURES]) + OPTIONS,
+    ids=str,
+)
+def test_adapters_are_what_peft_computes(
     architecture: str, sizes: dict[str, Any], options: dict[str, Any], tmp_path: Path
 ) -> None:
     base, _ = files.pair(tmp_path, architecture, **sizes)
     adapter = train(tmp_path / "adapter", base, architecture, **options)
-    require_same(Pair.open(base, adapter), by_peft(base, architecture, adapter))
+    pair = Pair.open(base, adapter)
+    assert (pair.architecture, pair.tuned.source) == (architecture, adapter)
+    require_same(pair, files.loaded(base, architecture, adapter))
+    ranks = {getattr(pair.multiplier(name), "rank", None) for name in pair.modules}
+    assert ranks == {3} or options is not LINEAR
 
 
 def test_one_side_of_what_is_tied(tmp_path: Path) -> None:
@@ -154,15 +147,10 @@ def test_one_side_of_what_is_tied(tmp_path: Path) -> None:
         adapter = train(folder / "adapter", base, architecture, **options)
         with pytest.raises(InputError, match="changes embeddings alone"):
             Pair.open(base, adapter)
-        pair, texts = Pair.open(base, tuned), files.texts()
-        about: dict[str, Any] = {"tokens": 128, "seed": 0, "used": (), "certify": True}
-        batches, _ = _texts.prepare_all(pair, texts, **about)
-        ways = by_peft(base, architecture, adapter), pair.network("base")
-        lost, effect = (
-            files.distances(network, pair.network(), batches, pair.task).sum() for network in ways
-        )
-        found = check(base, adapter, tuned, texts)
-        assert found.error == pytest.approx(float((lost / effect).sqrt()), rel=1e-4)
+        # A check takes as many texts as are worth it: of 129 all.
+        texts = files.texts(129)
+        wanted, _ = files.lost(base, tuned, adapter, architecture, texts)
+        assert check(base, adapter, tuned, texts).error == pytest.approx(wanted, rel=1e-4)
     embeddings: dict[str, Any] = {"modules_to_save": ["embed_tokens"]}
     head: dict[str, Any] = {"target_modules": ["lm_head"]}
     for which, options in (("embeddings", embeddings), ("the head", head)):
@@ -179,7 +167,7 @@ def beheaded(tensors: dict[str, Tensor]) -> None:
 def test_a_head_that_the_base_lacks(tmp_path: Path) -> None:
     base, _ = files.pair(tmp_path, BERT, num_labels=3)
     adapter = train(tmp_path / "adapter", base, BERT)
-    wrapped = by_peft(base, BERT, adapter)
+    wrapped = files.loaded(base, BERT, adapter)
     files.alter(
         Path(base), beheaded, architectures=["BertForMaskedLM"], id2label=None, label2id=None
     )
@@ -195,15 +183,19 @@ def test_a_head_that_the_base_lacks(tmp_path: Path) -> None:
         Pair.open(base, adapter)
 
 
-def test_adapters_without_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_without_a_task(tmp_path: Path, monkeypatch: Patch) -> None:
     base, _ = files.pair(tmp_path, BERT)
     headless = train(tmp_path / "headless", base, "BertModel", task_type=None)
-    require_same(Pair.open(base, headless), by_peft(base, "BertModel", headless))
+    require_same(Pair.open(base, headless), files.loaded(base, "BertModel", headless))
     adapter = train(tmp_path / "adapter", base, BERT, task_type=None, target_modules=["value"])
     # From the hub, and with the base's tokenizer unless it has its own.
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: adapter)
+    fetched = Mock(return_value=adapter)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
     pair = Pair.open(base, "somebody/adapter")
-    require_same(pair, by_peft(base, BERT, adapter))
+    assert {call.args for call in fetched.mock_calls} == {("somebody/adapter",)}
+    asked = {*fetched.call_args.kwargs["allow_patterns"]}
+    assert asked & {"*.safetensors", "*.bin"} == {"*.safetensors"}
+    require_same(pair, files.loaded(base, BERT, adapter))
     assert pair.tuned.source == "somebody/adapter"
     assert pair.tokenizer("w1 w2") == files.byte_words()("w1 w2")
     files.words().save_pretrained(adapter)
@@ -223,7 +215,7 @@ def test_adapters_of_other_bases(tmp_path: Path) -> None:
         files.configure(Path(adapter), base_model_name_or_path=name)
         Pair.open(moved, adapter)
     files.configure(Path(adapter), base_model_name_or_path="org/other")
-    require_same(Pair.open(base, adapter, any_base=True), by_peft(base, BERT, adapter))
+    require_same(Pair.open(base, adapter, any_base=True), files.loaded(base, BERT, adapter))
     deep, _ = files.pair(tmp_path / "deep", BERT, num_hidden_layers=1)
     with pytest.raises(InputError, match="which it lacks: name its own base, 'org/other'"):
         Pair.open(deep, adapter, any_base=True)
@@ -237,7 +229,10 @@ def test_an_adapter_that_is_written_again_is_no_larger(tmp_path: Path) -> None:
     assert made.measured.error < 1e-4
     assert max(made.ranks.values()) == 3
     assert made.report()["not_low_rank"].keys() == {"bias", "norm", "head"}
-    wanted, found = by_peft(base, BERT, adapter), by_peft(base, BERT, str(tmp_path / "out"))
+    wanted, found = (
+        files.loaded(base, BERT, adapter),
+        files.loaded(base, BERT, str(tmp_path / "out")),
+    )
     torch.testing.assert_close(outputs(found), outputs(wanted), rtol=1e-4, atol=1e-4)
     # What was written is an adapter of the base again.
     again, pair = Pair.open(base, str(tmp_path / "out")), made.planner.pair
