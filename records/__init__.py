@@ -100,8 +100,8 @@ def read(name: str) -> pd.DataFrame:
     ``"costs"`` has a row for each ``command`` that ``benchmarks/plans.py`` timed on made-up models
     of a ``size``: the number of ``texts`` and their ``tokens``, ``threads``, ``seconds``,
     ``processor`` seconds, and in gigabytes the ``memory`` at most, files that the system keeps
-    mapped included, the memory that a plan ``announced``, and what it said it would ``read``. Those
-    of 8 billion weights were read off while it ran.
+    mapped included, the ``limit`` that the system set to it, the memory that a plan ``announced``,
+    and what it said it would ``read``. Those of 8 billion weights were read off while it ran.
 
     Raises `InputError` for other names.
     """

@@ -143,6 +143,7 @@ def main(modules: list[str]) -> int:
         mutants = [Mutant(*row) for row in [*csv.reader(file)][1:]]
     mutants = [mutant for mutant in mutants if mutant.module in (modules or SUITES)]
     names = {name for mutant in mutants for name in SUITES[mutant.module]}
+    os.environ["OMP_NUM_THREADS"] = "1"  # a forked process has no others, and would wait for them
     files = [str(file) for file in sorted(ROOT.glob("tests/*/*.py")) if file.stem in names]
     options = "-q -s -p no:cacheprovider -p no:xdist --tb=no --hypothesis-profile=mutation"
     options += f" --hypothesis-seed=1 --rootdir={ROOT}"

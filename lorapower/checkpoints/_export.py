@@ -209,6 +209,8 @@ def save(folder: Path, pair: Pair, adapter: Adapter) -> None:
         for name, value in [*model.named_parameters(remove_duplicate=False)]:
             plain, rows = plain_name(name), None
             if token := _TOKENS.fullmatch(name):
+                if token[1] not in options["trainable_token_indices"]:
+                    continue  # a tied head, which has the rows of its embeddings
                 plain = f"{token[1]}.weight"
                 rows = torch.tensor(options["trainable_token_indices"][token[1]])
             elif not (".modules_to_save." in name or name.endswith(".bias")):

@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from lorapower.checkpoints import Evidence, Planner, Text, _export, quantile_limit, workflow
-from lorapower.checkpoints._limits import DOUBT, SIZES, allowed, exceed, fewest, quantile, ratio
+from lorapower.checkpoints._limits import (
+    DOUBT,
+    SIZES,
+    allowed,
+    are_alike,
+    exceed,
+    fewest,
+    quantile,
+    ratio,
+)
 from lorapower.checkpoints._measuring import Compared, Reference, Trial, _parts
 from lorapower.checkpoints._texts import mix, prepare, prepare_all
 from lorapower.errors import InputError
@@ -324,6 +333,13 @@ def test_evidence_is_a_product_of_likelihood_ratios() -> None:
     assert Evidence().add(np.zeros(55, bool)).verdict == "undecided"
     assert Evidence().add(np.zeros(56, bool)).verdict == "confirmed"
     assert Evidence().add(np.repeat([False, True], [56, 20])).verdict == "failed"
+    assert Evidence().add(np.ones(4, bool)).verdict == "undecided"
+    assert Evidence().add(np.ones(5, bool)).verdict == "failed"
+    assert [Evidence().add(np.zeros(n, bool)).missing(0.0) for n in (1, 10)] == [55, 46]
+
+
+def test_one_large_loss_hides_no_neighbours_that_lose_alike() -> None:
+    assert are_alike(np.append(np.arange(49.0), 1e9))
 
 
 @pytest.mark.parametrize("plans", PLANS)

@@ -151,7 +151,7 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("Starcoder2ForCausalLM", {"sliding_window": 2}),
 ]
 # Of one of each type all entries are the same; usually of those that are not above.
-SAME = files.usually([(a, {}) for a in files.SOME], re.compile("Bert|GPT2").match)
+SAME = files.usually([(a, {}) for a in files.SOME], re.compile("Bert|GPT2|GemmaFor").match)
 
 
 @pytest.mark.parametrize(("architecture", "entries"), files.usually(OTHERS) + SAME, ids=str)
