@@ -178,6 +178,14 @@ def test_the_ranks_of_the_theorem_are_exact(
         assert update.rank <= min(getattr(frozen, name.split()[0]).shape[-2:])
 
 
+@given(seeds)
+def test_the_ranks_of_the_theorem_are_exact_without_norms(seed: int) -> None:
+    frozen, target = residual_pair(seed, 2, 6, 2, norm=None)
+    found = transformer.adapt(frozen, target, bounds.transformer_ranks(frozen, target))
+    bound = max(1e-20, (1e-15 * float(found.condition_number)) ** 2)
+    assert relative(found.adapters.merge(frozen), target, normal(5, 6, 4, seed=seed)) < bound
+
+
 @given(st.sampled_from([2, 6]), st.integers(0, 6), seeds)
 def test_what_is_called_a_success_is_one(head_size: int, rank: int, seed: int) -> None:
     """Of targets whose scores are singular: some query bias may complete them, or none."""
