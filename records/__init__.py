@@ -44,8 +44,8 @@ def read(name: str) -> pd.DataFrame:
     rates were chosen, and of seeds 0 to 7 at these rates on the test part.
 
     ``"recipes"`` has a row for each training on the task of sentences by a recipe of peft at rank
-    4, or of the adapter that Chapter 12 advises, at rank 16, as ``recipes.md`` says: the fields of
-    `language.TextRun` and `again.RecipeResults`.
+    4, or at rank 16 of the adapter that Chapter 12 advises and with PEFT's default scale, as
+    ``recipes.md`` says: the fields of `language.TextRun` and `again.RecipeResults`.
 
     ``"facts"`` has a row for each training on random facts: the fields of `facts.FactRun` and
     `facts.FactResults`, where ``losses`` is for `unpack`. ``facts.md`` says which there are.
@@ -101,7 +101,7 @@ def read(name: str) -> pd.DataFrame:
     of a ``size``: the number of ``texts`` and their ``tokens``, ``threads``, ``seconds``,
     ``processor`` seconds, and in gigabytes the ``memory`` at most, files that the system keeps
     mapped included, the ``limit`` that the system set to it, the memory that a plan ``announced``,
-    and what it said it would ``read``. Those of 8 billion weights were read off while it ran.
+    and what it said it would ``read``. Values for 8 billion weights were read off while it ran.
 
     Raises `InputError` for other names.
     """

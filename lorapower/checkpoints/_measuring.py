@@ -41,27 +41,35 @@ class Measured(NamedTuple):
         The mean divergence ``KL(f̄ ‖ f̂)`` of the distributions, in nats.
     texts : int
         The number of texts; of each group there is one.
-    certified, own_effect : float
+    certified : float
         At least 90% of texts like these lose at most this part of what tuning typically changes in
-        a text, or of what it changes in that text: at a confidence of 95% and for any
-        distribution, if texts (or groups) were drawn independently and decided on no adapter
-        [prop-certificate]. A text loses ``‖f̂ − f̄‖``; typical is the root mean square of
-        ``‖f_0 − f̄‖`` over the texts by which a plan was selected or, without a plan, over these.
+        a text: at a confidence of 95% and for any distribution, if texts (or groups) were drawn
+        independently and decided on no adapter [prop-certificate]. A text loses ``‖f̂ − f̄‖``;
+        typical is the root mean square of ``‖f_0 − f̄‖`` over the texts by which a plan was
+        selected or, without a plan, over these.
+    own_effect : float
+        The same, as a part of what tuning changes in that text.
     decisions : int
         The number of decisions: of texts or, for a language model, of tokens.
     variation : float
         The mean total variation ``½‖p̄ − p̂‖₁`` of the distributions, averaged over each text and
         then over texts: of draws from both, coupled at best, this share differs.
-    accuracy, base_accuracy, tuned_accuracy : float
-        The share of right decisions of the adapted network, of the base and of the tuned network;
-        NaN without labels.
-    evidence, kept : Evidence, optional, and bool
+    accuracy : float
+        The share of right decisions of the adapted network; NaN without labels.
+    base_accuracy : float
+        The same of the base.
+    tuned_accuracy : float
+        The same of the tuned network.
+    evidence : Evidence, optional
         What all texts that were ever checked say of the certificate in an adapter's
-        ``report.json``, and whether that has it now, so that the next check goes on from there.
-    bfloat16, tuned_bfloat16 : float
-        The error of the adapter, merged, and of the tuned network with weights and values in
-        bfloat16, against the tuned outputs in float32; NaN unless asked for, and where peft cannot
-        merge the adapter.
+        ``report.json``.
+    kept : bool
+        Whether that file has the evidence now, so that the next check goes on from there.
+    bfloat16 : float
+        The error of the adapter, merged, with weights and values in bfloat16, against the tuned
+        outputs in float32; NaN unless asked for, and where peft cannot merge the adapter.
+    tuned_bfloat16 : float
+        The same of the tuned network.
     differing : dict
         Entries of the configuration, which an adapted network has from the base, of which the tuned
         model has others, with both values: the loss counts them.

@@ -43,9 +43,10 @@ class LinearAdaptation(Adaptation):
 
     Attributes
     ----------
-    spectral_error, frobenius_error : Tensor
-        Predicted ``‖∏(W_l + ΔW_l) − W̄‖_2 = σ_{r+1}(E)``, ``r = Σ_l R_l``, and ``‖…‖_F``;
-        ``[...]``.
+    spectral_error : Tensor
+        Predicted ``‖∏(W_l + ΔW_l) − W̄‖_2 = σ_{r+1}(E)``, ``r = Σ_l R_l``; ``[...]``.
+    frobenius_error : Tensor
+        The same in the Frobenius norm, ``(Σ_{d>r} σ_d²)^{1/2}``; ``[...]``.
     rounding_error : Tensor
         Measured ``‖∏(W_l + ΔW_l) − (∏W_l + LR_r(E))‖_2``, 0 in exact arithmetic; the larger of the
         products multiplied from either end; ``[...]``.

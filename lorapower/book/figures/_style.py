@@ -39,6 +39,8 @@ ROLES: dict[str, tuple[ColorType, str]] = {
     "bound": (DARK, ""),
     "floor": (GREY, ""),
     "best constant": (GREY, ""),
+    "by effect": (_PALETTE[0], "o"),
+    "by norm|same rank": (GREY, "s"),
 }
 #: The colours alone, for drawings in cells of chapters.
 COLORS = {role: color for role, (color, _) in ROLES.items()}
