@@ -111,8 +111,10 @@ lab: $(ready) ## open the chapters in JupyterLab (LAB_ARGS=… for its options)
 serve: book ## serve the built book on this machine, on port PORT
 	$(bin)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
+pdf: printed := $(or $(NAME),whole-transformers)
 pdf: book ## print the note as a PDF, or other pages: NAME=07 (needs Chromium)
-	@$(bin)/python tools/print_pdf.py $(out) $(out)/html/chapters/$(or $(NAME),whole-transformers)*.html
+	@$(bin)/python tools/print_pdf.py $(out) $(patsubst chapters/%,$(out)/html/chapters/%.html,\
+		$(basename $(or $(wildcard $(printed:%=chapters/%*.ipynb) $(printed:%=chapters/%*.md)),$(printed))))
 
 tidy: $(ready) ## format the sources and strip the chapters of their outputs
 	$(bin)/nbstripout --keep-id chapters/*.ipynb \
