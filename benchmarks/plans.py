@@ -145,7 +145,7 @@ def main() -> None:
     options = ["--texts", str(texts), "--error", str(chosen.error), "--estimate"]
     if chosen.work:
         options += ["--work", str(chosen.folder / f"{name}-work")]
-    command = [sys.executable, "-m", "lorapower", "plan", str(base), str(tuned), *options]
+    command = [sys.executable, "-m", "loraplan", "plan", str(base), str(tuned), *options]
     out = chosen.folder / "out"
     given = {"base": base, "tuned": tuned, "out": out}
     others = [shlex.split(other.format(**given)) for other in chosen.others]
@@ -153,7 +153,7 @@ def main() -> None:
         log = chosen.folder / f"{name}-{Path(each[0]).name}.log"
         row = {
             "size": chosen.size,
-            "command": "lorapower plan" if each is command else Path(each[0]).name,
+            "command": "loraplan plan" if each is command else Path(each[0]).name,
             "texts": "" if others else chosen.texts,
             "tokens": "" if others else chosen.tokens,
             "error": "" if others else chosen.error,

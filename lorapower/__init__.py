@@ -8,13 +8,12 @@ From the ground up:
 - `bounds` says what no adapters of a rank can reach, and `constructions` makes adapters that reach
   it: `constructions.adapt` for any network, `constructions.rank_for_error` for the rank to choose.
 - `training` finds adapters by gradient.
-- `experiments` repeats the study; `checkpoints` plans, extracts and checks adapters of language
-  models, as does the command ``lorapower``; `book` serves the chapters.
+- `experiments` repeats the study; `book` serves the chapters.
 
 The same words mean the same things in names and texts:
 
-- **frozen**: the network that is adapted. Of checkpoints it is the *base*.
-- **target**: the network that the adapted one should equal. Of checkpoints it is *tuned*.
+- **frozen**: the network that is adapted.
+- **target**: the network that the adapted one should equal.
 - **update**: the change ``ΔW = A Bᵀ`` of one weight, a `lowrank.LowRank`.
 - **adapters**: an update for each weight of a network, and tuned biases: `adapters.Adapters`.
 - **ranks**: of the updates; one number for all weights, or one for each.

@@ -10,16 +10,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from loraplan.lab import LowRank, Rows, count_tokens, run_trials, stream
 
+import loraplan
 import records
-from lorapower import checkpoints, lowrank, regression
-from lorapower.checkpoints import Adapter, Pair, Planner
-from lorapower.checkpoints._measuring import run_trials
-from lorapower.checkpoints._models import Rows
-from lorapower.checkpoints._streams import stream
-from lorapower.checkpoints._texts import count_tokens
+from loraplan import Adapter, Pair, Planner
+from lorapower import lowrank, regression
 from lorapower.experiments import sweeps
-from lorapower.lowrank import LowRank
 from records import neighbours, pairs
 
 PROTOCOL = (
@@ -82,7 +79,7 @@ class Prepared:
     def __init__(self, example: Example) -> None:
         """Pass the texts through both networks; embeddings are carried row by row."""
         folder, number = pairs.example(example.seed), example.sentences
-        given = checkpoints.read_texts(folder / "texts.jsonl")
+        given = loraplan.read_texts(folder / "texts.jsonl")
         pair = Pair.open(str(folder / "base"), str(folder / "tuned"))
         modules = f"^({'|'.join(map(re.escape, pair.modules))})$"
         self.planner = Planner(

@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from loraplan.lab import LANGUAGE as LANGUAGE
+from loraplan.lab import PACKAGED as PACKAGED
+from loraplan.lab import has_bfloat16 as has_bfloat16
+from loraplan.lab import load as load
+from loraplan.lab import package_folder as package_folder
+from loraplan.lab import public_name as public_name
+from loraplan.lab import quiet as quiet
+from loraplan.lab import tokenizer as tokenizer
 from torch.overrides import TorchFunctionMode
-
-from lorapower.checkpoints._models import LANGUAGE as LANGUAGE
-from lorapower.checkpoints._models import PACKAGED as PACKAGED
-from lorapower.checkpoints._models import folder as folder
-from lorapower.checkpoints._models import has_bfloat16 as has_bfloat16
-from lorapower.checkpoints._models import load as load
-from lorapower.checkpoints._models import public_name as public_name
-from lorapower.checkpoints._models import quiet as quiet
-from lorapower.checkpoints._models import tokenizer as tokenizer
 
 with warnings.catch_warnings():
     # Libraries import it, and without widgets in a notebook it warns of plain bars.

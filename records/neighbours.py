@@ -16,10 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
+from loraplan.lab import LowRank
 from torch import Tensor
 
-from lorapower.checkpoints import Adapter, Module
-from lorapower.lowrank import SVD, LowRank
+from loraplan import Adapter, Module
+from lorapower.lowrank import SVD
 
 #: The threshold from which on a rule keeps each singular value, by tool and option: of ``peft``
 #: 0.21.2 (``convert_to_lora``, whose number is a share of ``Σσ²``; kohya's ``sv_fro`` takes its

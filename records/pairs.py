@@ -37,7 +37,7 @@ def texts(kind: str, part: str) -> list[str]:
 
 
 def example(seed: int = 0) -> Path:
-    """Find the folder of `lorapower example`, which all pages share; it is made once for a seed.
+    """Find the folder of `loraplan example`, which all pages share; it is made once for a seed.
 
     A page that writes beside what is there works in a folder of its own (`linked`).
     """
@@ -77,7 +77,7 @@ def linked(folder: Path) -> Path:
 
 
 def run_command(*words: str, folder: Path | str | None = None) -> tuple[str, float, float]:
-    """Run ``lorapower`` in a folder; return what it prints, its seconds, and its memory in GB.
+    """Run ``loraplan`` in a folder; return what it prints, its seconds, and its memory in GB.
 
     Raises `RuntimeError` with what it printed if it failed. That an error is out of reach, which it
     says by a verdict and an exit status of 1, is no failure.
@@ -85,7 +85,7 @@ def run_command(*words: str, folder: Path | str | None = None) -> tuple[str, flo
     # Without the colours that a notebook asks for.
     around = {name: value for name, value in os.environ.items() if "COLOR" not in name}
     around |= {"COLUMNS": "88", "TERM": "dumb"}
-    command = [sys.executable, "-m", "lorapower", *words]
+    command = [sys.executable, "-m", "loraplan", *words]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as trouble:
         started = time.perf_counter()
         process = subprocess.Popen(command, cwd=folder, env=around, stdout=out, stderr=trouble)

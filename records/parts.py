@@ -21,16 +21,26 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
+from loraplan.lab import (
+    Directions,
+    LowRank,
+    Moments,
+    Network,
+    Pass,
+    Reference,
+    Slopes,
+    advance,
+    choose,
+    draw_rows,
+    run_trials,
+    stream,
+)
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loraplan import Adapter, Pair, Planner
 from lorapower import lowrank, randomness
-from lorapower.checkpoints import Adapter, Pair, Planner
-from lorapower.checkpoints._effect import Directions, Moments, Slopes, choose, draw_rows
-from lorapower.checkpoints._measuring import Reference, run_trials
-from lorapower.checkpoints._streams import Network, Pass, advance, stream
 from lorapower.experiments import sweeps
-from lorapower.lowrank import LowRank
 from lorapower.networks import Transformer, from_decoder
 from records import models, neighbours, pairs, plans
 from records.tables import begin, put
@@ -178,7 +188,7 @@ class Unshifted(Reference):
 
     def __init__(self, whole: Reference, base: Network) -> None:
         """Pass the texts through the base, for the effect without its shift."""
-        super().__init__(whole.batches, whole.readout, whole._states)
+        super().__init__(whole.batches, whole.readout, whole.states)
         (trial,) = run_trials([(base, self)])
         self.record(base, trial.states)
 
@@ -186,7 +196,7 @@ class Unshifted(Reference):
         """Measure squared distances; what the shift has of them is taken off all texts alike."""
         squares = super().squares(network, states)
         # Logits are linear in states.
-        mean, wanted = (torch.cat(each).mean(0, keepdim=True) for each in (states, self._states))
+        mean, wanted = (torch.cat(each).mean(0, keepdim=True) for each in (states, self.states))
         shift = float(self._distances(network, mean, wanted)) * sum(map(len, states))
         return squares - shift / len(squares)
 
@@ -213,14 +223,14 @@ def effect(planner: Planner) -> Iterator[Row | Adapted]:
         yield -1, part, "error", planner.only(part)
     yield from measured("none", Adapter({}, {}))
     changes = {name: lowrank.svd(planner.pair.change(name)) for name in planner.modules}
-    choice = choose(planner._pool, *planner._sketches, planner.parameters(MOST))
-    costs = planner._pool.costs[choice.order].cumsum(0)
+    choice = choose(planner.pool, *planner.sketches, planner.parameters(MOST))
+    costs = planner.pool.costs[choice.order].cumsum(0)
     # By norm each direction counts as one.
     alike = {name: module._replace(shape=(1, 0)) for name, module in planner.modules.items()}
     for number in DIRECTIONS:
         yield from measured("norm", neighbours.choose("PARA", changes, alike, number)[1])
         gains = choice.gains(float(costs[number - 1]))
-        yield from measured("effect", planner._with_gains(gains))
+        yield from measured("effect", planner.with_gains(gains))
     for rank in RANKS:
         yield from measured("rank", planner.uniform(planner.parameters(rank)))
     adapter = planner.smallest(LEFT)

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+from loraplan.lab import run_trials
 
+from loraplan import Adapter, Pair, Planner, lab
 from lorapower import lowrank, randomness
-from lorapower.checkpoints import Adapter, Pair, Planner, _export
-from lorapower.checkpoints._measuring import run_trials
 from lorapower.experiments import sweeps
 from records import models, neighbours, pack, pairs
 from records.tables import HERE, begin, put
@@ -154,8 +154,8 @@ def work(settings: list[AdapterRun]) -> list[AdapterResults]:
     about: dict[str, Any] = {"parameters": math.nan, "seconds": math.nan}
     if setting.method == "mergekit":
         folder = other(setting)
-        carried, size = _export.measure_peft(folder)
-        network = _export.load(folder, blocks.pair, blocks.device)
+        carried, size = lab.measure_peft(folder)
+        network = lab.load_adapter(folder, blocks.pair, blocks.device)
         (trial,) = run_trials([(network, blocks.test)])
     else:
         method = setting.method.removesuffix(" of blocks")
@@ -167,7 +167,7 @@ def work(settings: list[AdapterRun]) -> list[AdapterResults]:
         else:
             adapter = make(planner, method, blocks.parameters(int(setting.asked)))
         about = {"parameters": adapter.parameters, "seconds": time.perf_counter() - start}
-        carried, size = _export.estimate(planner.pair, adapter)
+        carried, size = lab.estimate(planner.pair, adapter)
         (trial,) = planner.run((adapter, planner.test))
     arrays = trial.compare()._asdict() | {"effect": trial.reference.effect}
     del arrays["right"]  # There are no labels.

@@ -41,7 +41,7 @@ SHORT = (60, 200)
 #: What is read for functions, and what pip has to fetch for the rated sentences.
 SYMPY = "sympy==1.14.0"
 REQUIREMENT = "vaderSentiment==3.3.2"
-_ARCHIVE = Path(sys.prefix, "share", "lorapower", f"{REQUIREMENT.replace('==', '-')}.tar.gz")
+_ARCHIVE = Path(sys.prefix, "share", "loraplan", f"{REQUIREMENT.replace('==', '-')}.tar.gz")
 _SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 _FUNCTIONS = "6b7165e91b2970ace78b6ea023efeeb3d2ba6781cd4e0f3a15e8db1584b2f8c2"
 _INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -137,7 +137,7 @@ def _code(part: str) -> Examples:
 @functools.cache
 def _functions() -> list[tuple[str, str, str]]:
     """List file, text and form of each short function outside SymPy's tests, file by file."""
-    folder, functions = models.folder("sympy"), []
+    folder, functions = models.package_folder("sympy"), []
     for name, path in sorted((p.relative_to(folder).as_posix(), p) for p in folder.rglob("*.py")):
         if {"tests", "benchmarks"} & {*name.split("/")}:
             continue

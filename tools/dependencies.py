@@ -19,7 +19,11 @@ from IPython.core.inputtransformer2 import TransformerManager
 from lorapower._code import Module, digest, imported, reach
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACES = {name: ROOT / name for name in ("lorapower", "records")}
+PLACES = {
+    "lorapower": ROOT / "lorapower",
+    "loraplan": ROOT / "loraplan" / "src" / "loraplan",
+    "records": ROOT / "records",
+}
 
 
 def code(path: Path) -> ast.AST:

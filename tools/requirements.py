@@ -12,10 +12,13 @@ import sys
 import tomllib
 from pathlib import Path
 
-project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
+project, command = (
+    tomllib.loads(Path(folder, "pyproject.toml").read_text(encoding="utf-8"))
+    for folder in (".", "loraplan")
+)
 lines = Path("constraints.txt").read_text(encoding="utf-8").splitlines()
 decisive = {
-    "project": project["project"],
+    "projects": [project["project"], command["project"]],
     "build-system": project["build-system"],
     "setuptools": project["tool"]["setuptools"],
     "versions": [line for line in lines if line and not line.startswith("#")],

@@ -15,7 +15,7 @@ import pytest
 import typer
 from conftest import CHAPTERS, ROOT
 
-from lorapower.checkpoints import _command
+from loraplan import _command
 from records import pairs
 
 MODULES = sorted((ROOT / "lorapower").rglob("*.py"))
@@ -27,7 +27,7 @@ CODE = re.compile(r"^( *)```python\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
 
 def small_example(folder: Path) -> Path:
-    """What `lorapower example` makes, with checkpoints that take seconds less to plan for."""
+    """What `loraplan example` makes, with checkpoints that take seconds less to plan for."""
     files.pair(folder)
     texts = (json.dumps({"text": text}) for text in files.texts())
     (folder / "texts.jsonl").write_text("\n".join(texts))

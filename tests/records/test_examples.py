@@ -10,7 +10,7 @@ import checkpoint_files as files
 import numpy as np
 import pytest
 
-from lorapower.checkpoints import Adapter, Pair
+from loraplan import Adapter, Pair
 from records import examples, pairs
 from records.examples import Example, Lost, Prepared
 

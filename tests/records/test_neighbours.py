@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from loraplan import Module, Pair, save_peft
 from lorapower import lowrank, randomness
-from lorapower.checkpoints import Module, Pair, save_peft
 from lorapower.lowrank import SVD, LowRank
 from records import neighbours
 

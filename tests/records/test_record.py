@@ -9,11 +9,11 @@ import checkpoint_files as files
 import pytest
 import torch
 from checkpoint_files import Patch
+from loraplan.lab import stream
 
 import records
+from loraplan import Pair, Planner
 from lorapower import lowrank, randomness
-from lorapower.checkpoints import Pair, Planner
-from lorapower.checkpoints._streams import stream
 from lorapower.experiments import sweeps
 from lorapower.networks import Transformer
 from records import neighbours, pairs, parts, plans

@@ -88,7 +88,7 @@ def test_functions_of_a_file_are_in_one_part_and_those_of_a_form_there_once() ->
     every = [text for found in parts.values() for text in found]
     assert all(60 <= len(text) <= 200 for text in every)
     # As they stand in a file of the part, but for indentation.
-    folder = models.folder("sympy")
+    folder = models.package_folder("sympy")
     files = {
         path.relative_to(folder).as_posix(): " ".join(path.read_text(encoding="utf-8").split())
         for path in folder.rglob("*.py")

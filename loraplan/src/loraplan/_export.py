@@ -1,0 +1,453 @@
+"""Adapters in folders: written by peft with a report and a card, merged, and read back."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ._adapters import MergedCheckpoint, module_factors, staying, variant
+from ._errors import InputError, ResultsError
+from ._folders import rewrite
+from ._limits import Evidence
+from ._lowrank import LowRank
+from ._models import PEFT_CONFIG, Rows, public_name, quiet, tokenizer
+from ._streams import Network
+from ._texts import TOKENS
+from .pair import Adapter, Pair
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# What a card says where it matters.
+_DEQUANTIZED = "The base's weights were dequantized; with weights of full precision errors differ."
+_TIED = (
+    "Do not merge it with `merge_and_unload` of peft: embeddings and head share their weight, to "
+    "which that adds the factors twice. `loraplan extract --merged DIR` writes the merged model."
+)
+_UNEQUAL = (
+    "Its modules have different ranks. The converter of llama.cpp takes one `lora_alpha` for all "
+    "and so scales modules of lower rank too much, without a warning. SGLang refuses the file, and "
+    "peft cannot reload what its `add_weighted_adapter` combines from it by `linear` or `ties`. "
+    "`loraplan extract --format serving` writes one rank for all."
+)
+REPORT, CARD = "report.json", "README.md"
+# What peft adds to the names of parameters within an adapter.
+_WRAPPED = re.compile(
+    r"\.(base_layer|original_module|token_adapter|modules_to_save\.default)(?=\.)"
+)
+# Rows of embeddings that an adapter has.
+_TOKENS = re.compile(r"(.*)\.token_adapter\.trainable_tokens_delta\.default")
+# ``task_type`` of an adapter in peft.
+_TASKS = {"classification": "SEQ_CLS", "language": "CAUSAL_LM", "encoder": "FEATURE_EXTRACTION"}
+# A name that peft accepts where no module is named, and one of those among which it ties weights.
+_NO_MODULES, _TYING = "dummy-target-modules", "embed_tokens"
+
+
+def save_peft(
+    folder: Path | str,
+    network: nn.Module,
+    updates: Mapping[str, LowRank],
+    *,
+    biases: bool = False,
+    base: str | None = None,
+    **options: Any,
+) -> None:
+    """Write updates ``ΔW = A Bᵀ`` of a network's modules as an adapter that peft reads.
+
+    The network gets peft's layers within: pass a copy if it is still needed. Updates of rank 0 are
+    left out. Raises `InputError` for modules that the network lacks, and for updates of other sizes
+    than theirs.
+
+    Parameters
+    ----------
+    updates : mapping
+        Updates, ``[out, in]``, by the names of linear modules and embeddings. (The weight of an
+        embedding, ``[words, width]``, is transposed: its ``in`` are words.)
+    biases : bool
+        Whether all biases are written too, as they are in the network.
+    base : str, optional
+        The name of the base for the configuration.
+    **options
+        Other entries of ``peft.LoraConfig``, such as ``modules_to_save``.
+    """
+    _write(folder, _attach(network, updates, biases=biases, **options), base)
+
+
+def _attach(network: nn.Module, updates: Mapping[str, LowRank], **options: Any) -> Any:
+    """Give a network's modules the factors of updates as an adapter of peft."""
+    modules = dict(network.named_modules())
+    for name, update in updates.items():
+        weight: Any = getattr(modules.get(name), "weight", None)
+        if weight is None or weight.ndim != 2:
+            allowed = "of linear modules and embeddings of the network"
+            raise InputError("updates", allowed, f"one of {name!r}")
+        # Of all these modules only nn.Linear keeps its weight as [out, in].
+        needed = tuple(weight.shape[:: 1 if isinstance(modules[name], nn.Linear) else -1])
+        if tuple(update.shape) != needed or update.left.ndim != 2:
+            allowed = f"of the size of their modules, {needed} for {name!r}"
+            given = [*update.left.shape[:-2], *update.shape]
+            raise InputError("updates", allowed, str(given))
+    kept = {name: update for name, update in updates.items() if update.rank}
+    wrapped = _wrap(network, {name: update.rank for name, update in kept.items()}, **options)
+    model = wrapped.base_model.model
+    for name, update in kept.items():
+        module, sides = model.get_submodule(name), (update.right.mT, update.left)
+        for factor, values in zip(module_factors(module), sides, strict=True):
+            if factor.is_meta:
+                _set(module, next(n for n, v in module.named_parameters() if v is factor), values)
+            else:
+                # In place, as a tied head has views of them.
+                factor.data.copy_(values)
+    return wrapped
+
+
+def _set(module: nn.Module, name: str, values: Tensor) -> None:
+    """Give a parameter of a module, which is on no device, its values."""
+    owner, _, part = name.rpartition(".")
+    module.get_submodule(owner)._parameters[part] = nn.Parameter(values.clone().contiguous())
+
+
+def _write(folder: Path | str, wrapped: Any, base: str | None) -> None:
+    """Write an adapter that is in a network."""
+    config = wrapped.peft_config["default"]
+    config.base_model_name_or_path = base
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)
+    with quiet():
+        wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def _wrap(network: Any, ranks: Mapping[str, int], *, biases: bool = False, **options: Any) -> Any:
+    """Give a network's named modules adapters of their ranks, scaled by 1, maybe all its biases."""
+    from peft import LoraConfig, get_peft_model
+
+    largest = max(ranks.values(), default=1)
+    equal = len({*ranks.values()}) == 1
+    patterns = {} if equal else {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+    targets = [*map(re.escape, ranks)]
+    head: Any = getattr(network, "get_output_embeddings", lambda: None)()
+    adapted = [network.get_submodule(name) for name in ranks if head is not None]
+    tied = any(isinstance(m, nn.Embedding) and m.weight is head.weight for m in adapted)
+    if tied:
+        # Which peft ties only where it finds one of these names alone.
+        targets.append(_TYING)
+    # SGLang reads no pattern, but "0" in a list would match "1.0" too.
+    others = (name for name, _ in network.named_modules())
+    ambiguous = any(other.endswith(f".{name}") for other in others for name in ranks)
+    listable = equal and not tied and not ambiguous
+    config = LoraConfig(
+        target_modules=[*ranks] if listable else "|".join(targets) or _NO_MODULES,
+        ensure_weight_tying=tied,
+        r=largest,
+        lora_alpha=largest,
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
+        bias="all" if biases else "none",
+        inference_mode=True,
+        **options,
+    )
+    with quiet():
+        # It warns about tied weights and biases; what is read back is tested for these.
+        return get_peft_model(network, config)
+
+
+def _peft_options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
+    """Say what `save_peft` is to keep beside the factors, without what is in ``leave``."""
+    words = network.get_input_embeddings()
+    whole: dict[str, None] = {}
+    rows: dict[str, list[int]] = {}
+    biases = bool(adapter.biases)
+    for other in pair.others:
+        if other.kind in pair.leave:
+            continue
+        owner = other.name.rpartition(".")[0]
+        if other.kind == "bias":
+            biases = True
+        elif network.get_submodule(owner) is words and pair.base.has(other.name):
+            rows[owner] = pair.differing_rows(other.name)
+        elif owner.startswith(pair.prefix):
+            whole[owner] = None
+        else:
+            # peft saves a head as a whole, and would not find parts of it.
+            whole[owner.partition(".")[0]] = None
+    adapted = [pair.modules[name] for name in adapter.factors]
+    # For classifiers peft saves heads unasked.
+    headless = pair.task == "classification" and "head" in pair.leave
+    return {
+        "biases": biases,
+        "task_type": None if headless else _TASKS[pair.task],
+        "fan_in_fan_out": any(m.transposed and m.kind != "embedding" for m in adapted),
+        "modules_to_save": [*whole] or None,
+        "trainable_token_indices": rows or None,
+    }
+
+
+def save(folder: Path, pair: Pair, adapter: Adapter) -> None:
+    """Write an adapter through peft."""
+    read = pair.reader(Adapter({}, adapter.biases))
+    skeleton = pair.skeleton("base")
+    words, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+    tied = head is not None and head.weight is words.weight
+    embeds = any(pair.modules[name].kind == "embedding" for name in adapter.factors)
+    # A head that is tied to embeddings with factors needs them, to share them, on a device.
+    network = pair.network("base", read) if tied and embeds else pair.build(empty=True)
+    options = _peft_options(pair, network, adapter)
+    with quiet():
+        wrapped = _attach(network, adapter.factors, **options)
+        model = wrapped.base_model.model
+        # What tied parameters share is under the names of both.
+        for name, value in [*model.named_parameters(remove_duplicate=False)]:
+            plain, rows = plain_name(name), None
+            if token := _TOKENS.fullmatch(name):
+                if token[1] not in options["trainable_token_indices"]:
+                    continue  # a tied head, which has the rows of its embeddings
+                plain = f"{token[1]}.weight"
+                rows = torch.tensor(options["trainable_token_indices"][token[1]])
+            elif not (".modules_to_save." in name or name.endswith(".bias")):
+                continue
+            if value.is_meta:
+                _set(model, name, read(plain, rows))
+        _write(folder, wrapped, public_name(pair.base.source))
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter has without the adapter into which peft has wrapped it."""
+    return _WRAPPED.sub("", name)
+
+
+def save_merged(folder: Path, pair: Pair, adapter: Adapter) -> None:
+    """Write the base with an adapter merged into it, and the tokenizer."""
+    # peft would add what embeddings and a tied head share twice.
+    merged = pair.network(adapter)
+    with quiet():
+        merged.config.use_cache = True
+        merged.save_pretrained(folder)
+        tokenizer(str(pair.tuned.folder)).save_pretrained(folder)
+
+
+def load(folder: Path | str, pair: Pair, device: torch.device) -> Network:
+    """Load the base with an adapter read by peft; a head that is in neither is NaN."""
+    from peft import PeftConfig
+
+    if not (Path(folder) / PEFT_CONFIG).is_file():
+        raise InputError("adapter", "a folder with an adapter of peft", str(folder))
+
+    def read(name: str, rows: Rows = None) -> Tensor:
+        name = plain_name(name)
+        if pair.base.has(name):
+            return pair.base.read(name, rows)
+        return torch.full_like(pair.tuned.read(name, rows), torch.nan)
+
+    with _reading(folder):
+        about: Any = PeftConfig.from_pretrained(str(folder))
+    # Others than factors may be made of the weights themselves.
+    whole = bool(variant(about))
+    adapted = _read(folder, pair.network("base", read) if whole else pair.build(empty=True))
+    parts = adapted.get_base_model().named_parameters()
+    if not all(pair.tuned.has(plain_name(name)) for name, value in parts if value.is_meta):
+        # The file has one side of what is tied.
+        adapted = _read(folder, pair.network("base", read))
+    if about.is_prompt_learning:
+        given = f"{folder}, of type {about.peft_type.value}, whose prompts have own outputs"
+        raise InputError("adapter", "one that changes weights", given)
+    network = Network(pair, adapted.get_base_model(), read, device=device)
+    own = len(pair.skeleton("base").get_submodule(pair.blocks))
+    if len(network.blocks) != own:
+        allowed, given = f"one that keeps all {own} blocks", f"{folder}, with {len(network.blocks)}"
+        raise InputError("adapter", allowed, given)
+    return network
+
+
+@contextmanager
+def _reading(folder: Path | str) -> Iterator[None]:
+    """Refuse an adapter that peft cannot read."""
+    with quiet():
+        # Else an adapter of which it finds nothing would be none.
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        try:
+            yield
+        except Exception as error:  # whatever peft raises for a folder like any other
+            given = f"{folder} ({' '.join(str(error).split())})"
+            raise InputError("adapter", "one that peft reads into the base", given) from error
+
+
+def _read(folder: Path | str, network: Any) -> Any:
+    """Have peft read an adapter into a network, also into an empty one."""
+    from peft import PeftModel
+
+    empty = next(network.parameters()).is_meta
+    stays: AbstractContextManager[dict[str, Any]] = staying() if empty else nullcontext({})
+    with _reading(folder), stays as options:
+        adapted = PeftModel.from_pretrained(network, str(folder), **options)
+    return adapted.eval().requires_grad_(False)
+
+
+def load_merged(folder: str, pair: Pair, device: torch.device) -> Network | None:
+    """The base with an adapter merged into it, in bfloat16; ``None`` where peft cannot merge."""
+    about: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+    with suppress(InputError):
+        merged = MergedCheckpoint(pair.base, folder, Path(folder))
+        merged.fit(pair.build(empty=True))
+        return Network(pair, pair.skeleton("base"), merged.read, **about)
+    # Others than LoRA are merged by peft, into a whole network.
+    adapted = _read(folder, pair.network("base"))
+    # It would add what is tied twice.
+    if not getattr(adapted.peft_config["default"], "ensure_weight_tying", False):
+        with suppress(AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            return Network(pair, adapted.merge_and_unload(), pair.reader("base"), **about)
+    return None
+
+
+def estimate(pair: Pair, adapter: Adapter) -> tuple[int, int]:
+    """Count the numbers that `save` would write, and about how many bytes they take."""
+    from peft import get_peft_model_state_dict
+
+    network = pair.build(empty=True)
+    wrapped = _wrap(network, adapter.ranks, **_peft_options(pair, network, adapter))
+    with quiet():
+        tensors = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    about = wrapped.peft_config["default"].to_dict()
+    # In addition to 4 bytes a number: each tensor's entry in the header, and the configuration.
+    return numbers, 4 * numbers + 160 * len(tensors) + len(json.dumps(about, default=list))
+
+
+def measure_peft(folder: Path) -> tuple[int, int]:
+    """Count the numbers in an adapter's file, and the bytes of its files."""
+    from peft import load_peft_weights
+
+    tensors = load_peft_weights(str(folder), device="cpu", local_files_only=True)
+    size = sum(file.stat().st_size for file in folder.glob("adapter_*"))
+    return sum(tensor.numel() for tensor in tensors.values()), size
+
+
+class Certified(NamedTuple):
+    """What a report certifies: the unit of losses and their limit, and the evidence so far.
+
+    It holds for texts of so many ``tokens`` at most, and for the pair of this `Pair.fingerprint`.
+    Texts of the digests ``used`` have been seen by the plan or by checks.
+    """
+
+    tokens: int = TOKENS
+    typical: float = math.nan
+    limit: float = math.nan
+    used: frozenset[str] = frozenset()
+    evidence: Evidence = Evidence()
+    fingerprint: str = ""
+
+
+def read_report(folder: Path | str) -> Certified:
+    """Read what the report beside an adapter certifies; without one nothing."""
+    found = Certified()
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        report = json.loads((Path(folder) / REPORT).read_text(encoding="utf-8"))
+        kept = report.get("evidence") or {}
+        used = frozenset([*report.get("used_texts", ()), *kept.get("checked_texts", ())])
+        found = Certified(int(report["options"]["tokens"]), used=used)
+        typical, limit = float(report["typical_effect"]), float(report["certified"])
+        if 0 < typical < math.inf and 0 <= limit < math.inf:
+            counts = (type(x)(kept.get(name, x)) for name, x in Evidence()._asdict().items())
+            pair = str(report.get("fingerprint", ""))
+            found = Certified(found.tokens, typical, limit, used, Evidence(*counts), pair)
+    evidence = found.evidence
+    if not (0 <= evidence.exceeding <= evidence.texts and all(map(math.isfinite, evidence))):
+        allowed, remedy = f"with evidence as checks write it to {REPORT}", "remove that entry"
+        raise InputError("adapter", allowed, str(folder), remedy)
+    return found
+
+
+def keep_evidence(folder: Path | str, evidence: Evidence, counted: list[str]) -> bool:
+    """Write evidence and the digests of more counted texts to the report; false if that fails."""
+    file = Path(folder) / REPORT
+    report = json.loads(file.read_text(encoding="utf-8"))
+    before = (report.get("evidence") or {}).get("checked_texts", [])
+    report["evidence"] = evidence._asdict() | {"checked_texts": [*before, *counted]}
+    with suppress(ResultsError):
+        rewrite(file, json.dumps(report, indent=2, allow_nan=False) + "\n")
+        return True
+    return False
+
+
+def describe(folder: Path, report: Mapping[str, Any], modules: pd.DataFrame) -> None:
+    """Write the report, and a card for people with its main numbers and the table of modules."""
+    text = json.dumps(report, indent=2, allow_nan=False)
+    (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+    notes = f"\n{_DEQUANTIZED}\n" if report["base_dequantized"] else ""
+    notes += f"\n{_TIED}\n" if report["ties_embeddings"] else ""
+    agreement = report["agreement"]
+    rows = {
+        "numbers in factors": f"{report['parameters']:,}",
+        "numbers in all": f"{report['carried']:,}",
+        "size of the files": megabytes(report["adapter_bytes"]),
+        "equal decisions": "–" if agreement is None else percent(agreement),
+        "lost by one rank everywhere, of this size": percent(report["uniform_error"] or math.nan),
+        "left as in the base": ", ".join(report["left_out"]) or "nothing",
+        "texts cut off": f"{report['cut_texts']} after {report['options']['tokens']} tokens",
+    }
+    unequal = report["task"] == "language" and len({*report["ranks"].values()}) > 1
+    notes += f"\n{_UNEQUAL}\n" if unequal else ""
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    by_module = "\n".join(
+        f"| {name} | {out}×{into} | {rank} | {percent(lost)} |"
+        for name, _, out, into, rank, lost in modules.itertuples(index=False)
+    )
+    card = f"""---
+library_name: peft
+base_model: {public_name(report["base"])}
+tags: [lora, loraplan]
+---
+
+# A low-rank adapter of {Path(report["tuned"]).name} for {Path(report["base"]).name}
+
+It replaces the fine-tuned model. {report["certificate"]}
+
+Over {report["held_out_texts"]} texts {report["error"]:.1%} of the effect of tuning is lost (root \
+mean square, an estimate).
+
+| | |
+| --- | --- |
+{table}
+
+`report.json` says how all this was measured.
+{notes}
+## Ranks
+
+The part lost is what the missing directions of a module alone would cost, predicted to first order.
+
+| module | size | rank | part lost |
+| --- | --- | --- | --- |
+{by_module}
+"""
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace numbers that JSON does not have by ``None``."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+
+
+def megabytes(size: int) -> str:
+    """Write a size in bytes for people."""
+    return f"{size / 1e6:.3g} MB"
+
+
+def most(share: float) -> str:
+    """Write an upper limit of a share for people, rounded up."""
+    return percent(math.ceil(1000 * share - 1e-9) / 1000) if math.isfinite(share) else "–"
+
+
+def percent(share: float) -> str:
+    """Write a share for people."""
+    return f"{share:.1%}" if math.isfinite(share) else "–"

@@ -1,0 +1,213 @@
+"""Folders for results: checked before any work, and complete or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ._errors import InputError, ResultsError
+
+#: A file with the digests and the names of those that were written to its folder with it.
+WRITTEN = ".loraplan"
+
+
+def digest(file: Path) -> str:
+    """Compute the SHA-256 digest of a file, again only if its size or time has changed."""
+    about = file.stat()
+    return _digest(file, about.st_size, about.st_mtime_ns)
+
+
+@functools.cache
+def _digest(file: Path, size: int, changed: int) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def sample(folder: Path) -> str:
+    """Compute a digest of configurations and of pieces of all weights in a folder.
+
+    Of each file of weights 64 pieces of 4 kB are read, evenly spaced, besides its name and size.
+    """
+    found = hashlib.sha256()
+    for file in sorted([*folder.glob("*config.json"), *folder.glob("adapter_model.bin")]):
+        found.update(file.read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        found.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as opened:
+            for k in range(64):
+                opened.seek(k * max(size - 4096, 0) // 63)
+                found.update(opened.read(4096))
+    return found.hexdigest()[:16]
+
+
+def digest_numbers(tensors: Iterable[Tensor]) -> str:
+    """A short digest of numbers."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def nearest(folder: Path) -> Path:
+    """Find the folder, or the first above it that exists."""
+    return next(part for part in (folder, *folder.parents) if part.exists())
+
+
+def require_apart(name: str, place: Path | str, inputs: Iterable[Path | str]) -> None:
+    """Refuse a folder to write to that is, has or lies in a folder or file that is read."""
+    folder = Path(place).expanduser()
+    for other in (Path(each).expanduser() for each in inputs):
+        one, read = folder.resolve(), other.resolve()
+        if one.is_relative_to(read) or read.is_relative_to(one):
+            raise InputError(name, "apart from all that is read", f"{folder}, where {other} is")
+
+
+def require_free(name: str, place: Path | str, *, overwrite: bool) -> Path:
+    """Find the folder to write to: a new or empty one or, to overwrite, one that has `WRITTEN`."""
+    folder = Path(place).expanduser()
+    above = nearest(folder.absolute().parent)
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(name, "in a folder that can be written to", f"{folder}, in {above}")
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return folder
+    written = (folder / WRITTEN).is_file()
+    if not written or not overwrite:
+        remedy = "name another" + ", or replace it with --overwrite (overwrite=True)" * written
+        raise InputError(name, "a new folder, or one that this command has written", folder, remedy)
+    if others := _others(folder):
+        given, remedy = f"{folder}, where {others[0]} is another", "move that, or name another"
+        raise InputError(name, "a folder whose files are as this command wrote them", given, remedy)
+    return folder
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raise `ResultsError` for a folder that cannot be written."""
+    try:
+        yield
+    except ResultsError:
+        raise
+    except (OSError, SafetensorError) as error:
+        problem = f"cannot be written ({getattr(error, 'strerror', None) or error})"
+        remedy = "make room or give access, or name another folder"
+        raise ResultsError(folder, problem, remedy=remedy) from error
+
+
+@contextlib.contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """Give a file to write, which takes the place of another when it is whole."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    with writing(file.parent):
+        try:
+            yield partial
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_folder(folder: Path, *, listed: bool = False) -> Iterator[Path]:
+    """Give a folder to fill, which takes its name when complete and is gone if anything fails.
+
+    If it is ``listed`` what is written, another one may replace that.
+    """
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            new, old = Path(scratch, "new"), Path(scratch, "old")
+            new.mkdir()
+            yield new
+            files = sorted(file for file in new.rglob("*") if file.is_file())
+            for file in new.rglob("*"):
+                file.chmod(0o755 if file.is_dir() else 0o644)
+            if listed:
+                lines = (f"{digest(file)}  {file.relative_to(new).as_posix()}\n" for file in files)
+                (new / WRITTEN).write_text("".join(lines), encoding="utf-8")
+            if folder.exists():
+                if others := _others(folder):
+                    problem = f"has {others[0]}, which this command has not written"
+                    raise ResultsError(folder, problem, remedy="move it, or name another folder")
+                folder.rename(old)
+            try:
+                new.rename(folder)
+            except BaseException:  # an interrupt too
+                if old.exists():
+                    old.rename(folder)
+                raise
+
+
+def rewrite(file: Path, text: str) -> None:
+    """Replace a file; if it was as this command wrote it, the list in its folder follows."""
+    listing, before = file.with_name(WRITTEN), digest(file)
+    with _replacing(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+    if listing.is_file():
+        entry, now = f"{before}  {file.name}\n", f"{digest(file)}  {file.name}\n"
+        listed = listing.read_text("utf-8").replace(entry, now)
+        with _replacing(listing) as partial:
+            partial.write_text(listed, encoding="utf-8")
+
+
+def _others(folder: Path) -> list[str]:
+    """Name the files of a folder that are not as they were written with its list."""
+    listing = folder / WRITTEN
+    lines = listing.read_text("utf-8", "replace").splitlines() if listing.is_file() else []
+    known = {name: kept for kept, _, name in (line.partition("  ") for line in lines)}
+    files = (file for file in sorted(folder.rglob("*")) if file.is_symlink() or file.is_file())
+    names = (file.relative_to(folder).as_posix() for file in files if file != listing)
+    return [n for n in names if not (folder / n).is_file() or digest(folder / n) != known.get(n)]
+
+
+class Work:
+    """Results of finished stages in a folder, from which a run that was killed goes on.
+
+    They are tensors by name, each written whole or not at all; without a folder nothing. Raises
+    `InputError` for a folder with something else than results ``about`` the same, and
+    `ResultsError` for one that cannot be written.
+    """
+
+    def __init__(self, folder: Path | str | None, about: Mapping[str, Any]) -> None:
+        self._folder = None if folder is None else Path(folder).expanduser()
+        if self._folder is None:
+            return
+        text, file = json.dumps(about, sort_keys=True, indent=2), self._folder / "about.json"
+        with writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            there = file.read_text("utf-8") if file.is_file() else None
+            others = [path for path in self._folder.iterdir() if not path.name.startswith(".")]
+        if there != text and others:
+            allowed = "a new folder, or that of a run with these models, texts and options"
+            raise InputError("work", allowed, folder, "name another folder, or remove this one")
+        with _replacing(file) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+    def find(self, name: str) -> Any:
+        """Find what was saved by a name; ``None`` if nothing was."""
+        if self._folder and (file := self._folder / f"{name}.pt").is_file():
+            # One that is damaged is computed again.
+            with contextlib.suppress(EOFError, OSError, RuntimeError, UnpicklingError):
+                return torch.load(file, weights_only=True)
+        return None
+
+    def save(self, name: str, value: Any) -> None:
+        """Save tensors, in place of what was saved by this name."""
+        if self._folder:
+            with _replacing(self._folder / f"{name}.pt") as partial:
+                try:
+                    torch.save(value, partial)
+                except RuntimeError as error:
+                    # As torch says it of a disk that is full.
+                    raise OSError(str(error).splitlines()[0]) from error

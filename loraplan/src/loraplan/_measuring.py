@@ -1,0 +1,365 @@
+"""How much of the tuning's effect a network loses on texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ._limits import DOUBT, Evidence, quantile_limit, ratio
+from ._streams import Network, Pass, advance, centre
+from ._texts import Batch
+from .pair import Task
+
+# Rows of logits that are computed at a time.
+_ROWS = 2**11
+# Outputs of a network and of the tuned one.
+_Two: TypeAlias = tuple[Tensor, Tensor]
+
+
+class Measured(NamedTuple):
+    """What an adapted network loses on some texts, and how sure that is.
+
+    All is computed in float32 on texts as they are given; none is generated. Decisions are classes
+    or next tokens; without a head what is said of them is NaN.
+
+    Attributes
+    ----------
+    error : float
+        ``η = (Σ‖f̂ − f̄‖² / Σ‖f_0 − f̄‖²)^{1/2}`` over texts, the part of the tuning's effect that
+        is lost: 0 for the tuned network ``f̄``, 1 for the base ``f_0``. Outputs are logits minus
+        their mean over classes or tokens or, without a head, last hidden states.
+    agreement : float
+        The share of equal decisions.
+    kl : float
+        The mean divergence ``KL(f̄ ‖ f̂)`` of the distributions, in nats.
+    texts : int
+        The number of texts; of each group there is one.
+    certified : float
+        At least 90% of texts like these lose at most this part of what tuning typically changes in
+        a text: at a confidence of 95% and for any distribution, if texts (or groups) were drawn
+        independently and decided on no adapter [prop-certificate]. A text loses ``‖f̂ − f̄‖``;
+        typical is the root mean square of ``‖f_0 − f̄‖`` over the texts by which a plan was
+        selected or, without a plan, over these.
+    own_effect : float
+        The same, as a part of what tuning changes in that text.
+    decisions : int
+        The number of decisions: of texts or, for a language model, of tokens.
+    variation : float
+        The mean total variation ``½‖p̄ − p̂‖₁`` of the distributions, averaged over each text and
+        then over texts: of draws from both, coupled at best, this share differs.
+    accuracy : float
+        The share of right decisions of the adapted network; NaN without labels.
+    base_accuracy : float
+        The same of the base.
+    tuned_accuracy : float
+        The same of the tuned network.
+    evidence : Evidence, optional
+        What all texts that were ever checked say of the certificate in an adapter's
+        ``report.json``.
+    kept : bool
+        Whether that file has the evidence now, so that the next check goes on from there.
+    bfloat16 : float
+        The error of the adapter, merged, with weights and values in bfloat16, against the tuned
+        outputs in float32; NaN unless asked for, and where peft cannot merge the adapter.
+    tuned_bfloat16 : float
+        The same of the tuned network.
+    differing : dict
+        Entries of the configuration, which an adapted network has from the base, of which the tuned
+        model has others, with both values: the loss counts them.
+    """
+
+    error: float
+    agreement: float
+    kl: float
+    texts: int
+    certified: float = math.inf
+    own_effect: float = math.inf
+    decisions: int = 0
+    variation: float = math.nan
+    accuracy: float = math.nan
+    base_accuracy: float = math.nan
+    tuned_accuracy: float = math.nan
+    evidence: Evidence | None = None
+    kept: bool = False
+    bfloat16: float = math.nan
+    tuned_bfloat16: float = math.nan
+    differing: Mapping[str, tuple[Any, Any]] = {}
+
+
+class Compared(NamedTuple):
+    """What is summed over each text: squared distances, equal decisions, divergences, and more.
+
+    The others are the number of decisions, total variations, and right decisions.
+    """
+
+    squares: NDArray[np.float64]
+    equal: NDArray[np.float64]
+    divergence: NDArray[np.float64]
+    decisions: NDArray[np.float64]
+    variation: NDArray[np.float64]
+    right: NDArray[np.float64]
+
+
+class Readout:
+    """The tuned network's head, by which states become rows with the distances of outputs.
+
+    ``states`` have a row for each text, or each token: last hidden states, or a classifier's logits
+    minus their mean. A language model's logits minus their mean are linear in its states, so that
+    their distances are those of ``states @ root.T`` with few columns. Their second moments need no
+    logits, as many of which there are as words. Only where the model caps logits, as Gemma 2 does,
+    is ``root`` the weight of the head itself.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self.network, self.task = network, network.task
+        self.root = self.root_with(None) if self.task == "language" else None
+
+    def root_with(self, columns: Float[Tensor, "words more"] | None) -> Float[Tensor, "all all"]:
+        """``root`` of this head, with more columns that logits are made of beside its own."""
+
+        def rows() -> Iterator[Tensor]:
+            done = 0
+            for weight, _ in self.network.head_rows():
+                more = None if columns is None else columns[done : done + len(weight)].to(weight)
+                yield weight if more is None else torch.cat([weight, more], 1)
+                done += len(weight)
+
+        if self.network.cap:
+            return torch.cat([*rows()])
+        sums = torch.stack([each.sum(0, dtype=torch.float64) for each in rows()]).sum(0)
+        mean = (sums / self.network.words).float()
+        total: Any = 0.0
+        for each in rows():
+            centred = each - mean
+            total = total + (centred.mT @ centred).double()
+        values, vectors = torch.linalg.eigh(total.cpu())
+        return (values.clamp(0).sqrt()[:, None] * vectors.mT).to(mean)
+
+    def rows(self, states: Float[Tensor, "rows n"], root: Tensor | None = None) -> Tensor:
+        """Rows with the distances of outputs of this head, or of another ``root``."""
+        root = self.root if root is None else root
+        if root is None:
+            return states
+        values, cap = states @ root.to(states).mT, self.network.cap
+        return centre(cap * (values / cap).tanh()) if cap else values
+
+
+class Reference:
+    """The tuned network's states on some texts, and ``effect``, ``‖f_0 − f̄‖²`` of each text."""
+
+    def __init__(self, batches: Sequence[Batch], readout: Readout, states: list[Tensor]) -> None:
+        self.batches, self.readout, self.states = batches, readout, states
+        self.effect: NDArray[np.float64] = np.zeros(0)
+        #: The typical effect that losses of texts are parts of, NaN for that of these texts.
+        self.typical = math.nan
+        # Shares of right decisions of the base and of the tuned network.
+        self._accuracies = math.nan, math.nan
+
+    def record(self, base: Network, states: list[Tensor]) -> None:
+        """Compute the tuning's effect from the states of the base."""
+        labels = torch.cat([batch.labels for batch in self.batches])
+        if (labels < 0).any():
+            self.effect = self.squares(base, states)
+            return
+        compared = self.compare(base, states)
+        decided = torch.cat(self.states).argmax(-1) == labels
+        self.effect = compared.squares
+        self._accuracies = float(compared.right.mean()), float(decided.double().mean())
+
+    def longest(self, part: float) -> Reference:
+        """Take the batches of the longest texts that are at least this part of all."""
+        sizes = np.cumsum([len(batch.input_ids) for batch in reversed(self.batches)])
+        number = 1 + int(np.searchsorted(sizes, part * sizes[-1]))
+        return Reference(self.batches[-number:], self.readout, self.states[-number:])
+
+    @torch.no_grad()
+    def rounding(self) -> float:
+        """How far outputs of all texts are off together, when each is rounded once."""
+        squares = 0.0
+        for rows in torch.cat(self.states).split(_ROWS):
+            outputs = self._outputs(self.readout.network, rows)
+            squares += sum(float(each.double().square().sum()) for each in outputs)
+        return torch.finfo(torch.float32).eps * math.sqrt(squares)
+
+    def summarize(self, compared: Compared, doubt: float = DOUBT) -> Measured:
+        """Measure what a network loses, from what it does on each text (`compare`).
+
+        Limits are wrong in a share ``doubt`` of cases at most.
+        """
+        squares, equal, divergence, decisions, variation, right = compared
+        return Measured(
+            ratio(squares, self.effect),
+            float(equal.sum() / decisions.sum()),
+            float(divergence.sum() / decisions.sum()),
+            len(squares),
+            quantile_limit(self.losses(squares), doubt),
+            quantile_limit(_parts(squares, self.effect), doubt),
+            int(decisions.sum()),
+            float((variation / decisions).mean()),
+            float(right.mean()),
+            *self._accuracies,
+        )
+
+    def error(self, squares: NDArray[np.float64]) -> float:
+        """``η`` of a network with these squared distances."""
+        return ratio(squares, self.effect)
+
+    def losses(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The part of the tuning's typical effect that each text loses."""
+        typical = math.sqrt(self.effect.mean()) if math.isnan(self.typical) else self.typical
+        return _parts(squares, np.full_like(squares, typical**2))
+
+    @torch.no_grad()
+    def squares(self, network: Network, states: list[Tensor]) -> NDArray[np.float64]:
+        """Measure the squared distance of each text's outputs from the tuned network's."""
+        readout = self.readout
+        if readout.root is None or (network.same_head and not readout.network.cap):
+            # Of one head, so that states tell distances.
+            offs = (x.float() - y for x, y in zip(states, self.states, strict=True))
+            parts = (readout.rows(off).double().square().sum(-1) for off in offs)
+        else:
+            rows = (torch.cat(each).split(_ROWS) for each in (states, self.states))
+            parts = (self._distances(network, *pair) for pair in zip(*rows, strict=True))
+        return self._sum(torch.cat([*parts])[:, None])[:, 0]
+
+    @torch.no_grad()
+    def compare(self, network: Network, states: list[Tensor]) -> Compared:
+        """Compare the outputs of a network with the tuned one's on each text, given its states."""
+        found, target = torch.cat(states), torch.cat(self.states)
+        labels = torch.cat([batch.labels for batch in self.batches])
+        if self.readout.task != "classification":
+            # Rows are of tokens, and have no labels.
+            labels = torch.full((len(found),), -1)
+        # Some rows at a time, as logits need much memory.
+        some = zip(*(rows.split(_ROWS) for rows in (found, target, labels)), strict=True)
+        columns = torch.cat([self._contrast(network, *each) for each in some])
+        return Compared(*self._sum(columns).T)
+
+    def _sum(self, columns: Float[Tensor, "rows columns"]) -> NDArray[np.float64]:
+        """Rows of all batches, summed over each text."""
+        sizes = [len(each) for each in self.states]
+        parts = zip(columns.split(sizes), self.batches, strict=True)
+        return torch.cat([sum_by_text(p, b, self.readout.task) for p, b in parts]).numpy()
+
+    def _outputs(self, network: Network, states: Float[Tensor, "rows columns"]) -> Iterator[Tensor]:
+        """Outputs of a network, some words at a time."""
+        language = self.readout.task == "language"
+        return network.logits(states) if language else iter([states.float()])
+
+    def _both(self, network: Network, states: Tensor, target: Tensor) -> Iterator[_Two]:
+        """Outputs of a network and of the tuned one, some words at a time."""
+        pairs: Iterator[_Two]
+        tuned = self.readout.network
+        if network.same_head and self.readout.task == "language":
+            # One reading of the head serves both.
+            both = tuned.logits(torch.cat([states.float(), target]))
+            pairs = ((each[: len(states)], each[len(states) :]) for each in both)
+        else:
+            pairs = zip(self._outputs(network, states), self._outputs(tuned, target), strict=True)
+        # Some devices have no float64, in which all is summed.
+        mps = tuned.device.type == "mps"
+        return ((x.cpu(), y.cpu()) if mps else (x, y) for x, y in pairs)
+
+    def _distances(
+        self,
+        network: Network,
+        states: Tensor,
+        target: Tensor,
+        see: Callable[[int, _Two], None] = lambda *_: None,
+    ) -> Float[Tensor, " rows"]:
+        """The squared distance of each row of outputs from the tuned ones.
+
+        ``see`` gets all outputs, of which so many words have been before. Logits of language models
+        count up to a constant.
+        """
+        sums = squares = torch.zeros(len(states), dtype=torch.float64)
+        words = 0
+        for pair in self._both(network, states, target):
+            see(words, pair)
+            off, words = pair[0] - pair[1], words + pair[0].shape[-1]
+            sums, squares = sums + _sum(off), squares + _sum(off.square())
+        language = self.readout.task == "language"
+        return (squares - sums.square() / words).clamp(0) if language else squares
+
+    def _contrast(
+        self, network: Network, states: Tensor, target: Tensor, labels: Tensor
+    ) -> Float[Tensor, "rows columns"]:
+        """A row of what `Compared` sums for each row of outputs, and the tuned ones."""
+        levels = torch.full((2, len(states)), -math.inf, dtype=torch.float64)
+        best, decided = levels.clone(), torch.zeros(2, len(states), dtype=torch.int64)
+        shift, varied, nothing = torch.zeros(3, len(states), dtype=torch.float64)
+        ones, nothing = nothing + 1, nothing + math.nan
+
+        def see(words: int, pair: _Two) -> None:
+            for one, values in enumerate(pair):
+                most, place = values.max(-1)
+                parts = _sum((values - most[:, None]).exp())
+                most, place = most.cpu().double(), place.cpu()
+                decided[one] = torch.where(most > best[one], words + place, decided[one])
+                best[one] = torch.maximum(best[one], most)
+                levels[one] = torch.logaddexp(levels[one], most + parts.log())
+
+        squares = self._distances(network, states, target, see)
+        if self.readout.task == "encoder" or target.shape[-1] == 1:
+            return torch.stack([squares, nothing, nothing, ones, nothing, nothing], -1)
+        for pair in self._both(network, states, target):
+            both = zip(pair, levels, strict=True)
+            p, p_target = ((x - level.to(x)[:, None]).exp() for x, level in both)
+            shift += _sum(p_target * (pair[1] - pair[0]))
+            varied += _sum((p - p_target).abs()) / 2
+        equal = (decided[0] == decided[1]).double()
+        right = (decided[0] == labels).double().where(labels >= 0, nothing)
+        divergence = (shift + levels[0] - levels[1]).clamp(0)
+        return torch.stack([squares, equal, divergence, ones, varied, right], -1)
+
+
+def _sum(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, " rows"]:
+    """Sum rows in double precision."""
+    return rows.sum(-1, dtype=torch.float64).cpu()
+
+
+class Trial(NamedTuple):
+    """What a network gives for texts of which the tuned network's states are known."""
+
+    reference: Reference
+    network: Network
+    states: list[Tensor]
+
+    @property
+    def squares(self) -> NDArray[np.float64]:
+        """The squared distance of each text's outputs from the tuned ones."""
+        return self.reference.squares(self.network, self.states)
+
+    def compare(self) -> Compared:
+        """What the network does on each text."""
+        return self.reference.compare(self.network, self.states)
+
+
+def run_trials(trials: Sequence[tuple[Network, Reference]]) -> list[Trial]:
+    """Pass texts through networks, all together, block by block."""
+    passes = [Pass(network, reference.batches) for network, reference in trials]
+    advance(passes)
+    each = zip(trials, passes, strict=True)
+    return [Trial(reference, network, one.states) for (network, reference), one in each]
+
+
+def _parts(squares: NDArray[np.float64], wholes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Square roots of quotients; 0 where nothing is lost of nothing."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(squares == 0, 0.0, np.sqrt(squares / wholes))
+
+
+def sum_by_text(
+    rows: Float[Tensor, "rows columns"], batch: Batch, task: Task
+) -> Float[Tensor, "texts columns"]:
+    """Rows of tokens, summed over each text; rows of texts as they are."""
+    if task == "classification":
+        return rows
+    return torch.stack([part.sum(0) for part in rows.split(batch.attention_mask.sum(1).tolist())])

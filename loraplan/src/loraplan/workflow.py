@@ -1,0 +1,506 @@
+"""Ranks for a stated error, their adapter, and the error of anybody's adapter: one call each."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import _checks, _export, _limits, _texts
+from ._errors import InputError, LoraplanError, ResultsError
+from ._folders import require_apart, require_free, write_folder
+from ._measuring import Measured, Readout, Reference, Trial, run_trials
+from ._models import is_dequantized, reason, require_device
+from ._streams import Network, Pass, advance, stream
+from ._texts import Batch, Text
+from .pair import KINDS, Adapter, Pair
+from .planner import DTYPES, Planner, Report
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# The error that is aimed at by default.
+_ERROR = 0.1
+# The rank of adapters for serving, by default and at most.
+_SERVED, _MOST_SERVED = 8, 64
+# What a report has from its plan.
+_OWN = "certified", "certificate", "estimate", "stated", "reached", "neighbours_alike", "seconds"
+# An adapter is read back with this part of the texts, the longest, to this relative tolerance.
+_SOME, _RELOADED = 0.25, 1e-5
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan:
+    """Ranks of modules, the adapter that has them, and what it loses."""
+
+    #: The pair and the texts that the plan is for.
+    planner: Planner
+    #: The factors, and biases that make up for what they lack.
+    adapter: Adapter
+    #: What the adapter loses on the texts that certify.
+    measured: Measured
+    #: The error that was asked for.
+    aim: float | None
+    #: Whether the estimate, rather than the certificate, must be at most ``aim``.
+    estimate: bool
+    #: The error of one rank for all modules, at least 1, and its number of parameters: at most the
+    #: adapter's but for rank 1.
+    uniform: tuple[float, int] = (math.nan, 0)
+    #: What each module's missing directions alone would cost (`Planner.losses`).
+    shares: dict[str, float] = field(default_factory=dict)
+    #: Whether texts lose so like their neighbours that they may be of one group.
+    neighbours_alike: bool = False
+    #: All numbers in the adapter's file (factors, biases, heads, rows of embeddings).
+    carried: int = 0
+    #: Bytes of its files, estimated before writing.
+    size: int = 0
+    #: What the plan took.
+    seconds: float = 0.0
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Ranks of all modules, also 0."""
+        return {name: self.adapter.ranks.get(name, 0) for name in self.planner.modules}
+
+    @property
+    def stated(self) -> float:
+        """What is compared with the aim: the error and, without ``estimate``, what is certified."""
+        error, certified = self.measured.error, self.measured.certified
+        return error if self.estimate else max(error, certified)
+
+    @property
+    def certified(self) -> float:
+        """The loss that at least 90% of texts do not exceed, at 95%: the aim, or else ``measured``.
+
+        NaN for estimates and where the aim is not reached [prop-certificate].
+        """
+        if self.aim is None:
+            return self.measured.certified
+        return math.nan if self.estimate or not self.reached else self.aim
+
+    @property
+    def certificate(self) -> str:
+        """What is certified, in words."""
+        if not math.isfinite(self.certified):
+            return "Nothing is certified."
+        drawn = "one text of each of these groups" if self.planner.texts.grouped else "these texts"
+        sure = f"is {1 - _limits.DOUBT / _limits.SIZES:.1%}, so that all {_limits.SIZES} sizes of "
+        sure += "the price list hold at once at 95%"
+        if self.aim is not None:
+            sure = "is 95%: of all first plans made this way, at most one in 20 gets a certificate "
+            sure += "that is wrong"
+        least, most = f"{_limits.SHARE:.0%}", _export.most(self.certified)
+        return (
+            f"At least {least} of texts like these lose at most {most} of what tuning typically "
+            f"changes in a text. The confidence {sure}. {self.measured.texts} texts certify it; no "
+            f"adapter was made with them. This takes {drawn} to be independent draws. Losses are "
+            "measured in float32 on texts as given; nothing is generated."
+        )
+
+    @property
+    def reached(self) -> bool:
+        """Whether the ``stated`` error is at most what was asked for."""
+        return self.aim is None or self.stated <= self.aim
+
+    def __repr__(self) -> str:
+        error, number = self.measured.error, self.adapter.parameters
+        highest = max(self.adapter.ranks.values(), default=0)
+        said = f"error {error:.3g}, certified {self.certified:.3g}; {number} parameters"
+        return f"Plan({said}, ranks to {highest})"
+
+    def table(self) -> pd.DataFrame:
+        """Make a table with each module's size, rank, and the part of the effect it loses alone."""
+        import pandas as pd
+
+        about = ((m.name, m.kind, *m.shape) for m in self.planner.modules.values())
+        ranks, lost = self.ranks, self.shares
+        rows = ((n, *more, ranks[n], lost.get(n, math.nan)) for n, *more in about)
+        return pd.DataFrame(rows, columns=["module", "kind", "out", "in", "rank", "lost"])
+
+    def report(self) -> dict[str, Any]:
+        """Collect everything for JSON, numbers and texts by name; ``None`` for NaN."""
+        pair, texts = self.planner.pair, self.planner.texts
+        kinds = {pair.modules[name].kind for name in self.adapter.factors}
+        tied = pair.task == "language" and bool(pair.tuned.config.tie_word_embeddings)
+        lost = self.measured._asdict()
+        held_out = lost.pop("texts")
+        del lost["evidence"], lost["kept"]  # of fresh texts
+        return _export.without_nan(
+            {
+                "base": pair.base.source,
+                "tuned": pair.tuned.source,
+                "base_dequantized": is_dequantized(pair.base.folder),
+                "architecture": pair.architecture,
+                "task": pair.task,
+                "ties_embeddings": tied and "embedding" in kinds,
+                **lost,
+                **{name: getattr(self, name) for name in _OWN},
+                "own_effect_certified": self.aim is None,
+                "asked_error": self.aim,
+                "certified_share": _limits.SHARE,
+                "typical_effect": self.planner.test.typical,
+                "equal": self.planner.equal,
+                "parameters": self.adapter.parameters,
+                "carried": self.carried,
+                "adapter_bytes": self.size,
+                "modules": len(pair.modules),
+                "ranks": {name: rank for name, rank in self.ranks.items() if rank},
+                "uniform_error": self.uniform[0],
+                "uniform_parameters": self.uniform[1],
+                "not_low_rank": pair.not_low_rank,
+                "left_out": sorted(pair.leave),
+                "texts": _texts.count(texts.fit) + _texts.count(texts.select),
+                "held_out_texts": held_out,
+                "cut_texts": texts.cut,
+                "unknown_tokens": texts.unknown,
+                "options": self.planner.options,
+                "used_texts": texts.used,
+                "fingerprint": pair.fingerprint,
+                "grouped": texts.grouped,
+                "versions": {
+                    name: metadata.version(name)
+                    for name in ("loraplan", "torch", "transformers", "peft")
+                },
+            }
+        )
+
+
+@_checks.flushing()
+def plan(
+    base: str,
+    tuned: str | Path,
+    texts: Sequence[str | Text],
+    *,
+    error: float | None = None,
+    parameters: int | None = None,
+    rank: int | None = None,
+    estimate: bool = False,
+    **options: Any,
+) -> Plan:
+    """Find which rank each module needs, for a stated error or for a number of parameters.
+
+    A plan for an error is certified: at least 90% of texts like these lose at most this part of
+    what tuning typically changes in a text (`Measured`), at a confidence of 95%
+    [prop-certificate]. Texts, or groups of them, must be independent draws, on which the model was
+    not tuned, and the error chosen before looking at plans with them. The texts that certify made
+    none of the adapters; they decide only where the search stops. The error over all of them is at
+    most this too. If no adapter is certified, ``reached`` is false and the plan is the largest that
+    was tried. A plan for a size of the list of `prices` may be made after looking at that: its
+    limit is the same. Raises `InputError` for unusable arguments, before any text is passed through
+    a network.
+
+    Parameters
+    ----------
+    base, tuned
+        See `Pair.open`.
+    texts : sequence of str or Text
+        At least 122 like those that the model is for, maybe with labels; or 122 groups (`Text`).
+    error : float, optional
+        The part of what tuning typically changes that may be lost, 0.1 if nothing else is asked
+        for.
+    parameters, rank : int, optional
+        Instead, at most so many numbers in the factors, or as many as this rank for all modules.
+    estimate : bool
+        Whether the error over held-out texts alone is to be at most ``error``, without a
+        certificate. These texts also choose the size, so the error on others may be a little
+        larger.
+    **options
+        Options of `Planner`; ``any_base`` of `Pair.open`; and ``serving``, for factors alone, all
+        of one rank, ``max_rank``: at most 64, 8 unless given. The search then chooses which modules
+        have them, and all else that tuning changed stays the base's.
+    """
+    start = time.perf_counter()
+    given = {"error": error, "parameters": parameters, "rank": rank}
+    asked = [name for name, value in given.items() if value is not None] or ["error"]
+    if len(asked) > 1:
+        names, joined = "error, parameters and rank", " and ".join(asked)
+        raise InputError(names, "given alone, each of them", joined)
+    aim = None if asked != ["error"] else _ERROR if error is None else error
+    if aim is None and estimate:
+        raise InputError("estimate", "used with an error", asked[0])
+    if aim is not None and not 0 < aim <= 1:
+        raise InputError("error", "above 0 and at most 1, the base's own", aim)
+    number = 0 if aim is not None else _checks.integer(asked[0], given[asked[0]], 0)
+    planner = _prepare(base, tuned, texts, **options)
+    if planner.equal:
+        found = _state(planner, Adapter({}, {}), aim, estimate)
+    elif aim is None:
+        number = number if rank is None else planner.parameters(number)
+        found = _state(planner, planner.candidate(number), aim, estimate)
+    else:
+        found = _search(planner, aim, estimate)
+    off, floor = planner.rounded(found.adapter)
+    measured = found.measured._replace(bfloat16=off, tuned_bfloat16=floor)
+    found = replace(found, measured=measured)
+    if not planner.equal:
+        planner.report("comparing", 0, 1)
+        alike = planner.uniform(found.adapter.parameters)
+        other, own = planner.run((alike, planner.test), (found.adapter, planner.planned))
+        uniform = planner.test.error(other.squares), alike.parameters
+        shares, neighbours = planner.losses(found.adapter), planner.neighbours_alike(own.squares)
+        found = replace(found, uniform=uniform, shares=shares, neighbours_alike=neighbours)
+        planner.report("comparing", 1, 1)
+    carried, size = _export.estimate(planner.pair, found.adapter)
+    return replace(found, carried=carried, size=size, seconds=time.perf_counter() - start)
+
+
+@_checks.flushing()
+def prices(
+    base: str,
+    tuned: str | Path,
+    texts: Sequence[str | Text],
+    **options: Any,
+) -> pd.DataFrame:
+    """Certify what adapters of several sizes lose, all at once [prop-certificate].
+
+    Any size of the list may then be taken with `plan` and the same texts and seed, after looking.
+    There is a row for the numbers of uniform ranks 1/4, 1/2, 1, 2, 4, 8 and 16, as far as the
+    highest ranks allow: the ``parameters`` of the factors, the ``bytes`` of the files, the
+    ``error`` over the texts that certify, and ``certified`` (`Measured`), at a confidence of 95%
+    for all rows together. ``attrs`` of the table have the number of these ``texts``, and
+    ``neighbours_alike`` of `Plan`.
+
+    Parameters
+    ----------
+    base, tuned, texts, **options
+        See `plan`.
+    """
+    import pandas as pd
+
+    if options.get("dtype", DTYPES[0]) != DTYPES[0]:
+        raise InputError("dtype", "used with an error, a size or a rank", "neither")
+    planner = _prepare(base, tuned, texts, **options)
+    ranks = range(_limits.SIZES)
+    numbers = {min(planner.parameters(1) * 2**k // 4, planner.most) for k in ranks}
+    adapters = {each.parameters: each for each in map(planner.candidate, sorted(numbers))}
+    rows, test = [], planner.test
+    for done, adapter in enumerate(adapters.values()):
+        planner.report("measuring", done, len(adapters))
+        (trial,) = planner.run((adapter, test))
+        losses = test.losses(trial.squares)
+        size, error = _export.estimate(planner.pair, adapter)[1], test.error(trial.squares)
+        limit = _limits.quantile_limit(losses, _limits.DOUBT / _limits.SIZES)
+        rows.append((adapter.parameters, size, error, limit))
+    planner.report("measuring", len(adapters), len(adapters))
+    table = pd.DataFrame(rows, columns=["parameters", "bytes", "error", "certified"])
+    table.attrs["texts"] = len(losses)
+    (trial,) = planner.run((adapter, planner.planned))
+    table.attrs["neighbours_alike"] = planner.neighbours_alike(trial.squares)
+    return table
+
+
+@_checks.flushing()
+def extract(
+    base: str,
+    tuned: str | Path,
+    texts: Sequence[str | Text],
+    out: Path | str,
+    *,
+    merged: Path | str | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Plan:
+    """Plan an adapter, write it, and read it back through peft, on a quarter of the texts.
+
+    Nothing is written if the error is not `Plan.reached`. Raises `InputError` for unusable
+    arguments, folders that exist and folders in or around those that are read, `ResultsError` for
+    folders that cannot be written, and `LoraplanError` if the adapter measures differently when it
+    is read back.
+
+    Parameters
+    ----------
+    base, tuned, texts, **options
+        See `plan`.
+    out, merged : Path or str
+        Folders for the adapter, ``report.json`` and a model card, and, if wanted, for the base with
+        the adapter merged into it, in float32, and its tokenizer.
+    overwrite : bool
+        Whether what an earlier call has written to these folders is replaced; what was changed or
+        added since is refused.
+    """
+    require_apart("out", out, [base, tuned])
+    folder, whole = require_free("out", out, overwrite=overwrite), None
+    if merged is not None:
+        require_apart("merged", merged, [base, tuned, folder])
+        whole = require_free("merged", merged, overwrite=overwrite)
+    if (work := options.get("work")) is not None:
+        require_apart("work", work, [base, tuned, folder, *([whole] if whole else [])])
+    start = time.perf_counter()
+    result = plan(base, tuned, texts, **options)
+    if not result.reached:
+        return result
+    planner = result.planner
+    some = planner.test.longest(_SOME)
+    tell = functools.partial(planner.report, "writing")
+    tell(0, 2)
+    with write_folder(folder, listed=True) as partial:
+        _export.save(partial, planner.pair, result.adapter)
+        tell(1, 2)
+        made = stream(planner.pair, result.adapter, planner.device)
+        networks = made, _export.load(partial, planner.pair, planner.device)
+        # By outputs of both, as the head that is read back may be any.
+        compared = (trial.compare() for trial in run_trials([(each, some) for each in networks]))
+        stated, again = (math.sqrt(each.squares.sum()) for each in compared)
+        effect = planner.test.typical * math.sqrt(_texts.count(some.batches))
+        off = _RELOADED * max(stated, 0.1 * effect) + some.rounding()
+        if not abs(again - stated) <= off:
+            said = f"the adapter read back is {again:.6g} off, not {stated:.6g} as measured: "
+            said += "nothing was written; please report this with the names of both models"
+            raise LoraplanError(said)
+        carried, size = _export.measure_peft(partial)
+        seconds = time.perf_counter() - start
+        result = replace(result, carried=carried, size=size, seconds=seconds)
+        _export.describe(partial, result.report(), result.table())
+    if whole is not None:
+        try:
+            with write_folder(whole, listed=True) as full:
+                _export.save_merged(full, planner.pair, result.adapter)
+        except ResultsError as error:
+            problem = f"{error.problem}, but {folder} is complete"
+            raise ResultsError(whole, problem, remedy=error.remedy) from error
+    tell(2, 2)
+    return result
+
+
+@_checks.flushing()
+def check(
+    base: str,
+    adapter: str,
+    tuned: str | Path,
+    texts: Sequence[str | Text],
+    *,
+    tokens: int | None = None,
+    seed: int = 0,
+    dtype: str = "float32",
+    device: str = "cpu",
+    any_base: bool = False,
+    report: Report | None = None,
+) -> Measured:
+    """Measure what anybody's adapter of peft, in a folder, loses against the tuned model.
+
+    If its ``report.json`` has a certificate, texts are evidence for or against it (`Evidence`),
+    which is added to that of earlier checks and kept in this file; any number of new texts will
+    do. Without one, or for another pair than the plan's, 61 are needed, and they certify a loss by
+    themselves. Texts that the plan or earlier checks have used are left out, with their groups, so
+    that evidence is of other texts than those; at most 256 are drawn by ``seed``, one of each
+    group. They are counted in random order, and cut off after ``tokens``: by default as in
+    ``report.json``, without whose certificate all else is measured, or else after 128. Other
+    arguments are those of `plan` and `Planner`. Raises `InputError` for unusable arguments, for an
+    adapter that peft does not read into the base, and for evidence that no check has written.
+    """
+    where = require_device(device)
+    _checks.choice("dtype", dtype, DTYPES)
+    pair = Pair.open(base, tuned, any_base=any_base)
+    planned = _export.read_report(adapter)
+    if tokens not in (None, planned.tokens) or planned.fingerprint not in ("", pair.fingerprint):
+        tokens = planned.tokens if tokens is None else tokens
+        planned = planned._replace(tokens=tokens, typical=math.nan, limit=math.nan)
+    about: dict[str, Any] = {"tokens": planned.tokens, "used": planned.used, "seed": seed}
+    certify = math.isnan(planned.limit)
+    batches, counted = _texts.prepare_all(pair, texts, certify=certify, **about)
+    adapted = _export.load(adapter, pair, where)
+    _require_runs(adapter, adapted, Batch._make(part[:1] for part in batches[0]))
+    networks = [stream(pair, "tuned", where), stream(pair, "base", where), adapted]
+    if dtype == "bfloat16":
+        networks.append(stream(pair, "tuned", where, torch.bfloat16))
+        merged = _export.load_merged(adapter, pair, where)
+        networks += [] if merged is None else [merged]
+    passes = [Pass(network, batches) for network in networks]
+    advance(passes, functools.partial(report or (lambda *_: None), "passing texts"))
+    reference = Reference(batches, Readout(networks[0]), passes[0].states)
+    reference.record(networks[1], passes[1].states)
+    reference.typical = planned.typical
+    compared = reference.compare(adapted, passes[2].states)
+    measured = reference.summarize(compared)._replace(differing=pair.differing)
+    if dtype == "bfloat16":
+        lost = [reference.error(reference.squares(p.network, p.states)) for p in passes[3:]]
+        off = lost[1] if merged is not None else math.nan
+        measured = measured._replace(bfloat16=off, tuned_bfloat16=lost[0])
+    if not certify:
+        exceeding = _limits.exceed(reference.losses(compared.squares), planned.limit)
+        evidence = planned.evidence.add(exceeding[_texts.mix(batches, seed)])
+        kept = _export.keep_evidence(adapter, evidence, counted)
+        measured = measured._replace(evidence=evidence, kept=kept)
+    return measured
+
+
+def _require_runs(adapter: str, network: Network, one: Batch) -> None:
+    """Refuse an adapter that peft does not run on one text, or that lacks what the base does."""
+    try:
+        passed = Pass(network, [one])
+        advance([passed])
+        values = passed.states
+        if network.task == "language":
+            values = [*network.logits(passed.states[0])]
+        finite = not any(each.isnan().any() for each in values)
+    except Exception as error:  # whatever peft raises for what it cannot do
+        given = f"{adapter} ({reason(error)})"
+        raise InputError("adapter", "one that peft runs on texts", given) from error
+    if not finite:
+        allowed = "one of finite numbers that brings the head if the base lacks it"
+        raise InputError("adapter", allowed, f"{adapter}, with which outputs are NaN")
+
+
+def _prepare(base: str, tuned: str | Path, texts: Sequence[str | Text], **options: Any) -> Planner:
+    """Open a pair and pass the texts, for factors that servers of many adapters read or others."""
+    if options.get("serving"):
+        rank = options.setdefault("max_rank", _SERVED)
+        _checks.integer("max_rank", rank, 1, _MOST_SERVED, limit="for serving")
+        if "leave" in options:
+            allowed = "left out for serving, where all but factors stays the base's"
+            raise InputError("leave", allowed, value=options["leave"])
+        options["leave"] = KINDS
+    pair = Pair.open(base, tuned, any_base=options.pop("any_base", False))
+    return Planner(pair, texts, **options)
+
+
+def _search(planner: Planner, aim: float, estimate: bool) -> Plan:
+    """The last adapter from large to small before the first that misses the aim [prop-certificate].
+
+    Each is certified at the full confidence. For an estimate, if the first one misses, it is the
+    first from there to larger ones that does not.
+    """
+    sizes, place = planner.sizes(aim, estimate=estimate)
+    found: tuple[Adapter, Trial] | None = None
+    done, climbs = 0, False
+    while 0 <= place < len(sizes):
+        adapter = planner.at(sizes[place])
+        if found is None or adapter.parameters != found[0].parameters:
+            planner.report("certifying", done, max(done + 1, 3 if estimate else 8))
+            (trial,) = planner.run((adapter, planner.test))
+            lost = planner.test.error(trial.squares)
+            if not estimate:
+                lost = max(lost, _limits.quantile_limit(planner.test.losses(trial.squares)))
+            passes = lost <= aim  # A loss that is no number ends the search.
+            climbs = climbs or (estimate and found is None and lost > aim)
+            if passes or climbs or found is None:
+                found = adapter, trial
+            if passes == climbs or math.isnan(lost):
+                break
+            done += 1
+        place += -1 if climbs else 1
+    planner.report("certifying", 1, 1)
+    assert found is not None  # The sequence is not empty.
+    return _state(planner, found[0], aim, estimate, found[1])
+
+
+def _state(
+    planner: Planner,
+    adapter: Adapter,
+    aim: float | None,
+    estimate: bool,
+    trial: Trial | None = None,
+) -> Plan:
+    """Measure an adapter on the texts for stating, unless they have passed it."""
+    trial = trial or planner.run((adapter, planner.test))[0]
+    compared = trial.compare()._replace(squares=trial.squares)
+    doubt = _limits.DOUBT / (_limits.SIZES if aim is None else 1)
+    measured = planner.test.summarize(compared, doubt)._replace(differing=planner.pair.differing)
+    return Plan(planner, adapter, measured, aim, estimate)

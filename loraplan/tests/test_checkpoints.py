@@ -1,0 +1,497 @@
+"""Planning, writing and checking adapters for small pairs of checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import checkpoint_files as files
+import pytest
+import torch
+from checkpoint_files import Patch
+from loraplan._folders import WRITTEN, write_folder
+from loraplan._lowrank import LowRank
+from loraplan._measuring import run_trials
+from loraplan._streams import stream
+from safetensors import SafetensorError
+
+import loraplan
+from loraplan import (
+    Adapter,
+    InputError,
+    LoraplanError,
+    Pair,
+    Plan,
+    Planner,
+    ResultsError,
+    _effect,
+    _export,
+    _folders,
+    _measuring,
+    _models,
+    _randomness,
+    _streams,
+    _texts,
+    workflow,
+)
+
+Places = tuple[str, str]
+BERT = "BertForSequenceClassification"
+TEXTS, FRESH = files.texts(140), files.texts(140, 1)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return files.pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def planner(places: Places) -> Planner:
+    return Planner(Pair.open(*places), TEXTS, max_rank=8)
+
+
+@pytest.fixture(scope="module")
+def planned(places: Places) -> Plan:
+    return loraplan.plan(*places, TEXTS, rank=4)
+
+
+# What is measured
+
+
+def test_errors_are_those_of_plain_code(planner: Planner) -> None:
+    adapter = planner.uniform(planner.parameters(1))
+    found = planner.measure(adapter)
+
+    networks = [planner.pair.network(which) for which in (adapter, "tuned", "base")]
+    f, g, h = (files.plain(network, files.apart(planner.texts.test)) for network in networks)
+    error = ((f - g).square().sum() / (h - g).square().sum()).sqrt()
+    assert found.error == pytest.approx(float(error), rel=1e-4)
+    assert found.agreement == float((f.argmax(1) == g.argmax(1)).double().mean())
+    kl = (g.softmax(1) * (g.log_softmax(1) - f.log_softmax(1))).sum(1).mean()
+    assert found.kl == pytest.approx(float(kl), rel=1e-3)
+    variation = (g.softmax(1) - f.softmax(1)).abs().sum(1).mean() / 2
+    assert found.variation == pytest.approx(float(variation), rel=1e-3)
+    (trial,) = planner.run((adapter, planner.test))
+    assert trial.squares == pytest.approx(trial.compare().squares, rel=1e-3)
+    ways = (stream(planner.pair, which, planner.device) for which in ("base", "tuned"))
+    base, tuned = run_trials([(way, planner.test) for way in ways])
+    assert (planner.test.error(base.squares), planner.test.error(tuned.squares)) == (1, 0)
+
+
+@pytest.mark.parametrize(("architecture", "every"), [(BERT, 1), ("BertModel", 2)])
+def test_moments_are_those_of_plain_code(
+    architecture: str, every: int, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """Of every second batch, where all have twice as many tokens as are wanted."""
+    planner = Planner(Pair.open(*files.pair(tmp_path, architecture)), TEXTS)
+    tokens = _texts.count_tokens(planner.texts.fit)
+    monkeypatch.setattr(_effect, "MOMENT_TOKENS", tokens // every)
+    name = next(n for n in planner.modules if n.endswith("1.intermediate.dense"))
+    one = planner.moments([name])[name]
+    kept: dict[str, Any] = {}
+
+    def watch(_: Any, inputs: Any, outputs: Any) -> None:
+        outputs.retain_grad()
+        kept.update(x=inputs[0].detach(), y=outputs)
+
+    network = planner.pair.network()
+    place = network.get_submodule(name)
+    place.weight.requires_grad_(True)
+    place.register_forward_hook(watch)
+    probes = _randomness.generator(0, "probes")
+    gradients, inputs = [], []
+    for batch in planner.texts.fit[every // 2 :: every]:
+        found = files.outputs(network, batch, planner.pair.task)
+        drawn = _randomness.normal(probes, *found.shape).to(found)
+        (found * drawn).sum().backward()
+        gradients.append(kept["y"].grad[batch.is_token])
+        inputs.append(kept["x"][batch.is_token])
+    g, x = torch.cat(gradients), torch.cat(inputs)
+    assert torch.allclose(one.outputs, g, rtol=1e-3, atol=1e-5)
+    assert torch.allclose(one.inputs, x, rtol=1e-3, atol=1e-5)
+
+
+# Candidates
+
+
+def test_candidates_cost_no_more_than_asked(planner: Planner) -> None:
+    for rank in (0, 1, 3, 8):
+        number = planner.parameters(rank)
+        for adapter in (planner.candidate(number), planner.uniform(number)):
+            costs = [planner.modules[name].cost * rank for name, rank in adapter.ranks.items()]
+            assert adapter.parameters == sum(costs)
+            assert max(adapter.ranks.values(), default=0) <= 8
+        assert planner.candidate(number).parameters <= number
+        # It is for no module of rank 0, whatever that costs.
+        assert planner.uniform(number).parameters == max(number, planner.parameters(1))
+        assert planner.uniform(number).ranks.keys() == planner.modules.keys()
+    for adapter in (planner.candidate(planner.most), planner.uniform(planner.most)):
+        assert planner.error(adapter) < 1e-5
+
+
+def test_each_module_alone(planner: Planner) -> None:
+    """A little of its change is lost as predicted, where biases make up for what they can."""
+    names, gains = [*planner.modules], torch.ones(len(planner._pool.costs), dtype=torch.float64)
+    nothing = planner.losses(planner._with_gains(gains))
+    assert nothing.keys() == planner.modules.keys()
+    assert max(nothing.values()) < 1e-5
+    for name in (names[0], names[-1]):
+        some = gains.clone()
+        some[planner._pool.places[name]] = 0.9
+        adapter = planner._with_gains(some)
+        lost = planner.losses(adapter)
+        assert lost[name] == pytest.approx(planner.error(adapter), rel=0.1)
+        assert max(lost[other] for other in names if other != name) < 1e-5 < lost[name]
+
+
+def test_modules_of_a_kind_and_of_a_name(places: Places) -> None:
+    some = Planner(Pair.open(*places), TEXTS, modules="attention", max_rank=4)
+    assert {module.kind for module in some.modules.values()} == {"attention"}
+    assert some.candidate(some.most).ranks.keys() <= some.modules.keys()
+    one = Planner(Pair.open(*places), TEXTS, modules=r"layer\.1.*query", max_rank=1)
+    assert [*one.modules] == ["bert.encoder.layer.1.attention.self.query"]
+
+
+# Plans
+
+
+def test_plans_reach_the_stated_error(places: Places) -> None:
+    plan = loraplan.plan(*places, TEXTS, error=0.01, estimate=True)
+    assert plan.reached
+    assert plan.measured.error <= 0.01
+    planner = plan.planner
+    smaller = planner.candidate(plan.adapter.parameters // 2)
+    assert planner.measure(smaller).error > 0.01
+    # One rank everywhere is at least 1, whatever that takes.
+    small = loraplan.plan(*places, TEXTS, parameters=100, max_rank=4)
+    assert small.adapter.parameters <= 100 < small.uniform[1] == planner.parameters(1)
+    error = planner.measure(planner.uniform(planner.parameters(1))).error
+    assert small.uniform[0] == pytest.approx(error, rel=1e-4)
+    table = plan.table()
+    cost = ((table["out"] + table["in"]) * table["rank"]).sum()
+    assert cost == plan.adapter.parameters
+    assert "Plan(error" in repr(plan)
+
+
+def test_plans_are_certified(places: Places, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan = loraplan.extract(*places, TEXTS, out, error=0.02)
+    assert plan.reached
+    assert max(plan.measured.certified, plan.measured.error) <= 0.02
+    report = json.loads((out / _export.REPORT).read_text())
+    typical = math.sqrt(plan.planner.select.effect.mean())
+    assert (report["certified"], report["typical_effect"]) == (0.02, typical)
+
+    def check(texts: list[str], *, changed: Any = None, **options: Any) -> Any:
+        if changed is not None:
+            (out / _export.REPORT).write_text(json.dumps(report | changed))
+        return loraplan.check(places[0], str(out), places[1], texts, **options)
+
+    # The texts of the plan confirm nothing, however many fresh ones stand beside them.
+    assert len(report["used_texts"]) == 70 + 61
+    used = [text for text in TEXTS if _texts._digest(text) in report["used_texts"]]
+    with pytest.raises(InputError, match=r"at least 1 text that neither the .* used; got 0"):
+        check(used)
+    assert check(FRESH, tokens=99).evidence is None
+    first = check([*used, *(f"  {text} " for text in used), *FRESH[:20], *FRESH[:20]])
+    assert (first.texts, first.evidence.verdict) == (40, "undecided")
+    # Others are counted once, and added; what was written is still known as such.
+    second = check(FRESH)
+    assert (second.texts, *second.evidence[:1], second.evidence.verdict) == (120, 160, "confirmed")
+    with pytest.raises(InputError, match="got 0"):
+        check(FRESH)
+    assert not _folders._others(out)
+    kept = json.loads((out / _export.REPORT).read_text())
+    assert kept.pop("evidence")["texts"] == 160
+    assert kept == report
+    out.chmod(0o500)
+    failed = check(FRESH, changed={"certified": plan.measured.certified / 100})
+    assert (failed.evidence.verdict, failed.kept) == ("failed", os.getuid() == 0)
+    out.chmod(0o700)
+    for strange in (None, "high", math.nan):
+        assert check(FRESH, changed={"certified": strange}).evidence is None
+    assert check(FRESH, changed={"evidence": {"texts": "many"}}).evidence is None
+    (out / _export.REPORT).unlink()
+    assert check(FRESH).evidence is None
+    with pytest.raises(InputError, match=r"^texts must be at least 61 texts; got 60"):
+        check(FRESH[:60])
+
+
+@pytest.mark.parametrize(("architecture", "bias"), [(BERT, 0), ("BertModel", 0), (BERT, 0.3)])
+def test_equal_matrices_need_no_factors(architecture: str, bias: float, tmp_path: Path) -> None:
+    def change(name: str, value: torch.Tensor) -> torch.Tensor | None:
+        return bias * torch.ones_like(value) if name.endswith("bias") else None
+
+    places = files.pair(tmp_path, architecture, change=change)
+    plan = loraplan.extract(*places, TEXTS, tmp_path / "out")
+    assert plan.reached
+    assert plan.adapter.parameters == 0
+    assert {*plan.shares.values()} <= {0.0}
+    assert plan.planner.equal == (not bias)
+    assert plan.measured.error == 0 or bias
+    # Without a head nothing is decided.
+    assert math.isnan(plan.measured.agreement) == (architecture == "BertModel")
+
+
+# Adapters in files
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        (BERT, {}),
+        ("GPT2LMHeadModel", {}),
+        ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+        ("LlamaForCausalLM", {"tie_word_embeddings": False}),
+        ("Gemma2ForCausalLM", {"tie_word_embeddings": True}),
+        ("Gemma3ForCausalLM", {"tie_word_embeddings": False}),
+        ("ModernBertModel", {}),
+    ],
+)
+def test_embeddings_and_heads_get_factors(
+    architecture: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    change = files.low_rank(size=0.2, words=True)
+    base, tuned = files.pair(tmp_path, architecture, change=change, **options)
+    out, full = tmp_path / "out", tmp_path / "full"
+    plan = loraplan.extract(base, tuned, TEXTS, out, rank=2, merged=full)
+    pair = plan.planner.pair
+    assert pair.words.keys() == plan.planner.modules.keys() & pair.words.keys()
+    assert any(plan.ranks[name] for name in pair.words)
+    assert not pair.not_low_rank.keys() & {"embedding"}
+    # What peft reads lost what was measured, and what is merged does.
+    tied = architecture.startswith("GPT2") or options.get("tie_word_embeddings", False)
+    assert ("merge_and_unload" in (out / _export.CARD).read_text()) == tied
+    loaded = _export.load(out, Pair.open(base, tuned), torch.device("cpu"))
+    whole, reference = Pair.open(base, str(full)).network(), plan.planner.test
+    (trial,) = run_trials([(loaded, reference)])
+    wanted = files.distances(whole, pair.network(), reference.batches, pair.task)
+    rounding = 1e-6 * reference.effect.max()
+    assert trial.squares == pytest.approx(wanted.numpy(), rel=1e-3, abs=rounding)
+    assert plan.measured.error == pytest.approx(reference.error(wanted.numpy()), rel=1e-4)
+    # As a tuned model it has these factors, and no more.
+    again = Pair.open(base, str(out))
+    again = again.with_words(again.words)
+    for name, factors in plan.adapter.factors.items():
+        same = again.multiplier(name)
+        assert isinstance(same, LowRank)
+        assert same.rank <= factors.rank
+        torch.testing.assert_close(same.matrix(), factors.matrix(), rtol=1e-4, atol=1e-5)
+    # Row by row they are exact, at many more numbers; or they stay.
+    numbers = {}
+    more: dict[str, Any]
+    for name, more in (("rows", {"modules": "layer|h\\."}), ("left", {"leave": ["embedding"]})):
+        beside = Planner(Pair.open(base, tuned), TEXTS, **more)
+        numbers[name] = beside.pair.not_low_rank.get("embedding", 0)
+        kinds = {module.kind for module in beside.modules.values()}
+        assert "embedding" not in kinds
+        assert ("head" in kinds) == (name == "left" and "lm_head" in pair.words)
+    assert numbers["rows"] == numbers["left"] > plan.adapter.parameters / 4
+
+
+def test_what_was_written_is_replaced(places: Places, tmp_path: Path, monkeypatch: Patch) -> None:
+    folders = out, full = tmp_path / "out", tmp_path / "full"
+    out.mkdir()  # An empty one is as good as none.
+    loraplan.extract(*places, TEXTS, out, rank=1, merged=full)
+    before = (out / _export.CARD).read_text()
+    for folder in folders:
+        lines, there = (folder / WRITTEN).read_text().splitlines(), [*folder.iterdir()]
+        assert {WRITTEN, *(line.split("  ")[1] for line in lines)} == {file.name for file in there}
+        assert {file.stat().st_mode & 0o777 for file in there} == {0o644}
+        # Of an earlier run, which wrote more.
+        (folder / "stale").write_text("")
+        with (folder / WRITTEN).open("a") as listing:
+            listing.write(f"{hashlib.sha256().hexdigest()}  stale\n")
+    loraplan.extract(*places, TEXTS, out, rank=2, merged=full, overwrite=True)
+    assert (out / _export.CARD).read_text() != before
+    assert not any((folder / "stale").exists() for folder in folders)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "full"}
+    # What its reader has changed or put there is theirs, also while a plan is made.
+    monkeypatch.setattr(workflow, "plan", lambda *_, **__: pytest.fail("work is done"))
+    for name in ("notes", _export.CARD):
+        (out / name).write_text("mine")
+        with pytest.raises(InputError, match=rf"out must be .*{name} is another"):
+            loraplan.extract(*places, TEXTS, out, rank=1, overwrite=True)
+        with pytest.raises(ResultsError, match="this command has not written"), write_folder(out):
+            pass
+        (out / "notes").unlink(missing_ok=True)
+    assert (out / _export.CARD).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [("save", SafetensorError("No space left")), ("save_merged", OSError(28, "No space left"))],
+)
+def test_nothing_half_written_looks_finished(
+    where: str, error: Exception, planned: Plan, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    def full(folder: Path, *_: object) -> None:
+        (folder / "begun").write_text("begun")
+        raise error
+
+    monkeypatch.setattr(workflow, "plan", lambda *_, **__: planned)
+    monkeypatch.setattr(_export, where, full)
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    with pytest.raises(ResultsError, match=r"cannot be written \(No space left") as told:
+        loraplan.extract("base", "tuned", TEXTS, out, merged=merged)
+    assert told.value.path == (merged if where == "save_merged" else out)
+    # An adapter that is finished stays.
+    assert [*tmp_path.iterdir()] == [out] * (where == "save_merged")
+    assert (out / _export.REPORT).is_file() == (where == "save_merged")
+
+
+def test_what_was_there_comes_back(tmp_path: Path, monkeypatch: Patch) -> None:
+    out, rename = tmp_path / "out", Path.rename
+    with write_folder(out, listed=True) as partial:
+        (partial / "old").write_text("old")
+
+    def refused(self: Path, target: Path) -> Path:
+        if (self / "new").exists():
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(KeyboardInterrupt), write_folder(out) as partial:
+        (partial / "new").write_text("new")
+    assert (out / "old").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_closed_folders_are_refused_at_once(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(InputError, match=r"^out must be in a folder that can be written to"):
+        loraplan.extract("nowhere", "nowhere", TEXTS, tmp_path / "out")
+
+
+def test_memory_is_asked_for_before_any_work(places: Places, monkeypatch: Patch) -> None:
+    said: list[str] = []
+    planner = Planner(Pair.open(*places), TEXTS, report=lambda stage, *_: said.append(stage))
+    assert re.fullmatch(
+        r"passing texts \(about 0\.5 GB of memory, .* GB free, 0\.0 GB to read\)", said[0]
+    )
+    monkeypatch.setattr(_models, "free_memory", lambda: 1e8)
+    monkeypatch.setattr(_streams, "advance", lambda *_: pytest.fail("texts are passed"))
+    with pytest.raises(InputError, match=r"free memory must be about 0.5 GB .*; got 0\.1 GB"):
+        Planner(planner.pair, TEXTS)
+
+
+@pytest.mark.parametrize("architecture", [BERT, "LlamaForCausalLM"])
+def test_an_interrupted_run_goes_on(architecture: str, tmp_path: Path, monkeypatch: Patch) -> None:
+    given = *files.pair(tmp_path, architecture, change=files.low_rank(words=True)), TEXTS
+    options: dict[str, Any] = {"error": 0.5, "max_rank": 4}
+    whole = loraplan.plan(*given, **options)
+    options["work"] = tmp_path / "work"
+    run, left, stops = _streams.Network.run_block, 0, 0
+
+    def stopping(*args: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return run(*args)
+
+    def same(plan: Plan) -> bool:
+        return plan.measured[:8] == whole.measured[:8]
+
+    monkeypatch.setattr(_streams.Network, "run_block", stopping)
+    plan = None
+    while plan is None:
+        left = 60
+        with contextlib.suppress(KeyboardInterrupt):
+            plan = loraplan.plan(*given, **options)
+        stops += plan is None
+        assert stops < 20
+    assert stops
+    assert same(plan)
+    assert all(plan.adapter.factors[n].left.equal(x.left) for n, x in whole.adapter.factors.items())
+    # It has all of it now; and is of no other run.
+    left = 0
+    assert same(loraplan.plan(*given, **options))
+    left = 10**6
+    # Nor of texts in another order, which are divided in another way.
+    for other, seed in ((TEXTS, 1), (TEXTS[::-1], 0)):
+        with pytest.raises(InputError, match=r"^work must be a new folder, or that of a run with"):
+            loraplan.plan(*given[:2], other, **options, seed=seed)
+    # What is damaged is computed again.
+    for file in (tmp_path / "work").glob("*.pt"):
+        file.write_bytes(file.read_bytes()[:99])
+    assert same(loraplan.plan(*given, **options))
+    files.configure(Path(given[1]), transformers_version="0")
+    with pytest.raises(InputError, match=r"^work must be a new folder"):
+        loraplan.plan(*given, **options)
+    options["work"] = tmp_path / "full"
+    monkeypatch.setattr(torch, "save", Mock(side_effect=RuntimeError("file write failed")))
+    with pytest.raises(ResultsError, match=r"cannot be written \(file write failed"):
+        loraplan.plan(*given, **options)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["about.json"]
+
+
+def test_bfloat16_selects_where_it_is_fine_enough(tmp_path: Path, monkeypatch: Patch) -> None:
+    places = files.pair(tmp_path, "LlamaForCausalLM")
+    monkeypatch.setattr("loraplan.planner.has_bfloat16", lambda _: True)
+    with pytest.raises(InputError, match=r"^dtype must be float32 for an error of 1.0%, .* loses"):
+        loraplan.plan(*places, TEXTS, error=0.01, dtype="bfloat16")
+    plan = loraplan.plan(*places, TEXTS, error=0.5, dtype="bfloat16")
+    assert plan.reached
+    (one,) = plan.planner.run((plan.adapter, plan.planner.select))
+    assert one.network.dtype == torch.bfloat16
+    (stated,) = plan.planner.run((plan.adapter, plan.planner.test))
+    assert stated.network.dtype == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@pytest.mark.parametrize("architecture", [BERT, "LlamaForCausalLM"])
+def test_another_device_plans_the_same(architecture: str, tmp_path: Path) -> None:
+    places = files.pair(tmp_path, architecture, change=files.low_rank(words=True))
+    plans = [loraplan.plan(*places, TEXTS, rank=2, device=d) for d in ("cpu", "cuda")]
+    errors = [plan.measured.error for plan in plans]
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
+def test_a_container_has_the_memory_that_it_is_given(tmp_path: Path, monkeypatch: Patch) -> None:
+    # As on a machine without containers; the one that runs this may be one itself.
+    monkeypatch.setattr(_models, "_CGROUP", tmp_path)
+    whole = _models.free_memory()
+    for name, text in {
+        "max": "5000000\n",
+        "current": "4000000\n",
+        "stat": "anon 1\nactive_file 200000\ninactive_file 100000\n",
+    }.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert _models.free_memory() == 1.3e6
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _models.free_memory() == pytest.approx(whole, rel=0.5)
+
+
+def test_a_wrong_adapter_is_not_written(planned: Plan, tmp_path: Path, monkeypatch: Patch) -> None:
+    save = _export.save
+
+    def spoiled(folder: Path, pair: Pair, adapter: Adapter) -> None:
+        save(folder, pair, Adapter({}, adapter.biases))
+
+    monkeypatch.setattr(workflow, "plan", lambda *_, **__: planned)
+    monkeypatch.setattr(_export, "save", spoiled)
+    with pytest.raises(LoraplanError, match="nothing was written"):
+        loraplan.extract("base", "tuned", TEXTS, tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_numbers_that_json_lacks(places: Places, tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(workflow, "is_dequantized", lambda _: True)
+    estimate = loraplan.extract(*places, TEXTS, tmp_path / "0", error=0.02, estimate=True)
+    assert math.isfinite(estimate.measured.certified)
+    monkeypatch.setattr(_measuring, "quantile_limit", lambda *_, **__: math.inf)
+    nothing = loraplan.extract(*places, TEXTS, tmp_path / "1", rank=1)
+    assert nothing.measured.certified == math.inf
+    for out in tmp_path.iterdir():
+        assert json.loads((out / _export.REPORT).read_text())["certified"] is None
+        card = (out / _export.CARD).read_text()
+        assert "Nothing is certified" in card
+        assert "weights were dequantized" in card

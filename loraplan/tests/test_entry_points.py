@@ -1,0 +1,292 @@
+"""The command `loraplan`: what it prints and writes, its status, and what it says of bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import checkpoint_files as files
+import pytest
+import torch
+from checkpoint_files import Patch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from loraplan import LoraplanError, Pair, Planner, __main__, _command, extract, workflow
+
+TEXTS = files.texts(140)
+Call = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pair, an adapter of it, and texts."""
+    folder = tmp_path_factory.mktemp("given")
+    files.pair(folder)
+    (folder / "texts").mkdir()
+    for name, seed in (("lines", 0), ("fresh", 1)):
+        lines = "\n".join(files.texts(140, seed))
+        (folder / "texts" / f"{name}.txt").write_text(lines, encoding="utf-8")
+    base, tuned = (str(folder / name) for name in ("base", "tuned"))
+    extract(base, tuned, TEXTS, folder / "adapter", rank=2, max_rank=2)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own(given: Path, tmp_path: Path, monkeypatch: Patch) -> Path:
+    """A copy of what is given, where commands run."""
+    folder = Path(shutil.copytree(given, tmp_path / "own"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, *arguments]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: Patch) -> Call:
+    """Run the command, which ends with a status: what it prints, and what it says of errors."""
+
+    def called(words: str, status: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["loraplan", *words.split()])
+        with pytest.raises(SystemExit) as ended:
+            __main__.main()
+        out, err = capsys.readouterr()
+        assert ended.value.code == status, err
+        if status == 2:
+            assert err.count("\n") == 1
+        return " ".join(out.split()), err
+
+    return called
+
+
+PAIR = "base tuned --texts texts/lines.txt --quiet"
+
+
+def test_plans_extracts_and_checks(own: Path, call: Call) -> None:
+    command = f"extract {PAIR} --rank 2 --out out"
+    out = call(command)[0]
+    assert "Written to out, and read back" in out
+    assert out.startswith("Certified at least 90% of texts like these lose at most")
+    written = json.loads((own / "out" / "report.json").read_text())
+    check = "check base out tuned --quiet --texts texts"
+    # Texts that the plan drew last were dropped.
+    said = call(f"{check}/lines.txt")[0]
+    assert said.startswith("Verdict UNDECIDED: ")
+    assert "9 fresh texts, over all checks, exceed the certified loss. About" in said
+    found = json.loads(call(f"{check}/fresh.txt --json")[0])
+    assert (found["texts"], found["evidence"]["texts"]) == (140, 149)
+    assert found["verdict"] in ("confirmed", "undecided")
+    assert all(found[name] == written[name] for name in ("carried", "adapter_bytes"))
+    assert f"{found['carried']:,} numbers" in said
+    # Another tuned model says nothing of what is certified for this one.
+    shutil.copytree(own / "tuned", own / "other")
+    weights = load_file(own / "other" / "model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, own / "other/model.safetensors")
+    assert call("check base out other --quiet --texts texts/lines.txt", 2)[1]
+    kept = json.loads((own / "out" / "report.json").read_text())["evidence"]
+    assert kept["texts"] == 149
+    # What is kept with the adapter is no change of it by others.
+    call(f"{command} --overwrite")
+
+
+def test_status_0_rests_on_the_certificate_or_the_estimate(own: Path, call: Call) -> None:
+    # With all ranks at 1 the adapter is the same whatever is asked.
+    command = f"extract {PAIR} --max-rank 1 --out out --error"
+    for last in ("", " --estimate"):
+        nearest = json.loads(call(f"{command} 1e-6{last} --json", 1)[0])
+        assert nearest["certified"] is None
+        assert nearest["stated"] >= nearest["error"]
+        said = call(f"{command} {0.99 * nearest['stated']}{last}", 1)[0]
+        for words in ("Verdict NOT ", "The best adapter that was tried loses", "Raise --max-rank"):
+            assert words in said
+        assert not (own / "out").exists()
+        call(f"{command} {1.01 * nearest['stated']}{last} --overwrite")
+        shutil.rmtree(own / "out")
+
+
+def test_verdict_comes_first_and_details_are_asked_for(call: Call) -> None:
+    said = call(f"plan {PAIR} --error 0.3")[0]
+    assert said.startswith("Asked at least 90% of texts like these lose at most 30%")
+    assert said.endswith("Next the same with extract and --out FOLDER writes this adapter")
+    for words in (
+        "Verdict CERTIFIED by 61 texts at 95% (float32, nothing generated). No adapter was made",
+        "Own effect 9 of 10 texts lose at most",
+        "of 61 as the tuned model",
+        "if both sample",
+        "Ranks block",
+    ):
+        assert words in said
+    assert "part of the effect" not in said
+    assert "part of the effect" in call(f"plan {PAIR} --rank 1 --details")[0]
+
+
+def test_prices_are_listed_where_nothing_is_asked(call: Call) -> None:
+    said = call(f"plan {PAIR}")[0]
+    assert said.startswith("Prices numbers size loss 9 of 10 texts at most")
+    rows = json.loads(call(f"plan {PAIR} --json")[0])
+    assert [row["parameters"] for row in rows] == sorted({row["parameters"] for row in rows})
+    assert rows[-1]["error"] < rows[0]["error"]
+    for row in (rows[0], rows[-1]):
+        taken = json.loads(call(f"plan {PAIR} --parameters {row['parameters']} --json")[0])
+        assert taken["parameters"] == row["parameters"]
+        for name in ("error", "certified"):
+            assert taken[name] == pytest.approx(row[name], rel=1e-4)
+    nothing = call("plan base base --texts texts/lines.txt --json")[0]
+    assert [(row["parameters"], row["error"]) for row in json.loads(nothing)] == [(0, 0)]
+
+
+def test_groups_count_once(own: Path, call: Call) -> None:
+    entries = [{"text": text, "of": i % 125} for i, text in enumerate(files.texts(250))]
+    (own / "given.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    plan = "plan base tuned --texts given.jsonl --quiet --error 0.5"
+    assert "by 61 texts, one of each group" in call(f"{plan} --group of")[0]
+    assert not json.loads(call(f"{plan} --json")[0])["grouped"]
+
+
+def test_neighbours_that_lose_alike_are_noticed(call: Call, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(Planner, "neighbours_alike", lambda *_: True)
+    for asked in ("", " --rank 1"):
+        said = call(f"plan {PAIR}{asked}")[0]
+        assert "WARNING Neighbouring lines lose alike: are they of one document?" in said
+
+
+def test_labels_give_accuracies(own: Path, call: Call) -> None:
+    options = "base tuned --texts labelled.jsonl --quiet --rank 1"
+
+    def report(label: Callable[[int], object]) -> Any:
+        lines = [json.dumps({"text": text, "label": label(i)}) for i, text in enumerate(TEXTS)]
+        (own / "labelled.jsonl").write_text("\n".join(lines))
+        return json.loads(call(f"plan {options} --json")[0])
+
+    parts = report(lambda i: i % 2)
+    numbers = [parts[name] for name in ("accuracy", "tuned_accuracy", "base_accuracy")]
+    said = "Accuracy {:.1%}; the tuned model {:.1%}, the base {:.1%}".format(*numbers)
+    assert said in call(f"plan {options}")[0]
+    assert report(lambda i: f"LABEL_{i % 2}")["accuracy"] == parts["accuracy"]
+    # What is right half of the time is wrong the other half.
+    assert report(lambda i: 1 - i % 2)["accuracy"] == pytest.approx(1 - parts["accuracy"])
+
+
+def test_ranks_are_a_grid() -> None:
+    names = ["query", "output.dense"]
+    ranks = {f"bert.layer.{k}.attention.{name}": 10 * k + 1 for k in (0, 1) for name in names}
+    ranks |= {"bert.layer.1.output.dense": 7, "pooler.dense": 3}
+    assert _command._grid(ranks) == [
+        "block query attention.output output",
+        "    0     1                1       ",
+        "    1    11               11      7",
+        "pooler 3",
+    ]
+    assert _command._grid({}) == ["none"]
+
+
+def test_adapters_shrink_for_their_own_base(own: Path, call: Call) -> None:
+    shrink = "shrink base adapter --texts texts/lines.txt --rank 1 --quiet --out small"
+    call(shrink)
+    assert "# A low-rank adapter of adapter for base" in (own / "small/README.md").read_text()
+    files.configure(own / "adapter", base_model_name_or_path="org/other")
+    err = call(f"{shrink} --overwrite", 2)[1]
+    assert "made for 'org/other': name that base, or say that both are the same (--any-base" in err
+    assert "out must be a new folder" in call(f"{shrink} --any-base", 2)[1]
+    call(f"{shrink} --any-base --overwrite")
+
+
+def test_formats_for_serving_and_in_full(own: Path, call: Call) -> None:
+    said = call(f"extract {PAIR} --rank 8 --format serving --out out --merged full")[0]
+    assert "Left as in the base, and counted in the loss: bias, head, norm" in said
+    assert json.loads((own / "out" / "report.json").read_text())["options"]["max_rank"] == 8
+    # The model in full is the base with the adapter.
+    given, whole = Pair.open("base", "tuned"), Pair.open("base", "full")
+    adapted = files.loaded("base", "BertForSequenceClassification", "out").merge_and_unload()
+    for name, value in adapted.named_parameters():
+        assert torch.equal(whole.tuned.read(name), value)
+    assert whole.tokenizer("w1 w2")["input_ids"] == given.tokenizer("w1 w2")["input_ids"]
+    assert whole.tuned.config.use_cache
+
+
+def test_progress_is_in_lines_without_a_terminal(call: Call) -> None:
+    plan = "plan base tuned --texts texts/lines.txt --rank 1"
+    lines = call(plan)[1].splitlines()
+    assert re.fullmatch(
+        r"passing texts \(about .* GB of memory, .* GB free, .* GB to read\): 0 of \d+", lines[0]
+    )
+    stages = [line.rpartition(": ")[0] for line in lines]
+    assert len({*stages}) == len(stages) > 3
+    for option in ("--json", "--quiet"):
+        assert call(f"{plan} {option}")[1] == ""
+
+
+def test_long_stages_are_told(monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    monkeypatch.setattr(_command, "monotonic", lambda: now)
+    said = []
+    for terminal in (False, True):
+        console = Console(stderr=True, force_terminal=terminal, width=120)
+        monkeypatch.setattr(_command, "errors", console)
+        with _command._stages() as show:
+            for done in range(9):
+                show("long", done, 8)
+                now += 15.0
+            show("next", 1, 2)
+        said.append(capsys.readouterr().err)
+    lines = [*(f"long: {done} of 8" for done in (0, 2, 4, 6, 8)), "next: 1 of 2"]
+    assert said[0].splitlines() == lines
+    assert all(words in said[1] for words in ("long", "next", "50%"))
+
+
+def test_is_installed(call: Call) -> None:
+    found = run("-m", "loraplan", "--help")
+    assert found.returncode == 0
+    names = "plan", "extract", "shrink", "check", "Exit status: 0 done; 1", "3 an unexpected error"
+    assert all(name in " ".join(found.stdout.split()) for name in names)
+    assert "at most one in 20" in call("plan --help")[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 3, "out of memory (Default"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 3, "out of memory (CUDA"),
+        (MemoryError("Unable to allocate 9 GiB"), 3, "out of memory (Unable"),
+        (ZeroDivisionError("by zero"), 3, "this is unexpected; please report"),
+        (LoraplanError("the adapter read back is 3 off"), 3, "the adapter read back"),
+    ],
+    ids=str,
+)
+def test_statuses_of_what_should_not_happen(
+    error: BaseException, status: int, said: str, call: Call, monkeypatch: Patch
+) -> None:
+    # Typer ends a command itself when it is interrupted, but not while it starts.
+    for owner, name in ((workflow, "prices"), (_command, "app")):
+        monkeypatch.setattr(owner, name, Mock(side_effect=error))
+        out, err = call(f"plan {PAIR}", status)
+        lines = err.splitlines()
+        assert out == ""
+        assert lines[-1].removeprefix("error: ").startswith(said)
+        assert (len(lines) == 1) == (not isinstance(error, ZeroDivisionError))
+
+
+def test_texts_that_the_tokenizer_does_not_know(own: Path, call: Call) -> None:
+    tokenizer = files.words()
+    tokenizer.unk_token = "<unk>"
+    tokenizer.save_pretrained(own / "tuned")
+    for words, part in (("w1 w2", 0), ("ключ слово", 1)):
+        texts = [f"{text} {words}" for text in TEXTS]
+        (own / "texts" / "lines.txt").write_text("\n".join(texts), encoding="utf-8")
+        warned = "words that the tokenizer does not know" in call(f"plan {PAIR} --rank 1")[0]
+        assert warned == part
+        report = json.loads(call(f"plan {PAIR} --rank 1 --json")[0])
+        tokens = sum(len(text.split()) for text in texts)
+        # Of 140 texts 131 are taken.
+        assert report["unknown_tokens"] == pytest.approx(part * 2 * len(TEXTS) / tokens, rel=0.02)
