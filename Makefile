@@ -58,7 +58,8 @@ package := $(shell find lorapower records -type f ! -name "*.pyc")
 pair    := _build/pair/0
 paired  := $(notdir $(shell grep -lE 'records import .*(pairs|examples)' chapters/*.ipynb))
 pages   := index.md references.bib _config.yml _toc.yml \
-	$(shell find _ext _static api chapters -type f ! -name '*.ipynb' ! -name '*.pyc' ! -path '*/.*')
+	$(shell find tools/extensions _static chapters -type f \
+	! -name '*.ipynb' ! -name '*.pyc' ! -name front.svg ! -path '*/.*')
 
 # Each project keeps its own IPython profile: a reader's start-up files must not change results.
 export IPYTHONDIR := $(CURDIR)/_build/ipython
@@ -174,4 +175,4 @@ $(pair): lorapower/checkpoints/_example.py lorapower/checkpoints/_models.py $(re
 $(paired:%=$(out)/chapters/%): $(pair)
 
 $(out)/html/index.html: $(pages) $(package) $(executed) tools/build_html.py $(ready)
-	@$(bin)/python tools/build_html.py $(out) $(JOBS)
+	@$(bin)/python tools/build_html.py $(out)
