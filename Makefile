@@ -99,6 +99,7 @@ style: $(ready)
 	$(bin)/ruff format --check
 	$(bin)/mypy
 	$(bin)/lint-imports
+	$(bin)/deptry . tools tools/extensions tests tests/tool
 
 chapter: $(ready) ## run and open one: NAME=07 ARGS='-p width 24'
 	@$(if $(filter 1,$(words $(wildcard chapters/$(NAME)*.ipynb))),,echo 'name a chapter: NAME=07' >&2; exit 2;) \
