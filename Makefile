@@ -58,7 +58,8 @@ package := $(shell find lorapower loraplan/src/loraplan records -type f ! -name 
 pair    := _build/pair/0
 paired  := $(notdir $(shell grep -lE 'records import .*(pairs|examples)' chapters/*.ipynb))
 pages   := index.md references.bib _config.yml _toc.yml \
-	$(shell find _ext _static api chapters -type f ! -name '*.ipynb' ! -name '*.pyc' ! -path '*/.*')
+	$(shell find tools/extensions _static chapters -type f \
+	! -name '*.ipynb' ! -name '*.pyc' ! -name front.svg ! -path '*/.*')
 
 # Each project keeps its own IPython profile: a reader's start-up files must not change results.
 export IPYTHONDIR := $(CURDIR)/_build/ipython
@@ -102,6 +103,7 @@ style: $(ready)
 	$(bin)/mypy
 	$(bin)/lint-imports
 	cd loraplan && $(abspath $(bin))/mypy && $(abspath $(bin))/lint-imports
+	$(bin)/deptry . tools tools/extensions tests loraplan/tests
 
 chapter: $(ready) ## run and open one: NAME=07 ARGS='-p width 24'
 	@$(if $(filter 1,$(words $(wildcard chapters/$(NAME)*.ipynb))),,echo 'name a chapter: NAME=07' >&2; exit 2;) \
@@ -178,4 +180,4 @@ $(pair): $(addprefix loraplan/src/loraplan/,_example.py _models.py) $(ready)
 $(paired:%=$(out)/chapters/%): $(pair)
 
 $(out)/html/index.html: $(pages) $(package) $(executed) tools/build_html.py $(ready)
-	@$(bin)/python tools/build_html.py $(out) $(JOBS)
+	@$(bin)/python tools/build_html.py $(out)

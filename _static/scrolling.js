@@ -34,10 +34,6 @@ document.addEventListener("DOMContentLoaded", async () => {
     }
     fade(box);
   };
-  // The theme names two buttons by other words than they show.
-  document.querySelector(".search-button-field")?.removeAttribute("aria-label");
-  const modes = "Color mode: Light, Dark, System Settings";
-  for (const button of document.querySelectorAll(".theme-switch-button")) button.ariaLabel = modes;
   await window.MathJax?.startup?.promise;
   for (const [selector, name] of Object.entries(NAMES)) {
     // Folded code gets its size when it is opened, everything another when a phone is turned.

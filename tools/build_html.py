@@ -1,6 +1,6 @@
 """Build the HTML of the book from its pages and the executed chapters.
 
-usage: python tools/build_html.py _build/quick PROCESSES
+usage: python tools/build_html.py _build/quick
 
 Stages the book's sources in ``_build/quick/source`` and builds them, with every warning an error,
 into a new folder, which replaces ``_build/quick/html`` only if it is complete. Always from nothing:
@@ -23,7 +23,7 @@ from jupyter_book.sphinx import build_sphinx
 from lorapower.book._executed import formatted, read_quotes
 
 ROOT = Path(__file__).resolve().parent.parent
-_FOLDERS = ("_ext", "_static", "api", "chapters")
+_FOLDERS = ("_static", "chapters", "tools/extensions")
 _FILES = ("_config.yml", "_toc.yml", "index.md", "references.bib")
 
 
@@ -50,8 +50,8 @@ def stage(executed: Path, target: Path) -> None:
                 (chapters / f"{name}.txt").write_text(printed, encoding="utf-8")
 
 
-def build(out: Path, jobs: int) -> None:
-    """Replace ``out/html`` by a newly built book, if this succeeds, and name the slowest pages."""
+def build(out: Path) -> None:
+    """Replace ``out/html`` by a newly built book, if this succeeds."""
     source, fresh, final = out / "source", out / "fresh", out / "html"
     for folder in (source, fresh):
         shutil.rmtree(folder, ignore_errors=True)
@@ -72,7 +72,6 @@ def build(out: Path, jobs: int) -> None:
         warningiserror=True,
         keep_going=True,
         noconfig=True,  # but what comes from the file above
-        jobs=jobs,
     )
     if failed:
         sys.exit("The book is not built: see above.")
@@ -84,13 +83,8 @@ def build(out: Path, jobs: int) -> None:
         # The README shows it too, in digits that machines share.
         drawn = picture.read_text(encoding="utf-8")
         svg = re.sub(r"\d+\.\d+", lambda found: f"{float(found[0]):.3f}", drawn)
-        (ROOT / "docs" / picture.name).write_text(svg, encoding="utf-8")
-    files = (out / "chapters").glob("*.json")
-    took = {file.stem: json.loads(file.read_text(encoding="utf-8"))["processor"] for file in files}
-    five = sorted(took, key=took.__getitem__, reverse=True)[:5]
-    said = ", ".join(f"{name} {took[name]:.0f} s" for name in five)
-    print("The slowest chapters, in seconds of a processor:", said)
+        (ROOT / "_static" / picture.name).write_text(svg, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]).resolve(), int(sys.argv[2]))
+    build(Path(sys.argv[1]).resolve())

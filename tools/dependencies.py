@@ -9,14 +9,13 @@ data beside such a module, or a record of runs that it names; in profile paper i
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 from itertools import chain
 from pathlib import Path
 
 from IPython.core.inputtransformer2 import TransformerManager
 
-from lorapower._code import Module, digest, imported, reach
+from lorapower._code import Module, imported, reach
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = {
@@ -54,21 +53,6 @@ def recorded(chapter: Path) -> set[Path]:
     named = {node.value for node in nodes if isinstance(node, ast.Constant)}
     files = (ROOT / "records" / "sweeps").glob("*.jsonl.gz")
     return {file for file in files if file.name.partition(".")[0] in named}
-
-
-def digested(chapter: Path) -> str:
-    """Digest what a chapter computes with: metadata, code, modules and their data, and records."""
-    modules = needs(chapter)
-    parts = [
-        json.loads(chapter.read_text(encoding="utf-8"))["metadata"],
-        digest(code(chapter)),
-        sorted(module.digest for module in modules),
-        [
-            hashlib.blake2b(file.read_bytes()).hexdigest()
-            for file in sorted(recorded(chapter) | beside(modules))
-        ],
-    ]
-    return digest(json.dumps(parts))
 
 
 def name(file: Path) -> str:

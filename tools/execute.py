@@ -2,8 +2,7 @@
 
 usage: python tools/execute.py SOURCE TARGET PROFILE CHAPTERS-AT-A-TIME [--reworded]
 
-Beside it ``NN-name.json`` says in which profile, on which machine and in what time it ran. A line
-says how many chapters are done and how long the rest may take.
+Beside it ``NN-name.json`` says in which profile, on which machine and in what time it ran.
 
 A chapter fails if a cell raises, if a claim that it records does not hold, or if its outputs hold
 a path of this machine. A failed run is kept beside the target as ``NN-name.failed.ipynb``. With
@@ -17,7 +16,6 @@ import json
 import os
 import platform
 import re
-import resource
 import sys
 import time
 from pathlib import Path
@@ -126,32 +124,6 @@ def check(executed: Path) -> None:
         raise ChapterError("\n".join(failing))
 
 
-def progress(folder: Path, jobs: int) -> str:
-    """Say how many chapters in a folder are done, and how long the others may take.
-
-    Each is expected to take as long as last time, or else as the others do on average. Says nothing
-    where make has not listed them.
-    """
-    rules = ROOT / "_build" / "chapters.mk"
-    lines = rules.read_text(encoding="utf-8").splitlines() if rules.exists() else []
-    pages = [line.partition(":") for line in lines if line.startswith("$(out)")]
-    seconds, left = {}, []
-    for target, _, files in pages:
-        executed = folder / Path(target).name
-        sources = [ROOT / file for file in (f"chapters/{executed.name}", *files.split())]
-        newest = max(source.stat().st_mtime for source in sources if source.exists())
-        if not executed.exists() or executed.stat().st_mtime < newest:
-            left.append(executed)
-        if (about := executed.with_suffix(".json")).exists():
-            seconds[executed] = json.loads(about.read_text(encoding="utf-8"))["seconds"]
-    if not seconds:
-        return ""
-    usual = sum(seconds.values()) / len(seconds)
-    expected = sum(seconds.get(executed, usual) for executed in left) / jobs
-    done = len(pages) - len(left)
-    return f": {done} of {len(pages)} done, about {expected / 60:.1f} minutes to go"
-
-
 def main(source: Path, target: Path, profile: str, jobs: int, reworded: bool) -> int:
     # Each has its part of the processors: threads of one would take the time of another.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
@@ -173,17 +145,15 @@ def main(source: Path, target: Path, profile: str, jobs: int, reworded: bool) ->
             print(f"The failed run is kept in {failed.resolve()}", file=sys.stderr)
         return 1
     seconds = (time.time_ns() - started) / 1e9
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    processor = sum(use.ru_utime + use.ru_stime for use in usage)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     machine = f"{os.cpu_count()} processors ({platform.machine()}), {memory:.0f} GiB of memory"
     machine = f"{machine}, {platform.system()}"
-    about = {"profile": profile, "machine": machine, "seconds": seconds, "processor": processor}
+    about = {"profile": profile, "machine": machine, "seconds": seconds}
     target.with_suffix(".json").write_text(json.dumps(about), encoding="utf-8")
     os.utime(partial, ns=(started, started))
     partial.replace(target)
     failed.unlink(missing_ok=True)
-    print(f"Executed {source} in {seconds:.0f} s{progress(target.parent, jobs)}")
+    print(f"Executed {source} in {seconds:.0f} s")
     return 0
 
 

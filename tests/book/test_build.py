@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -95,11 +94,11 @@ def write_chapter(folder: Path, name: str, text: str, *code: str) -> Path:
 def folder(tmp_path: Path) -> Path:
     """That of a small book, whose chapters are not executed."""
     folder = tmp_path / "a book"
-    for name in ("_ext", "_static", "tools"):
+    for name in ("_static", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "_config.yml", "constraints.txt", "pyproject.toml", "references.bib"):
         shutil.copy(ROOT / name, folder)
-    for name in ("api", "chapters", "lorapower/wing", "records/sweeps"):
+    for name in ("chapters", "lorapower/wing", "records/sweeps"):
         (folder / name).mkdir(parents=True)
     for name, text in FILES.items():
         (folder / name).write_text(text)
@@ -276,24 +275,3 @@ def test_new_words_repeat_no_run(run_tool: Tool, tmp_path: Path) -> None:
     notebook.cells[2].source = "1 + 2"
     nbformat.write(notebook, source)
     assert not execute.reword(source, target, target)
-
-
-def test_progress_counts_what_is_older_than_its_sources(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(execute, "ROOT", tmp_path)
-    done = tmp_path / "_build" / "quick"
-    assert execute.progress(done, 2) == ""
-    done.mkdir(parents=True)
-    names = ("01-new", "02-old", "03-missing")
-    rules = [f"$(out)/chapters/{name}.ipynb: module.py" for name in names]
-    rules += ["executed := $(out)/chapters/01-new.ipynb", "module.py:"]
-    (tmp_path / "_build" / "chapters.mk").write_text("\n".join(rules))
-    for moment, name in enumerate(("02-old.ipynb", "module.py", "01-new.ipynb")):
-        path = tmp_path / name if name == "module.py" else done / name
-        path.touch()
-        os.utime(path, (moment, moment))
-    for name, seconds in (("01-new", 60), ("02-old", 120)):
-        (done / f"{name}.json").write_text(json.dumps({"seconds": seconds}))
-    # 120 s for the old one, 90 for the missing one, in two processes.
-    assert execute.progress(done, 2) == ": 1 of 3 done, about 1.8 minutes to go"

@@ -21,7 +21,7 @@ from records import pairs
 MODULES = sorted((ROOT / "lorapower").rglob("*.py"))
 # Chapters with code in their text, most of it in solutions of exercises.
 CODED = [c for c in CHAPTERS if c.stem[0].isdigit() and "```python" in c.read_text("utf-8")]
-DOCUMENTS = [ROOT / "README.md", ROOT / "api" / "examples.md", *CHAPTERS]
+DOCUMENTS = [ROOT / "README.md", ROOT / "chapters" / "reference" / "examples.md", *CHAPTERS]
 FIRST = [ROOT / "README.md", ROOT / "index.md", ROOT / "chapters" / "quickstart.md"]
 CODE = re.compile(r"^( *)```python\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 

@@ -21,7 +21,8 @@ PHONE = 390
 # Of these each has parts that no other has; the rest are made of the same parts and colours.
 KINDS = [
     *("index", "search", "chapters/answers", "chapters/03-partitions", "chapters/14-planning"),
-    *("chapters/scorecard", "chapters/statements", "chapters/whole-transformers", "api/networks"),
+    *("chapters/scorecard", "chapters/statements", "chapters/whole-transformers"),
+    "chapters/reference/networks",
 ]
 OTHERS = [name for name in PAGES if name not in KINDS]
 # MathJax shows what it cannot read in red: text for an unknown macro, a box for an error.
@@ -103,7 +104,7 @@ def test_search_finds_a_word(browser: Browser, book: Path) -> None:
     with reading(browser, book) as reader:
         reader.open("search", "?q=fnn_threshold")
         reader.page.locator("#search-results ul.search li a").first.click()
-        assert "api/bounds.html" in reader.page.url
+        assert "reference/bounds.html" in reader.page.url
 
 
 def shown(page: Page, selector: str) -> set[bool]:
@@ -146,40 +147,6 @@ def test_a_link_opens_the_code_that_it_leads_to(browser: Browser, book: Path) ->
         reader.open(docname, f"#{cell}")
         page.locator(f"#{cell}").wait_for()
         assert page.locator(f"{FOLDED}[open]").count() == 1
-
-
-@pytest.mark.parametrize("touch", [False, True], ids=["mouse", "touch"])
-def test_reference_shows_its_statement(browser: Browser, book: Path, touch: bool) -> None:
-    with reading(browser, book, PHONE if touch else 1280, has_touch=touch) as reader:
-        reader.open("chapters/03-partitions")
-        page = reader.page
-        page.wait_for_function("window.previews")
-        link, box = page.locator(REFERENCE).first, page.locator("div.preview")
-        here = page.url
-        link.scroll_into_view_if_needed()
-        assert not box.is_visible()
-        if touch:
-            link.tap()
-        else:
-            link.hover()
-        box.locator("mjx-container").first.wait_for()
-        assert page.url == here
-        assert "One ReLU layer from many" in box.inner_text()
-        seen = """box => {
-            const { left, right, top, bottom } = box.getBoundingClientRect();
-            return 0 <= left && left < right && right <= innerWidth
-                && 0 <= top && top < bottom && bottom <= innerHeight;
-        }"""
-        assert box.evaluate(seen)
-        page.keyboard.press("Escape")
-        assert not box.is_visible()
-        if touch:
-            link.tap()
-            assert page.url == here
-            link.tap()
-        else:
-            link.click()
-        page.wait_for_url("**/02-linearization.html#thm-one-layer")
 
 
 def test_without_scripts_references_are_links_and_code_opens(browser: Browser, book: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.typing import ColorType, LineStyleType
 

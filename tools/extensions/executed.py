@@ -219,25 +219,14 @@ def _prepare(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] = template.render(globals() | given)
 
 
-def _leave_out(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
-    """Leave templates out among the pages that several processes read."""
-    docnames[:] = [docname for docname in docnames if docname not in _TEMPLATES]
+def _read_templates_last(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
+    docnames.sort(key=_TEMPLATES.__contains__)
 
 
-def _read_last(app: Sphinx, env: BuildEnvironment) -> list[str]:
-    """Read templates, once all else is read and before anything counts what they hold."""
-    present = [docname for docname in _TEMPLATES if docname in env.found_docs]
-    for docname in present:
-        app.builder.read_doc(docname)
-    return present
-
-
-def setup(app: Sphinx) -> dict[str, bool]:
+def setup(app: Sphinx) -> None:
     app.add_role("eval", Quoted(), override=True)  # MyST-NB's own asks a kernel
     app.add_role("quoted", Quoted())
     app.add_role("verdict", Verdict())
     app.connect("source-read", _prepare)
     app.connect("doctree-read", _set_badges)
-    app.connect("env-before-read-docs", _leave_out)
-    app.connect("env-updated", _read_last, priority=100)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    app.connect("env-before-read-docs", _read_templates_last)

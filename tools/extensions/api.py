@@ -9,21 +9,17 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from importlib import import_module
-from pkgutil import walk_packages
-from pydoc import locate
 from typing import Any, cast
 
 from docutils import nodes
+from docutils.statemachine import StringList
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.domains.python import PythonDomain
-from sphinx.domains.python._object import PyObject
 from sphinx.environment import BuildEnvironment
-from sphinx.ext.autodoc import GenericAliasMixin
+from sphinx.ext.autodoc import DataDocumenter, GenericAliasMixin
 from sphinx.ext.napoleon import Config
 from sphinx.ext.napoleon.docstring import NumpyDocstring
-from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.inspect import stringify_signature
 from sphinx.util.nodes import make_refnode
 
@@ -105,25 +101,18 @@ def _skip_member(
     return (value.__doc__ or "").startswith("Alias for field") or None
 
 
-def _comment_constants(app: Sphinx) -> None:
-    """Let packages have the comments on constants that they offer from their modules."""
-    for module in walk_packages(lorapower.__path__, PACKAGE):
-        package = module.name.rpartition(".")[0]
-        offered = getattr(import_module(package), "__all__", ())
-        comments = ModuleAnalyzer.for_module(module.name).find_attr_docs()
-        ModuleAnalyzer.for_module(package).find_attr_docs().update(
-            {key: text for key, text in comments.items() if not key[0] and key[1] in offered}
-        )
+def _call_attributes(app: Sphinx, doctree: nodes.document) -> None:
+    """Let attributes of a class be called what the docstring calls them."""
+    for name in doctree.findall(nodes.field_name):
+        if name.astext() == "Variables":
+            name[:] = [nodes.Text("Attributes")]
 
 
-def _name_as_defined(app: Sphinx, env: BuildEnvironment) -> None:
-    """Let what a package offers from its modules be found by its name there as well."""
-    objects = cast(PythonDomain, env.get_domain("py")).objects
-    for name, entry in list(objects.items()):
-        holder, last = locate(name.rpartition(".")[0]), name.rpartition(".")[2]
-        in_class = f"{_place(holder)}.{last}" if inspect.isclass(holder) else ""
-        if place := in_class or _place(locate(name)):
-            objects.setdefault(place, entry._replace(aliased=True))
+class Constant(DataDocumenter):
+    """A constant by its comment, without what a type is an alias of: the comment says it."""
+
+    def update_content(self, more_content: StringList) -> None:
+        super(GenericAliasMixin, self).update_content(more_content)
 
 
 def _resolve(
@@ -141,15 +130,11 @@ def _resolve(
     return contnode if node["reftype"] == "class" or library in sys.modules else None
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
+def setup(app: Sphinx) -> None:
     app.setup_extension("sphinx.ext.autosummary")
-    delattr(GenericAliasMixin, "update_content")  # it repeats values, comments say what they are
-    variables = next(field for field in PyObject.doc_field_types if field.name == "variable")
-    variables.label = "Attributes"
-    app.connect("builder-inited", _comment_constants)
+    app.add_autodocumenter(Constant, override=True)
     app.connect("autodoc-process-docstring", _process_docstring)
     app.connect("autodoc-process-signature", _process_signature)
     app.connect("autodoc-skip-member", _skip_member)
-    app.connect("env-updated", _name_as_defined, priority=400)
+    app.connect("doctree-read", _call_attributes)
     app.connect("missing-reference", _resolve)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
