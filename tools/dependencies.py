@@ -15,8 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from IPython.core.inputtransformer2 import TransformerManager
-
-from lorapower._code import Module, digest, imported, reach
+from reach import Module, digest, imported, reach
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = {name: ROOT / name for name in ("lorapower", "records")}
