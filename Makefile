@@ -53,7 +53,7 @@ texts := vaderSentiment
 # again.
 ready := $(VENV)/.ready
 
-package := $(shell find lorapower loraplan/src/loraplan records -type f ! -name "*.pyc")
+package := $(shell find lorapower loraplan/src/loraplan records -type f ! -name "*.pyc" ! -name "*.partial")
 # What `loraplan example` makes is made once, for all chapters that ask for it.
 pair    := _build/pair/0
 paired  := $(notdir $(shell grep -lE 'records import .*(pairs|examples)' chapters/*.ipynb))
@@ -66,8 +66,6 @@ export IPYTHONDIR := $(CURDIR)/_build/ipython
 # Threads that spin while they wait take the time of those that they wait for, where other programs
 # run. Must be set before torch is imported.
 export OMP_WAIT_POLICY ?= PASSIVE
-# The chapters' sweeps are kept here, so that a change of text or figures repeats no training.
-export LORAPOWER_RESULTS := $(CURDIR)/$(out)/results
 
 .PHONY: help book test behaviour check nightly style chapter lab serve pdf tidy clean distclean
 

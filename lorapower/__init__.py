@@ -8,7 +8,7 @@ From the ground up:
 - `bounds` says what no adapters of a rank can reach, and `constructions` makes adapters that reach
   it: `constructions.adapt` for any network, `constructions.rank_for_error` for the rank to choose.
 - `training` finds adapters by gradient.
-- `experiments` repeats the study; `book` serves the chapters.
+- `book` serves the chapters.
 
 The same words mean the same things in names and texts:
 

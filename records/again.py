@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 import records
-from lorapower.experiments import sweeps
-from records import facts, language
+from records import Values, facts, language, run
 from records.tables import begin, put, settings
 
 
@@ -34,7 +33,7 @@ def with_validation(runs: list[language.TextRun]) -> list[RecipeResults]:
 
 
 #: What states a row's setting, and what runs it.
-MADE: dict[str, tuple[type[sweeps.Record], Callable[..., Any]]] = {
+MADE: dict[str, tuple[type[Values], Callable[..., Any]]] = {
     "movies": (language.TextRun, language.measure),
     "decoder": (language.TextRun, language.measure),
     "recipes": (language.TextRun, with_validation),
@@ -46,4 +45,4 @@ if __name__ == "__main__":
     (name,) = begin()
     kind, work = MADE[name]
     asked = settings(records.read(name), kind)
-    put(sweeps.run(asked, work, f"{name}.sqlite", size=1), name)
+    put(run(asked, work, name, size=1), name)

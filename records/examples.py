@@ -6,18 +6,16 @@ import functools
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 import torch
-from loraplan.lab import LowRank, Rows, count_tokens, run_trials, stream
 
 import loraplan
 import records
 from loraplan import Adapter, Pair, Planner
+from loraplan.lab import LowRank, Rows, count_tokens, run_trials, stream
 from lorapower import lowrank, regression
-from lorapower.experiments import sweeps
-from records import neighbours, pairs
+from records import Results, Values, grid, neighbours, pairs
 
 PROTOCOL = (
     "Tunings of an encoder on docstrings, each with other texts, and adapters that are planned "
@@ -36,14 +34,14 @@ _MEASURED = ("error", "agreement", "kl", "accuracy", "base_accuracy", "tuned_acc
 _STEP = 0.05
 
 
-class Example(sweeps.Record):
+class Example(Values):
     """An example, and how many of its texts serve to plan; about as many others are held out."""
 
     seed: int = 0
     sentences: int = 120
 
 
-class Adapted(sweeps.Record):
+class Adapted(Values):
     """A way to an adapter, and the rank or the error that is ``asked``; 0 for neither."""
 
     problem: Example
@@ -51,7 +49,7 @@ class Adapted(sweeps.Record):
     asked: float = 0.0
 
 
-class Lost(sweeps.Results):
+class Lost(Results):
     """What an adapter loses on held-out texts, with the names of `Measured`.
 
     An adapter by module loses ``chosen`` on the texts for choosing, where one ``derivative`` and a
@@ -181,7 +179,7 @@ def measure(settings: list[Adapted]) -> list[Lost]:
     return [prepare(setting.problem).measure(setting.way, setting.asked) for setting in settings]
 
 
-def sweep(settings: list[Adapted], results: Path | None, profile: str) -> pd.DataFrame:
+def sweep(settings: list[Adapted], profile: str) -> pd.DataFrame:
     """Give the runs of a page."""
     # One without factors and one with; those that need derivatives take long.
     ways = [setting.way for setting in settings]
@@ -190,7 +188,6 @@ def sweep(settings: list[Adapted], results: Path | None, profile: str) -> pd.Dat
         "planning-tunings",
         settings,
         measure,
-        results,
         profile,
         protocol=PROTOCOL,
         repeat=repeat if pairs.is_recorded(0) else (),
@@ -201,8 +198,8 @@ def every(seeds: int, ranks: Sequence[int], sentences: int = 120) -> list[Adapte
     """List all that is compared of the examples of so many seeds, at the sizes of some ranks."""
     asked = [*map(float, ranks)]
     settings = []
-    for problem in sweeps.grid(Example, seed=range(seeds), sentences=sentences):
-        settings += sweeps.grid(Adapted, problem=problem, way=[*HALVES])
-        settings += sweeps.grid(Adapted, problem=problem, way=[*WAYS], asked=asked)
-        settings += sweeps.grid(Adapted, problem=problem, way="least", asked=[*AIMS])
+    for problem in grid(Example, seed=range(seeds), sentences=sentences):
+        settings += grid(Adapted, problem=problem, way=[*HALVES])
+        settings += grid(Adapted, problem=problem, way=[*WAYS], asked=asked)
+        settings += grid(Adapted, problem=problem, way="least", asked=[*AIMS])
     return settings

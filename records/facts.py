@@ -20,8 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lorapower import randomness
-from lorapower.experiments import sweeps
-from records import language, models, pack, protocols
+from records import Results, Values, language, models, pack, protocols
 from records.language import Lora, Method
 
 KEY, VALUE, JOINT = 3, 2, " means"
@@ -35,7 +34,7 @@ RECIPE_RANK = 16
 PLACES = {r"layers\.14\.": "one block", r"layers\.1[0-9]\.": "ten blocks", "all": "all blocks"}
 
 
-class FactProblem(sweeps.Record):
+class FactProblem(Values):
     """State how many facts are shown to which model, and how often.
 
     The seed draws the facts, their order, and random factors.
@@ -47,14 +46,14 @@ class FactProblem(sweeps.Record):
     seed: int = Field(0, ge=0)
 
 
-class FactRun(sweeps.Record):
+class FactRun(Values):
     """State one run."""
 
     problem: FactProblem = FactProblem()
     method: Annotated[Method, Field(discriminator="kind")] = Lora()
 
 
-class FactResults(sweeps.Results):
+class FactResults(Results):
     """What a run learned.
 
     ``recall`` is the share of facts whose value greedy decoding says. ``bits`` are those learned

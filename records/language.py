@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lorapower import randomness
-from lorapower.experiments.sweeps import Record, Results
-from records import models, pack, texts
+from records import Results, Values, models, pack, texts
 
 #: Names of choices of linear layers, with regular expressions for the names of the layers.
 TARGETS = {
@@ -38,7 +37,7 @@ POOL = 8
 ANSWERED = (64, 16)
 
 
-class Lora(Record):
+class Lora(Values):
     """Tune adapters of one rank, through ``peft``, on linear layers of the model.
 
     ``targets`` are one of `TARGETS` or, by a regular expression for their names, others;
@@ -56,7 +55,7 @@ class Lora(Record):
     recipe: Literal["plain", "default", "dora", "pissa", "lora+"] = "plain"
 
 
-class Whole(Record):
+class Whole(Values):
     """Tune weights in full, by ``kind``.
 
     ``"full"`` are all, ``"linear"`` those of the layers that `Lora` adapts by default, ``"final"``
@@ -71,7 +70,7 @@ class Whole(Record):
 Method = Lora | Whole
 
 
-class TextProblem(Record):
+class TextProblem(Values):
     """State a task, a model, and how long which texts are shown to it.
 
     ``task`` is one of `texts.read`. ``model`` is a packaged one's name or a folder; without
@@ -99,7 +98,7 @@ class TextProblem(Record):
     seed: int = Field(0, ge=0)
 
 
-class TextRun(Record):
+class TextRun(Values):
     """State one run; a classifier's head is tuned too, whatever the method."""
 
     problem: TextProblem = TextProblem()

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
+
 from loraplan.lab import LANGUAGE as LANGUAGE
 from loraplan.lab import PACKAGED as PACKAGED
 from loraplan.lab import has_bfloat16 as has_bfloat16
@@ -16,7 +18,6 @@ from loraplan.lab import package_folder as package_folder
 from loraplan.lab import public_name as public_name
 from loraplan.lab import quiet as quiet
 from loraplan.lab import tokenizer as tokenizer
-from torch.overrides import TorchFunctionMode
 
 with warnings.catch_warnings():
     # Libraries import it, and without widgets in a notebook it warns of plain bars.

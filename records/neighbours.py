@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
-from loraplan.lab import LowRank
 from torch import Tensor
 
 from loraplan import Adapter, Module
+from loraplan.lab import LowRank
 from lorapower.lowrank import SVD
 
 #: The threshold from which on a rule keeps each singular value, by tool and option: of ``peft``

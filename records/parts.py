@@ -21,6 +21,10 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loraplan import Adapter, Pair, Planner
 from loraplan.lab import (
     Directions,
     LowRank,
@@ -35,14 +39,9 @@ from loraplan.lab import (
     run_trials,
     stream,
 )
-from numpy.typing import NDArray
-from torch import Tensor
-
-from loraplan import Adapter, Pair, Planner
 from lorapower import lowrank, randomness
-from lorapower.experiments import sweeps
 from lorapower.networks import Transformer, from_decoder
-from records import models, neighbours, pairs, plans
+from records import Results, Values, grid, models, neighbours, pairs, plans, run
 from records.tables import begin, put
 
 # Texts for planning and for measuring.
@@ -64,14 +63,14 @@ Row: TypeAlias = tuple[int, str, str, float]
 Adapted: TypeAlias = tuple[int, str, str, float, int]
 
 
-class PartRun(sweeps.Record):
+class PartRun(Values):
     """A tuning, and what is measured of it."""
 
     tuning: str
     stage: Literal["weights", "heads", "turns", "effect"]
 
 
-class PartResults(sweeps.Results):
+class PartResults(Results):
     """Rows of ``"parts"`` of `records.read`, in JSON, how tunings are made, and versions."""
 
     rows: str
@@ -324,7 +323,7 @@ def unfold(runs: pd.DataFrame) -> pd.DataFrame:
 if __name__ == "__main__":
     begin()
     tunings = [name for name, about in plans.TUNINGS.items() if not about.rank]
-    asked = sweeps.grid(PartRun, tuning=tunings, stage=["weights", "turns", "effect"])
+    asked = grid(PartRun, tuning=tunings, stage=["weights", "turns", "effect"])
     # Heads are compared for one tuning.
     asked.append(PartRun(tuning="tweets", stage="heads"))
-    put(unfold(sweeps.run(asked, work, "parts.sqlite", size=1)), "parts")
+    put(unfold(run(asked, work, "parts", size=1)), "parts")

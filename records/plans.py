@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from loraplan.lab import run_trials
 
 from loraplan import Adapter, Pair, Planner, lab
+from loraplan.lab import run_trials
 from lorapower import lowrank, randomness
-from lorapower.experiments import sweeps
-from records import models, neighbours, pack, pairs
+from records import Results, Values, grid, models, neighbours, pack, pairs, run
 from records.tables import HERE, begin, put
 
 BASE = models.LANGUAGE
@@ -57,7 +56,7 @@ TUNINGS = {
 }
 
 
-class AdapterRun(sweeps.Record):
+class AdapterRun(Values):
     """An adapter for a tuning: a method, and the rank or the error that is ``asked``."""
 
     tuning: str
@@ -65,7 +64,7 @@ class AdapterRun(sweeps.Record):
     asked: float
 
 
-class AdapterResults(sweeps.Results):
+class AdapterResults(Results):
     """What ``"plans"`` of `records.read` says."""
 
     parameters: float
@@ -193,16 +192,16 @@ def every(tuning: str) -> list[AdapterRun]:
     methods = ["mergekit", *neighbours.RULES, OF_BLOCKS, "effect"]
     if about.rank:
         methods = ["peft, energy", "uniform", "effect"]
-    settings = sweeps.grid(AdapterRun, tuning=tuning, method=methods, asked=[*map(float, RANKS)])
+    settings = grid(AdapterRun, tuning=tuning, method=methods, asked=[*map(float, RANKS)])
     settings = [s for s in settings if s.method != "mergekit" or other(s).exists()]
     methods = ["least effect", "least uniform", *(["least peft, energy"] if about.rank else [])]
-    return settings + sweeps.grid(AdapterRun, tuning=tuning, method=methods, asked=[*about.errors])
+    return settings + grid(AdapterRun, tuning=tuning, method=methods, asked=[*about.errors])
 
 
 if __name__ == "__main__":
     named = begin() or [*TUNINGS]
     asked = [setting for tuning in named for setting in every(tuning)]
     kept = pd.read_csv(HERE / "plans.csv.gz", dtype=str)
-    made = sweeps.run(asked, work, "plans.sqlite", size=1)
+    made = run(asked, work, "plans", size=1)
     rows = pd.concat([kept[~kept.tuning.isin(named)], made])
     put(rows.sort_values("tuning", kind="stable"), "plans")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
 
-from lorapower.experiments import sweeps
+from records import Values
+from records.store import kind_of
 
 HERE = Path(__file__).resolve().parent
 
-R = TypeVar("R", bound=sweeps.Record)
+S = TypeVar("S", bound=Values)
 
 
 def begin() -> list[str]:
@@ -36,24 +37,16 @@ def put(table: pd.DataFrame, name: str, folder: Path = HERE) -> None:
     print(f"{name}: {len(table)} rows")
 
 
-def settings(table: pd.DataFrame, kind: type[R]) -> list[R]:
-    """Read the setting of each row of a table back, as a record of a kind."""
+def settings(table: pd.DataFrame, kind: type[S]) -> list[S]:
+    """Read the setting of each row of a table back, as values of a kind."""
     return [_setting(kind, row.dropna()) for _, row in table.convert_dtypes().iterrows()]
 
 
-def _setting(kind: type[R], row: pd.Series[Any]) -> R:
+def _setting(kind: type[S], row: pd.Series[Any]) -> S:
     values = {}
-    for name, field in kind.model_fields.items():
-        # A record within a record is of one kind, or of several that have their column.
-        among: list[Any] = [field.annotation, *get_args(field.annotation)]
-        kinds = [k for k in among if isinstance(k, type) and issubclass(k, sweeps.Record)]
-        if kinds:
-            inner = next((k for k in kinds if row.get(name) in _names(k)), kinds[0])
+    for name in kind.model_fields:
+        if inner := kind_of(kind, name, row.get(name)):
             values[name] = _setting(inner, row.rename({name: "kind"}))
         elif name in row:
             values[name] = row[name]
     return kind(**values)
-
-
-def _names(kind: type[sweeps.Record]) -> tuple[Any, ...]:
-    return get_args(kind.model_fields["kind"].annotation) if "kind" in kind.model_fields else ()

@@ -30,9 +30,6 @@ settings.register_profile("few", deadline=None, max_examples=FEW, print_blob=Tru
 settings.register_profile("many", settings.get_profile("few"), max_examples=300)
 settings.load_profile("few")
 
-# Chapters that the tests run keep nothing among the results of the book.
-os.environ.pop("LORAPOWER_RESULTS", None)
-
 # What runs in the background ignores interrupts, and so would all that the tests start there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

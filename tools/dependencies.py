@@ -14,8 +14,7 @@ from itertools import chain
 from pathlib import Path
 
 from IPython.core.inputtransformer2 import TransformerManager
-
-from lorapower._code import Module, imported, reach
+from reach import Module, imported, reach
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = {

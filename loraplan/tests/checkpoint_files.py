@@ -16,12 +16,12 @@ import peft
 import pytest
 import torch
 import transformers
-from loraplan._models import quiet
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from loraplan import _randomness
+from loraplan._models import quiet
 
 WORDS = [f"w{i}" for i in range(60)]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]

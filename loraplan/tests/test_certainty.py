@@ -10,6 +10,10 @@ import checkpoint_files as files
 import numpy as np
 import pytest
 from checkpoint_files import Patch
+from numpy.typing import NDArray
+from scipy import stats
+
+from loraplan import Evidence, InputError, Planner, Text, _export, quantile_limit, workflow
 from loraplan._limits import (
     DOUBT,
     SIZES,
@@ -22,10 +26,6 @@ from loraplan._limits import (
 )
 from loraplan._measuring import Compared, Reference, Trial, _parts
 from loraplan._texts import mix, prepare, prepare_all
-from numpy.typing import NDArray
-from scipy import stats
-
-from loraplan import Evidence, InputError, Planner, Text, _export, quantile_limit, workflow
 
 Losses = NDArray[np.float64]
 #: Texts of a file, what each loses, and what nine of ten such texts lose at most.

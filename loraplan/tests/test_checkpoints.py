@@ -16,10 +16,6 @@ import checkpoint_files as files
 import pytest
 import torch
 from checkpoint_files import Patch
-from loraplan._folders import WRITTEN, write_folder
-from loraplan._lowrank import LowRank
-from loraplan._measuring import run_trials
-from loraplan._streams import stream
 from safetensors import SafetensorError
 
 import loraplan
@@ -41,6 +37,10 @@ from loraplan import (
     _texts,
     workflow,
 )
+from loraplan._folders import WRITTEN, write_folder
+from loraplan._lowrank import LowRank
+from loraplan._measuring import run_trials
+from loraplan._streams import stream
 
 Places = tuple[str, str]
 BERT = "BertForSequenceClassification"

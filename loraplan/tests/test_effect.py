@@ -13,12 +13,12 @@ import torch
 from checkpoint_files import Patch
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplan._effect import Moments, find_directions
-from loraplan._lowrank import LowRank
-from loraplan._streams import Pass, advance, stream
 
 from loraplan import Pair, Planner, _effect, _randomness
 from loraplan import pair as pair_module
+from loraplan._effect import Moments, find_directions
+from loraplan._lowrank import LowRank
+from loraplan._streams import Pass, advance, stream
 
 TEXTS = files.texts()
 TIED: dict[str, Any] = {"tie_word_embeddings": True}

@@ -12,8 +12,6 @@ import checkpoint_files as files
 import pytest
 import torch
 from checkpoint_files import Patch
-from loraplan._lowrank import LowRank
-from loraplan._streams import Pass, advance, stream
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
@@ -29,6 +27,8 @@ from loraplan import (
     _texts,
     read_texts,
 )
+from loraplan._lowrank import LowRank
+from loraplan._streams import Pass, advance, stream
 
 
 @pytest.mark.parametrize("architecture", files.usually(files.ARCHITECTURES))

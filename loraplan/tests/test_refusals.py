@@ -19,13 +19,13 @@ import pytest
 import torch
 import transformers
 from checkpoint_files import Patch
-from loraplan._measuring import Reference
-from loraplan._models import quiet
 from test_tuned_adapters import train
 from torch import Tensor
 
 import loraplan
 from loraplan import __main__, _models, planner
+from loraplan._measuring import Reference
+from loraplan._models import quiet
 
 BERT, LLAMA, GPT = "BertForSequenceClassification", "LlamaForCausalLM", "GPT2LMHeadModel"
 CONFIG, FACTORS, WHOLE = "adapter_config.json", "adapter_model.safetensors", "model.safetensors"

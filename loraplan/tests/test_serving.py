@@ -19,14 +19,14 @@ import checkpoint_files as files
 import peft
 import pytest
 import torch
-from loraplan._export import REPORT
-from loraplan._limits import ratio
-from loraplan._lowrank import LowRank
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import loraplan
 from loraplan import InputError, _export, _randomness, save_peft
+from loraplan._export import REPORT
+from loraplan._limits import ratio
+from loraplan._lowrank import LowRank
 
 TEXTS = files.texts()
 QUERY, KEY, VALUE = (f"model.layers.0.self_attn.{end}_proj" for end in "qkv")

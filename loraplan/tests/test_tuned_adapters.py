@@ -15,10 +15,10 @@ import peft
 import pytest
 import torch
 from checkpoint_files import Patch
-from loraplan._models import quiet
 from torch import Tensor
 
 from loraplan import InputError, Pair, _randomness, check, extract
+from loraplan._models import quiet
 
 TASKS = {"Classification": "SEQ_CLS", "LM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
 TASKS |= {"Model": "FEATURE_EXTRACTION"}

@@ -10,10 +10,7 @@ import ast
 import difflib
 import os
 import re
-import sys
-from collections.abc import Iterable, Sequence
-from copy import deepcopy
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_origin
 
 import numpy as np
@@ -24,17 +21,11 @@ from ..errors import InputError, needs
 with needs("book"):
     from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-    from .._records import Record
     from . import _executed, claims
+    from .values import Values
 
 #: Threads that a chapter may take; `setup` leaves torch one.
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-# Chapters also read the records of long runs, a package beside this one that is not installed.
-_CHECKOUT = Path(__file__).resolve().parents[2]
-if (_CHECKOUT / "records" / "__init__.py").is_file() and str(_CHECKOUT) not in sys.path:
-    sys.path.append(str(_CHECKOUT))
-# The environment's variable for the folder of results.
-RESULTS = "LORAPOWER_RESULTS"
 #: The largest `Width`.
 WIDEST = 512
 
@@ -44,15 +35,8 @@ def whole(low: int, high: int | None = None) -> Any:
     return Annotated[int, Field(ge=low, le=high)]
 
 
-def _file(given: str, info: ValidationInfo) -> Path | None:
-    """Choose the file of runs, in the folder given or in the environment's."""
-    paper = "results" if info.data.get("profile") == "paper" else ""
-    base = given or os.environ.get(RESULTS) or paper
-    return Path(base).expanduser() / "sweeps.sqlite" if base else None
-
-
 def _within_width(ranks: list[int], info: ValidationInfo) -> list[int]:
-    """Refuse ranks above the width; where none is given, take all, or 17 where there are more."""
+    """Refuse ranks above the width; without any, take all, or 17 where there are more."""
     width = info.data.get("width")
     if width is None:  # is itself refused
         return ranks
@@ -61,9 +45,6 @@ def _within_width(ranks: list[int], info: ValidationInfo) -> list[int]:
     return ranks or [round(i * width / 16) for i in range(17)]
 
 
-#: A folder in which all chapters keep the runs of their sweeps, in one file. An empty text means
-#: the environment's ``LORAPOWER_RESULTS``, or else ``results`` in profile paper, and none in quick.
-Runs = Annotated[str, AfterValidator(_file)]
 #: Width of a layer, from 1 to `WIDEST`.
 Width = whole(1, WIDEST)
 #: How many problems, or starts.
@@ -74,24 +55,38 @@ Steps = whole(200)
 Ranks: Any = Annotated[list[whole(0)], AfterValidator(_within_width)]  # type: ignore[misc]
 
 
-class Parameters(Record):
-    """Hold the parameters that all chapters have; a chapter's model adds its own.
+class Parameters(Values):
+    """Hold the parameters that all chapters have; a chapter's class adds its own.
 
     A list may also be one value or a text such as ``1,4`` or ``[1, 4]``, for papermill's ``-p``;
-    its numbers are sorted, each once. Raises `InputError` for the first unusable value.
+    its numbers are sorted, each once. Raises `InputError` for the first unusable value, if
+    papermill was given a parameter that there is not, and in profile paper, whose runs become the
+    book's records, if it was given others besides.
     """
 
     profile: Literal["quick", "paper"]
     seed: Annotated[int, Field(ge=0)]
 
+    def __init__(self, /, **values: Any) -> None:
+        injected, names = _injected(), [*type(self).model_fields]
+        if unknown := sorted(injected.difference(names)):
+            near = difflib.get_close_matches(unknown[0], names, 1)
+            remedy = f"did you mean {near[0]}?" if near else ""
+            allowed = f"among {', '.join(names)}"
+            raise InputError("parameters", allowed, ", ".join(unknown), remedy)
+        if values.get("profile") == "paper" and (others := injected - {"profile"}):
+            allowed = "left as they are in profile paper, whose runs become the book's records"
+            raise InputError("parameters", allowed, ", ".join(sorted(others)))
+        super().__init__(**values)
+
     @field_validator("*", mode="before")
     @classmethod
-    def _split(cls, given: Any, info: ValidationInfo) -> Any:
+    def _split(cls, value: Any, info: ValidationInfo) -> Any:
         if get_origin(cls.model_fields[str(info.field_name)].annotation) is not list:
-            return given
-        if not isinstance(given, str):
-            return list(given) if isinstance(given, Iterable) else [given]
-        parts = [part.strip() for part in given.strip(" []").split(",")]
+            return value
+        if not isinstance(value, str):
+            return list(value) if isinstance(value, Iterable) else [value]
+        parts = [part.strip() for part in value.strip(" []").split(",")]
         return [int(part) if re.fullmatch(r"-?\d+", part) else part for part in parts if part]
 
     @field_validator("*")
@@ -100,53 +95,29 @@ class Parameters(Record):
         return sorted(set(value)) if isinstance(value, list) else value
 
 
-def setup(model: type[Parameters]) -> None:
-    """Check and complete the parameters of a chapter, and set up figures and threads.
-
-    The notebook that declares ``model`` has them as variables, which get completed values, in later
-    calls anew from what was given. Raises `InputError` for unknown names and unusable values.
-    """
-    import torch
+def _injected() -> set[str]:
+    """List the names that papermill's cell of parameters assigned, the last one that ran."""
     from IPython import get_ipython
 
-    from .figures import _style
-
-    notebook = vars(sys.modules[model.__module__])
-    assigned = _assigned(notebook.get("In", ()))
-    _refuse_unknown(assigned, [*model.model_fields])
-    if notebook.get("profile") == "paper" and (others := assigned - {"profile"}):
-        allowed = "left as they are in profile paper, whose runs become the book's records"
-        raise InputError("parameters", allowed=allowed, given=", ".join(sorted(others)))
-    # By name the completed value, a copy, as lists can be changed in place, and what was given.
-    completed: dict[str, tuple[Any, Any, Any]] = notebook.setdefault("_completed", {})
-    given = {}
-    for name in notebook.keys() & model.model_fields:
-        value, copy, origin = completed.get(name, (None, None, None))
-        same = notebook[name] is value and value == copy
-        given[name] = origin if same else notebook[name]
-    for name, value in model(**given):
-        notebook[name] = value
-        completed[name] = value, deepcopy(value), given[name]
-    if shell := get_ipython():
-        shell.run_line_magic("config", 'InlineBackend.figure_formats = ["svg"]')
-    _style.use_style()
-    # On small matrices threads mostly wait for each other.
-    torch.set_num_threads(1)
-
-
-def _assigned(cells: Sequence[str]) -> set[str]:
-    """List the names that papermill's cell of parameters assigned, the last one that ran."""
+    shell = get_ipython()
+    cells = shell.user_ns.get("In", ()) if shell else ()
     injected = [cell for cell in cells if cell.startswith("# Parameters\n")]
     nodes = ast.parse(injected[-1]).body if injected else []
     return {ast.unparse(node.targets[0]) for node in nodes if isinstance(node, ast.Assign)}
 
 
-def _refuse_unknown(assigned: set[str], known: Sequence[str]) -> None:
-    if unknown := sorted(assigned.difference(known)):
-        near = difflib.get_close_matches(unknown[0], known, 1)
-        remedy = f"did you mean {near[0]}?" if near else ""
-        allowed = f"among {', '.join(known)}"
-        raise InputError("parameters", allowed=allowed, given=", ".join(unknown), remedy=remedy)
+def setup() -> None:
+    """Set up a chapter's figures, and leave torch one thread."""
+    import torch
+    from IPython import get_ipython
+
+    from .figures import _style
+
+    if shell := get_ipython():
+        shell.run_line_magic("config", 'InlineBackend.figure_formats = ["svg"]')
+    _style.use_style()
+    # On small matrices threads mostly wait for each other.
+    torch.set_num_threads(1)
 
 
 class _Quoted(dict[str, str]):

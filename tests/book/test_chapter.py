@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib as mpl
@@ -18,10 +17,9 @@ from conftest import ROOT
 from IPython.core.formatters import DisplayFormatter
 
 from lorapower import InputError, book
-from lorapower.book import RESULTS, claims
+from lorapower.book import claims
 from lorapower.book._executed import read_claims
 
-FILE = "sweeps.sqlite"
 NAN = float("nan")
 
 
@@ -33,18 +31,12 @@ class All(book.Parameters):
     seeds: book.Seeds
     ranks: book.Ranks
     few: list[book.whole(1, 9)]  # type: ignore[valid-type]
-    results: book.Runs
 
 
 RIGHT: dict[str, Any] = {
     **{"profile": "quick", "seed": 0, "width": 16, "depth": 6, "seeds": 2, "ranks": [4, 1]},
-    **{"few": [], "results": ""},
+    **{"few": []},
 }
-
-
-@pytest.fixture(autouse=True)
-def no_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(RESULTS, raising=False)
 
 
 def completed(**changes: object) -> All:
@@ -63,23 +55,6 @@ def test_lists_of_numbers_come_in_any_form(value: object) -> None:
     parameters = completed(ranks=value, few=value)
     assert parameters.ranks == parameters.few == [1, 4]
     assert completed(ranks=4).ranks == completed(ranks="4").ranks == [4]
-
-
-@pytest.mark.parametrize(
-    ("profile", "results", "kept", "folder"),
-    [
-        ("quick", "", "", None),
-        ("paper", "", "", Path("results", FILE)),
-        ("quick", "~/runs", "", Path.home() / "runs" / FILE),
-        ("paper", "", "elsewhere", Path("elsewhere", FILE)),
-        ("quick", "runs/mine", "elsewhere", Path("runs", "mine", FILE)),
-    ],
-)
-def test_results_are_kept_where_they_are_wanted(
-    profile: str, results: str, kept: str, folder: Path | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(RESULTS, kept)
-    assert vars(completed(profile=profile, results=results))["results"] == folder
 
 
 @pytest.mark.parametrize(
@@ -104,63 +79,40 @@ def test_wrong_parameters_are_named(name: str, value: object) -> None:
 
 
 @pytest.fixture
-def notebook(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """The variables of a notebook that declares `All` and has run its cell of parameters."""
-    module = ModuleType("a_notebook")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(All, "__module__", module.__name__)
+def cells(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The cells that ran in a notebook, to which tests add."""
+    ran = ["", "width = 4"]
+    shell = SimpleNamespace(user_ns={"In": ran}, run_line_magic=lambda *_: None)
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    return ran
+
+
+def test_setup_sets_up_figures_and_threads(cells: list[str]) -> None:
     threads = torch.get_num_threads()
-    vars(module).update(RIGHT | {"width": 4, "ranks": []})
-    with mpl.rc_context():
-        yield vars(module)
+    with mpl.rc_context({"svg.hashsalt": None}):
+        torch.set_num_threads(2)
+        book.setup()
+        assert torch.get_num_threads() == 1
+        assert mpl.rcParams["svg.hashsalt"] == "lorapower"
     torch.set_num_threads(threads)
 
 
-def test_setup_completes_the_variables_and_sets_up_figures_and_threads(
-    notebook: dict[str, Any],
-) -> None:
-    torch.set_num_threads(2)
-    mpl.rcParams["svg.hashsalt"] = None
-    book.setup(All)
-    assert notebook["ranks"] == [0, 1, 2, 3, 4]
-    assert notebook["results"] is None
-    assert torch.get_num_threads() == 1
-    assert mpl.rcParams["svg.hashsalt"] == "lorapower"
-
-
-def test_setup_completes_anew_what_was_changed_since(notebook: dict[str, Any]) -> None:
-    notebook["results"] = "runs"
-    for _ in range(2):
-        book.setup(All)
-        assert notebook["results"] == Path("runs", FILE)
-    notebook["width"] = 2
-    book.setup(All)
-    assert notebook["ranks"] == [0, 1, 2]
-    notebook["ranks"] = "1"
-    book.setup(All)
-    assert notebook["ranks"] == [1]
-    notebook |= {"width": 3, "ranks": [], "results": "", "profile": "paper"}
-    book.setup(All)
-    assert notebook["ranks"] == [0, 1, 2, 3]
-    assert notebook["results"] == Path("results", FILE)
-
-
-def test_unknown_names_are_refused_with_those_that_there_are(notebook: dict[str, Any]) -> None:
-    notebook["In"] = ["", "width = 4", "# Parameters\nwdith = 24\nranks = [1]\n", "setup()"]
-    complaint = "among profile, seed, width, .*, results; got wdith: did you mean width?"
+def test_unknown_names_are_refused_with_those_that_there_are(cells: list[str]) -> None:
+    cells += ["# Parameters\nwdith = 24\nranks = [1]\n", "p = All()"]
+    complaint = "among profile, seed, width, .*, few; got wdith: did you mean width?"
     with pytest.raises(InputError, match=complaint):
-        book.setup(All)
+        completed()
     # As in JupyterLab, after the cell was mended and run again.
-    notebook["In"] += ["# Parameters\nwidth = 24\n", "setup()"]
-    book.setup(All)
+    cells += ["# Parameters\nwidth = 24\n", "p = All()"]
+    assert completed(width=24).width == 24
 
 
-def test_what_becomes_a_record_has_the_parameters_of_the_book(notebook: dict[str, Any]) -> None:
-    notebook |= {"profile": "paper", "In": ['# Parameters\nprofile = "paper"\nwidth = 4\n']}
+def test_what_becomes_a_record_has_the_parameters_of_the_book(cells: list[str]) -> None:
+    cells.append('# Parameters\nprofile = "paper"\nwidth = 4\n')
     with pytest.raises(InputError, match=r"parameters must be left as they are .* got width"):
-        book.setup(All)
-    notebook["In"] += ['# Parameters\nprofile = "paper"\n']
-    book.setup(All)
+        completed(profile="paper")
+    cells.append('# Parameters\nprofile = "paper"\n')
+    assert completed(profile="paper").profile == "paper"
 
 
 # What the text quotes

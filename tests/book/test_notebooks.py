@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import matplotlib as mpl
@@ -21,7 +21,6 @@ from conftest import CHAPTERS, ROOT
 from nbformat import NotebookNode
 
 from lorapower import InputError
-from lorapower.book import RESULTS
 
 IMAGES = {"image/png", "image/svg+xml"}
 FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
@@ -85,7 +84,8 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Those of a notebook, without a kernel."""
     module = ModuleType("a_chapter")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.delenv(RESULTS, raising=False)
+    shell = SimpleNamespace(user_ns=vars(module), run_line_magic=lambda *_: None)
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
     threads = torch.get_num_threads()
     with mpl.rc_context():
         yield vars(module)
@@ -109,7 +109,6 @@ def test_a_chapter_declares_its_parameters_and_refuses_bad_values_in_its_first_l
     for line in cell.source.splitlines():
         assert PARAMETER_LINE.fullmatch(line), f"not `name: type = value  # comment`: {line}"
     run_head(notebook, variables)
-    assert variables.get("results") is None
     model, described = variables["Parameters"], papermill.inspect_notebook(chapter)
     assert list(described) == list(model.model_fields)
     assert len(described) == len(cell.source.splitlines())

@@ -23,10 +23,10 @@ from dependencies import beside, code, needs, recorded
 from IPython.core.displaypub import CapturingDisplayPublisher
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import display
+from lorapower._code import digest
 from nbformat import NotebookNode
 from traitlets.config import Config
 
-from lorapower._code import digest
 from lorapower.book.claims import MIME, Claim
 
 PASSED = ROOT / "_build" / "small"

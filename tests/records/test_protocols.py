@@ -12,15 +12,14 @@ import pytest
 
 import records
 from lorapower import InputError
-from lorapower.experiments import sweeps
-from records import again, protocols, tables
+from records import Results, again, protocols, tables
 
 # Rates of these ways on sentences were chosen again.
 AGAIN = [1, 4]
 
 
-def unrun(settings: list[Any]) -> list[sweeps.Results]:
-    return [sweeps.Results() for _ in settings]
+def unrun(settings: list[Any]) -> list[Results]:
+    return [Results() for _ in settings]
 
 
 @pytest.mark.parametrize(("name", "made"), again.MADE.items())
@@ -29,7 +28,7 @@ def test_rows_of_a_table_are_settings(name: str, made: tuple[Any, Callable[..., 
     recorded = records.read(name)
     settings = tables.settings(recorded, made[0])
     assert len({*settings}) == len(recorded)
-    found = sweeps.run(settings, unrun, progress=False).drop(columns=["version", "revision"])
+    found = records.run(settings, unrun, progress=False).drop(columns=["version", "revision"])
     there = [column for column in found if column in recorded]
     # Recipes are columns of tables that have other than the plain one.
     assert {*found} - {*there} <= {"recipe"}

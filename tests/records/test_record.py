@@ -9,12 +9,11 @@ import checkpoint_files as files
 import pytest
 import torch
 from checkpoint_files import Patch
-from loraplan.lab import stream
 
 import records
 from loraplan import Pair, Planner
+from loraplan.lab import stream
 from lorapower import lowrank, randomness
-from lorapower.experiments import sweeps
 from lorapower.networks import Transformer
 from records import neighbours, pairs, parts, plans
 from records.plans import AdapterRun
@@ -31,7 +30,7 @@ def test_adapters_for_tunings_are_measured(tmp_path: Path, monkeypatch: Patch) -
     assert all(pair.change(name).any() for name in pair.modules)
     plans.tune("movies", 3, plans.other(AdapterRun(tuning="a", method="mergekit", asked=1)))
     chosen = [s for s in plans.every("a") if s.asked <= 1 and s.method != "least uniform"]
-    table = sweeps.run(chosen, plans.work, size=1, progress=False)
+    table = records.run(chosen, plans.work, size=1, progress=False)
     table = records.complete(table).set_index("method")
     others = ["mergekit", *neighbours.RULES]
     assert {*table.index} == {*others, "effect of blocks", "effect", "least effect"}

@@ -1,4 +1,4 @@
-"""Records: frozen, validated values, whose errors are this package's own."""
+"""Frozen, validated values, whose errors are this package's own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import InputError
+from ..errors import InputError
 
 
-class Record(BaseModel):
+class Values(BaseModel):
     """Hold settings, results, or the parameters of a chapter; raise `InputError` for wrong ones.
 
     Types are strict, but NumPy's numbers and truth values count as Python's. Numbers are finite.
@@ -28,19 +28,13 @@ class Record(BaseModel):
             raise _translate(error, type(self)) from None
 
     def replace(self, **changes: Any) -> Self:
-        """Make the same record with other values of these fields, checked like a new one."""
+        """Make the same with other values of these fields, checked like new ones."""
         return type(self)(**dict(self) | changes)
 
     def require(self, field: str, fits: bool, allowed: str) -> None:
         """Refuse a field's value unless it fits the others."""
         if not fits:
             raise InputError(field, allowed=allowed, value=getattr(self, field))
-
-
-class Results(Record):
-    """Hold what a run gives: numbers, truth values, texts; numbers may be NaN or infinite."""
-
-    model_config = ConfigDict(allow_inf_nan=True)
 
 
 def _plain(value: Any) -> Any:
@@ -50,18 +44,18 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _translate(error: ValidationError, record: type[BaseModel]) -> InputError:
-    """The `InputError` for a record's first unusable field."""
+def _translate(error: ValidationError, model: type[BaseModel]) -> InputError:
+    """Make the `InputError` for the first unusable field of a model."""
     first, *_ = errors = error.errors(include_url=False)
-    name = str(first["loc"][0]) if first["loc"] else record.__name__
+    name = str(first["loc"][0]) if first["loc"] else model.__name__
     raised = first.get("ctx", {}).get("error")
     if isinstance(raised, InputError):
         return raised
     if first["type"] == "missing":
-        return InputError(name, allowed=f"given to {record.__name__}", given="nothing")
+        return InputError(name, allowed=f"given to {model.__name__}", given="nothing")
     if first["type"] == "extra_forbidden":
-        fields = ", ".join(record.model_fields)
-        return InputError("names", allowed=f"among {fields} (of {record.__name__})", given=name)
+        fields = ", ".join(model.model_fields)
+        return InputError("names", allowed=f"among {fields} (of {model.__name__})", given=name)
     # The types of a union complain one by one.
     field = [one["msg"] for one in errors if one["loc"][:1] == first["loc"][:1]]
     allowed = " or ".join(dict.fromkeys(text.removeprefix("Input should be ") for text in field))

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..adapters import Adapters
-from ..constructions import fitted
-from ..constructions.fitted import FittedAdaptation
-from ..networks.layers import FNN, LinearNetwork
-from ..regions import Ball
-from ..regression import variance as variance_of
-from ..training.engine import train
-from ..training.fused import polish
-from ..training.tuning import Fresh, Tuning
-from .study import Bench, Course, Fitted, Problem
+from lorapower.adapters import Adapters
+from lorapower.book.values import Values
+from lorapower.constructions import fitted
+from lorapower.constructions.fitted import FittedAdaptation
+from lorapower.networks.layers import FNN, LinearNetwork
+from lorapower.regions import Ball
+from lorapower.regression import variance as variance_of
+from lorapower.training.engine import train
+from lorapower.training.fused import polish
+from lorapower.training.tuning import Fresh, Tuning
+from records.methods import (
+    Fitted,
+    Method,
+    TrainingResults,
+    adapt_by,
+    fits_width,
+    measure_on,
+    only_problem,
+)
 
 # The parts of the initial loss at which pretraining stops: of none, and of the study's.
 RANDOM, PRETRAINED = 1.0, 1 / 3
@@ -26,7 +37,7 @@ TEST_SAMPLES = 5000
 CHOOSING = 1000
 
 
-class Synthetic(Problem):
+class Synthetic(Values):
     """Draw a frozen network, a target, and what there is to train on.
 
     ``width``, ``target_depth`` and ``depth`` are ``D``, ``L̄`` and ``L``. ``pretraining`` trains the
@@ -75,12 +86,20 @@ class Synthetic(Problem):
         options: Any = {"samples": self.samples, "seed": self.seed, "purpose": purpose}
         return Fresh(target, (self.width,), **options)
 
-    def bench(self) -> Bench:
-        """Make the networks and the data."""
-        return _Bench(self)
+
+class Run(Values):
+    """Say which method is to solve which problem; raise `InputError` for ranks above the width."""
+
+    problem: Synthetic
+    method: Method
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        fits_width(self, self.problem.width)
+        return self
 
 
-class Errors(Course):
+class Errors(TrainingResults):
     """Hold what a run reaches on 5000 test inputs.
 
     ``error`` is the mean squared error, ``variance`` that of the target's outputs about the mean of
@@ -91,38 +110,37 @@ class Errors(Course):
     variance: float
 
 
-class _Bench(Bench):
-    def __init__(self, problem: Synthetic) -> None:
-        self.problem = problem
-        self.frozen, self.target = problem.start()
-        self.data = problem.data(self.target)
-        self.course = problem.model_dump(include={"steps", "every", "seed"})
-        # Nearly all of the normal inputs are inside.
-        self.region = Ball(problem.width**0.5 + 4)
-        self.fits: dict[Fitted, FittedAdaptation] = {}
-        self.x = self.data.test(TEST_SAMPLES)[0].to(torch.float64)
-        self.y = self.target(self.x)
+def measure(runs: Sequence[Run]) -> list[Errors]:
+    """Measure what each run reaches; raise `InputError` if they have several problems."""
+    problem = only_problem(runs)
+    frozen, target = problem.start()
+    data = problem.data(target)
+    x = data.test(TEST_SAMPLES)[0].to(torch.float64)
+    y = target(x)
+    variance = float(variance_of(y))
+    # Nearly all of the normal inputs are inside.
+    region = Ball(problem.width**0.5 + 4) if isinstance(frozen, FNN) else None
 
-    def adapt(self, method: Any) -> Adapters:
-        """Make adapters by a method without gradients; polished ones start at a fit."""
-        if not isinstance(method, Fitted):
-            return super().adapt(method)
-        x = self._sample("calibration", method.inputs), self._sample("choosing", 2 * CHOOSING)
-        plain = Fitted(ranks=method.ranks, inputs=method.inputs)
-        if plain not in self.fits:
-            region = self.region if isinstance(self.frozen, FNN) else None
-            pair = self.frozen, self.target
-            found = fitted.adapt(*pair, method.ranks, *x, region=region, throw=False)
-            self.fits[plain] = found
-        fit = self.fits[plain]
+    def samples(inputs: int) -> Iterator[Tensor]:
+        for purpose, count in (("calibration", inputs), ("choosing", 2 * CHOOSING)):
+            yield problem.data(target, purpose).test(count)[0].to(torch.float64)
+
+    @cache
+    def fit_plainly(ranks: int, inputs: int) -> FittedAdaptation:
+        options: Any = {"region": region, "throw": False}
+        return fitted.adapt(frozen, target, ranks, *samples(inputs), **options)
+
+    def fit(method: Fitted) -> Adapters:
+        found = fit_plainly(method.ranks, method.inputs)
         if method.polished:
-            fit = polish(fit, *x, iterations=method.iterations, throw=False)
-        return fit.adapters
+            options: Any = {"iterations": method.iterations, "throw": False}
+            found = polish(found, *samples(method.inputs), **options)
+        return found.adapters
 
-    def _sample(self, purpose: str, count: int) -> Tensor:
-        """Inputs that are drawn for one purpose."""
-        return self.problem.data(self.target, purpose).test(count)[0].to(torch.float64)
-
-    def test(self, network: Any, **known: Any) -> Errors:
-        error = (network(self.x) - self.y).square().mean()
-        return Errors(error=float(error), variance=float(variance_of(self.y)), **known)
+    errors = {}
+    methods = [run.method for run in runs]
+    options: Any = problem.model_dump(include={"steps", "every", "seed"})
+    options |= {"region": region, "fit": fit}
+    for method, network, curve in adapt_by(methods, frozen, target, data, **options):
+        errors[method] = Errors(error=measure_on(network, x, y), variance=variance, **curve)
+    return [errors[method] for method in methods]

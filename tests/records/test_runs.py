@@ -1,19 +1,17 @@
-"""Records and sweeps: the table is the same however often a sweep stopped; nothing is lost."""
+"""Values and runs: tables are the same however often a sweep stopped, and old code gives none."""
 
 from __future__ import annotations
 
 import functools
-import importlib
-import linecache
 import math
+import os
 import pickle
 import resource
-import sqlite3
 import subprocess
 import sys
-import types
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from operator import or_
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, Self
@@ -26,39 +24,37 @@ from conftest import ROOT
 from distributed import Client
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
-from lorapower import _code
-from lorapower._records import Record, Results
 from lorapower.errors import InputError, ResultsError
-from lorapower.experiments import digits, sweeps, synthetic
-from lorapower.experiments.study import measure
-from lorapower.experiments.sweeps import grid
+from lorapower.training import Tuning
+from records import Results, Values, grid, run, runs, store, sweep, synthetic
+from records.methods import Construction, Fitted, Trained
 
 
-class Problem(Record):
+class Problem(Values):
     width: int = Field(1, ge=0)
     scale: float = 1.0
     note: str | None = None
 
 
-class Plain(Record):
+class Plain(Values):
     kind: Literal["plain"] = "plain"
     ranks: int | tuple[int, ...] = 1
     biases: bool = True
 
 
-class Fast(Record):
+class Fast(Values):
     kind: Literal["fast"] = "fast"
     rate: float = Field(1e-3, gt=0)
 
 
-class Setting(Record):
+class Setting(Values):
     problem: Problem = Problem()
     method: Annotated[Plain | Fast, Field(discriminator="kind")] = Plain()
 
 
-class Other(Record):
+class Other(Values):
     width: int
 
     @model_validator(mode="after")
@@ -99,7 +95,6 @@ FOUND = st.builds(
     device=st.text(),
     shape=st.lists(BITS64).map(tuple),
 )
-RUN: list[Setting] = []
 
 
 def work(batch: list[Setting]) -> list[Found]:
@@ -130,13 +125,18 @@ def failing(batch: list[Setting]) -> list[Found]:
 
 
 def quiet(*arguments: Any, **options: Any) -> pd.DataFrame:
-    return sweeps.run(*arguments, progress=False, **options)
+    return run(*arguments, progress=False, **options)
+
+
+def kept(path: Path) -> Path:
+    """The file of the only code that keeps runs."""
+    (file,) = path.parent.glob(f"{path.name}.*.partial")
+    return file
 
 
 def count(path: Path) -> int:
     """Finished runs in a file."""
-    with closing(sqlite3.connect(path)) as connection:
-        return int(connection.execute("SELECT count(*) FROM runs").fetchone()[0])
+    return len(kept(path).read_text().splitlines())
 
 
 def same(found: pd.DataFrame, wanted: pd.DataFrame) -> None:
@@ -159,8 +159,8 @@ def same(found: pd.DataFrame, wanted: pd.DataFrame) -> None:
         (Setting, {"method": {"kind": "third"}}, "method"),
     ],
 )
-def test_what_a_record_refuses_is_named_in_one_line(
-    record: type[Record], values: dict[str, Any], name: str
+def test_what_values_refuse_is_named_in_one_line(
+    record: type[Values], values: dict[str, Any], name: str
 ) -> None:
     with pytest.raises(InputError, match=f"^{name} must be ") as caught:
         record(**values)
@@ -168,7 +168,7 @@ def test_what_a_record_refuses_is_named_in_one_line(
     assert caught.value.__cause__ is None
 
 
-def test_records_are_values_of_python_s_own_types() -> None:
+def test_values_are_of_python_s_own_types() -> None:
     ranks: Any = (np.int64(1), np.int32(2))
     found: Any = Plain(ranks=ranks, biases=np.bool_(True))  # type: ignore[arg-type]
     assert found == Plain(ranks=(1, 2))
@@ -234,12 +234,13 @@ def test_a_table_is_what_was_given_bit_by_bit(runs: dict[Setting, Found], size: 
 def test_a_table_is_the_same_after_interruptions(data: st.DataObject) -> None:
     wanted = data.draw(st.lists(st.sampled_from(GRID), min_size=1, unique=True))
     size = data.draw(st.integers(1, 5))
+    cut: Any = st.sampled_from(["", "{", '{"setting": {"pro'])
     done: list[Setting] = []
     left = iter(range(0))
 
     def interrupted(batch: list[Setting]) -> list[Found]:
         # What is done is in the file already, whatever happens to this process.
-        assert count(path) == len(done)
+        assert not done or count(path) == len(done)
         if next(left, None) is None:
             raise KeyboardInterrupt
         done.extend(batch)
@@ -251,6 +252,9 @@ def test_a_table_is_the_same_after_interruptions(data: st.DataObject) -> None:
             left = iter(range(failure))
             with suppress(KeyboardInterrupt):
                 quiet(wanted, interrupted, path, size=size)
+            if done:
+                with kept(path).open("a") as file:  # a crash in the middle of a line
+                    file.write(data.draw(cut))
         left = iter(range(100))
         same(quiet(wanted, interrupted, path, size=size), quiet(wanted, work, size=size))
     assert sorted(done, key=repr) == sorted(wanted, key=repr)
@@ -270,26 +274,23 @@ def test_batches_are_of_one_problem() -> None:
 def test_a_file_keeps_what_is_not_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "new" / "runs.sqlite"
+    path = tmp_path / "runs"
     quiet(GRID, work, path, size=2)
     table = quiet([*GRID[5:2:-1], GRID[5]], work, path)
     assert table.width.tolist() == [s.problem.width for s in (*GRID[5:2:-1], GRID[5])]
     assert capsys.readouterr() == ("", "")
-    assert count(path) == len(GRID)
-    sweeps.run([*GRID, Setting(problem=Problem(width=100))], work, path)
+    run([*GRID, Setting(problem=Problem(width=100))], work, path)
     assert "25/25" in capsys.readouterr().err
     assert count(path) == len(GRID) + 1
 
 
-WORK = "work must be a function that "
+WORK = "work must be a function that returns a list of records.Results"
 
 
 @pytest.mark.parametrize(
     ("settings", "function", "complaint"),
     [
         ([], never, "settings must be a list of at least one"),
-        (GRID[:1], lambda batch: work(batch), f"{WORK}has a name"),
-        (GRID[:1], functools.partial(work), f"{WORK}has a name"),
         (GRID[:1], overlapping, "columns must be of different names; got two width"),
         *(
             (GRID[:2], functools.wraps(work)(lambda batch, out=out: out), WORK)
@@ -302,36 +303,76 @@ def test_what_makes_no_table_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=complaint):
         quiet(settings, function, tmp_path / "runs")
-    assert not (tmp_path / "runs").exists() or count(tmp_path / "runs") == 0
+    assert not [*tmp_path.iterdir()]
     with pytest.raises(InputError, match="width must be a value or a list of at least one"):
         grid(Problem, width=[])
 
 
-def foreign(path: Path) -> None:
-    path.unlink()
-    with closing(sqlite3.connect(path)) as file:
-        file.execute("CREATE TABLE runs (id INTEGER PRIMARY KEY)")
+# A notebook whose function calls another one of its own; it stops after its first batch.
+NOTEBOOK = """
+import sys
+from pathlib import Path
+import records
+from records import runs
+runs.SWEEPS = Path.cwd()
+class Number(records.Values):
+    problem: int
+class Found(records.Results):
+    loss: float
+def helper(number):
+    return {factor} * number
+def work(batch):
+    assert batch[0].problem <= {last}, "stopped"
+    return [Found(loss=helper(one.problem)) for one in batch]
+settings = records.grid(Number, problem=[1, 2, 3])
+table = records.sweep("numbers", settings, work, "paper", protocol="Numbers.")
+print("losses", *table.loss)
+"""
+KERNEL = """
+import sys
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+shell.run_cell(sys.stdin.read(), store_history=True)
+"""
 
 
-@pytest.mark.parametrize(
-    ("make", "problem"),
-    [
-        (lambda path: path.write_bytes(b"mine" * 1000), "cannot be used"),
-        (lambda path: path.write_bytes(path.read_bytes()[:9000]), "cannot be used"),
-        (foreign, "is no file of runs"),
-    ],
-)
-def test_a_file_of_another_kind_or_damaged_is_refused_and_stays(
-    make: Callable[[Path], Any], problem: str, tmp_path: Path
+def losses(folder: Path, factor: int, last: int) -> str:
+    """What a fresh kernel prints of the notebook's losses."""
+    cells = NOTEBOOK.format(factor=factor, last=last)
+    process = subprocess.run(
+        [sys.executable, "-c", KERNEL],
+        input=cells,
+        cwd=folder,
+        env=os.environ | {"IPYTHONDIR": str(folder / "ipython"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ("stopped" in process.stdout) is (last < 3), process.stdout + process.stderr
+    return process.stdout.rpartition("losses")[2].strip()
+
+
+def test_old_results_of_a_notebook_are_never_new_ones(tmp_path: Path) -> None:
+    """Nor when only a function has changed that its function calls, between two kernels."""
+    losses(tmp_path, 1, last=1)
+    assert count(tmp_path / "numbers") == 1
+    assert losses(tmp_path, 100, last=3) == "100.0 200.0 300.0"
+    assert [*tmp_path.glob("numbers*")] == [tmp_path / "numbers.jsonl.gz"]
+
+
+@pytest.mark.parametrize("change", ["", "\nSIZE = 2\n"])
+def test_a_sweep_goes_on_with_the_same_code_alone(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "runs"
-    quiet(GRID, work, path)
-    make(path)
-    before = path.read_bytes()
-    with pytest.raises(ResultsError, match=problem) as caught:
-        quiet(GRID, work, path)
-    assert caught.value.path == path
-    assert path.read_bytes() == before
+    """The code of a program and of this project's packages."""
+    package = tmp_path / "loraplan"
+    package.mkdir()
+    (package / "__init__.py").write_text("SIZE = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = store.digest_code(work)
+    (package / "__init__.py").write_text(f"SIZE = 1\n{change}")
+    assert (store.digest_code(work) == before) is (not change)
+    assert store.digest_code(store.equal) != store.digest_code(work)
 
 
 def test_what_was_kept_survives_a_full_disc(tmp_path: Path) -> None:
@@ -339,112 +380,21 @@ def test_what_was_kept_survives_a_full_disc(tmp_path: Path) -> None:
     table = quiet(GRID, work, path)
     more = grid(Setting, method=grid(Plain, ranks=range(100, 600)))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kept(path).stat().st_size + 100, hard))
     try:
-        with pytest.raises(ResultsError, match=r"cannot be used .* make room"):
+        with pytest.raises(OSError, match="File too large"):
             quiet(more, work, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    same(quiet(GRID, work, path), table)
+    same(quiet(GRID, never, path), table)
     assert len(quiet(more, work, path)) == len(more)
 
 
-CODE = {
-    "unit/__init__.py": "",
-    "unit/made.py": "from lorapower.experiments.sweeps import Results\n"
-    "class Found(Results):\n    loss: float\n"
-    "def work(batch):\n    from . import used\n"
-    "    return [Found(loss=used.ours()) for _ in batch]\n",
-    "unit/used.py": '"""Text."""\nSIZE = 1.0\ndef ours():\n    """Text."""\n    return SIZE\n',
-    "unit/unused.py": "SIZE = 1.0\n",
-}
-
-
-def forget() -> None:
-    importlib.invalidate_caches()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "unit"]:
-        del sys.modules[name]
-
-
-@pytest.fixture
-def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of a package outside of the environment, imported from its source."""
-    (tmp_path / "unit").mkdir()
-    for name, code in CODE.items():
-        (tmp_path / name).write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    yield tmp_path
-    forget()
-
-
-def test_runs_of_other_code_are_done_again(written: Path) -> None:
-    path, losses = written / "runs", []
-    for size in ("1.0", "2.0", "1.0"):
-        (written / "unit/used.py").write_text(CODE["unit/used.py"].replace("1.0", size))
-        forget()
-        losses.append(quiet(GRID[:4], importlib.import_module("unit.made").work, path).loss[0])
-    assert losses == [1.0, 2.0, 1.0]
-    # Runs of the first code were kept, and are not done again.
-    assert count(path) == 8
-
-
-@pytest.mark.parametrize(
-    ("file", "change", "records", "counts"),
-    [
-        ("unit/__init__.py", ("", "import unit.unused\n"), "", True),
-        ("unit/used.py", ("Text", "Other text"), "", False),
-        ("unit/used.py", ("1.0", "(  # of all\n    1.0\n)"), "", False),
-        ("unit/unused.py", ("1.0", "2.0"), "", False),
-        ("unit/unused.py", ("1.0", "2.0"), "unit.unused", True),
-    ],
-)
-def test_only_code_that_a_run_reaches_counts_loaded_already_or_not(
-    file: str, change: tuple[str, str], records: str, counts: bool, written: Path
-) -> None:
-    given = importlib.import_module("unit.made").work, frozenset({records} - {""})
-    fingerprint = functools.partial(sweeps._fingerprint.__wrapped__, *given)
-    before = fingerprint()
-    importlib.import_module("unit.used")
-    assert fingerprint() == before
-    (written / file).write_text(CODE[file].replace(*change))
-    assert (before != fingerprint()) is counts
-
-
-def test_runs_of_this_package_follow_its_imports() -> None:
-    found = {*_code.reach(["lorapower.experiments.synthetic"], sweeps._places("lorapower"))}
-    assert {"lorapower", "lorapower.training.engine", "lorapower._records"} <= found
-    assert not {"lorapower.book", "lorapower.checkpoints", "lorapower.experiments.digits"} & found
-    kinds = [frozenset({module.__name__}) for module in (synthetic, digits)]
-    assert len({sweeps._fingerprint(measure, kind) for kind in kinds}) == 2
-
-
-def test_work_of_a_notebook_counts_with_the_modules_that_it_names(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A notebook's module has no file; its cells' sources are in the cache of lines."""
-    notebook = types.ModuleType("__main__")
-    monkeypatch.setitem(sys.modules, "__main__", notebook)
-
-    def fingerprint(cell: str) -> str:
-        name = f"<cell {cell}>"
-        linecache.cache[name] = len(cell), None, cell.splitlines(keepends=True), name
-        exec(compile(cell, name, "exec"), vars(notebook))
-        return sweeps._fingerprint.__wrapped__(notebook.work)
-
-    head = "from lorapower.experiments import {0}\nfrom lorapower import errors\n"
-    code = head + "def work(batch):\n    return {0}.VECTORS, batch\n"
-    one = fingerprint(code.format("residual"))
-    assert one == fingerprint(code.format("residual") + "    # done\n")
-    assert one != fingerprint(code.format("digits"))
-    assert one != fingerprint(code.format("residual").replace("batch\n", "batch[:]\n"))
-
-
 @contextmanager
-def dask() -> Iterator[None]:
+def dask() -> Iterator[Any]:
     one = {"n_workers": 1, "threads_per_worker": 2, "processes": False, "dashboard_address": None}
-    with Client(**one), joblib.parallel_config("dask"):
-        yield
+    with Client(**one) as client, joblib.parallel_config("dask"):
+        yield client
 
 
 @pytest.mark.parametrize(
@@ -458,52 +408,58 @@ def test_side_by_side_or_on_a_cluster_the_table_is_the_same(
         same(quiet(GRID, work, path, size=3), quiet(GRID, work))
         assert count(path) == len(GRID)
         with pytest.raises(InputError, match="width must be less than 4; got 4"):
-            quiet(GRID, failing, path, size=2)
+            quiet(GRID, failing, path=None, size=2)
 
 
+def test_sweeps_spread_over_the_cluster_of_the_environment(
+    record: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dask() as client:
+        monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", client.scheduler.address)
+        same(swept(profile="paper"), quiet(GRID, work))
+
+
+REPEATED: list[Setting] = []
 SCALE = [1.0]
 
 
 def scaled(batch: list[Setting]) -> list[Found]:
-    RUN.extend(batch)
+    REPEATED.extend(batch)
     return [found.replace(loss=found.loss * SCALE[0]) for found in work(batch)]
 
 
-def recorded(file: Path, settings: list[Setting] = GRID, **options: Any) -> pd.DataFrame:
-    return sweeps.recorded(file, settings, scaled, protocol="All widths.", **options)
+def swept(settings: list[Any] = GRID, profile: str = "quick", **options: Any) -> pd.DataFrame:
+    return sweep("widths", settings, scaled, profile, protocol="All widths.", **options)
 
 
 @pytest.fixture
-def record(tmp_path: Path) -> Path:
+def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A record of all runs, the only file in its folder."""
-    file = tmp_path / "new" / "widths.jsonl.gz"
-    same(recorded(file, again=True), quiet(GRID, work))
-    RUN.clear()
-    return file
+    monkeypatch.setattr(runs, "SWEEPS", tmp_path)
+    monkeypatch.setattr("lorapower.book.THREADS", 1)
+    same(swept(profile="paper"), quiet(GRID, work))
+    REPEATED.clear()
+    assert [*tmp_path.iterdir()] == [tmp_path / "widths.jsonl.gz"]
+    return tmp_path / "widths.jsonl.gz"
 
 
 def test_of_a_record_some_runs_are_repeated(
     record: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    same(recorded(record, repeat=[5, -1]), quiet(GRID, work))
-    assert RUN == [GRID[5], GRID[-1]]
-    same(recorded(record, repeat=()), quiet(GRID, work))
+    same(swept(repeat=[5, -1]), quiet(GRID, work))
+    assert REPEATED == [GRID[5], GRID[-1]]
+    same(swept(repeat=()), quiet(GRID, work))
     # Of a part nothing is repeated, as another run may stand where the page chose one.
-    same(recorded(record, GRID[7:2:-2]), quiet(GRID[7:2:-2], work))
-    assert len(RUN) == 2
+    same(swept(GRID[7:2:-2]), quiet(GRID[7:2:-2], work))
+    assert len(REPEATED) == 2
     ends = ["2 of them, repeated now, are equal.", "none can be repeated here."]
     ends.append("21 others are left out, and nothing was repeated.")
-    said = " ".join(capsys.readouterr().out.split())
-    runs = [
+    printed = " ".join(capsys.readouterr().out.split())
+    begins = [
         f"All widths. {n} runs, 0.0 s of a processor, read from a record; " for n in (24, 24, 3)
     ]
-    assert said == " ".join(map(str.__add__, runs, ends))
-    before = record.read_bytes()
-    with pytest.raises(InputError, match="settings must be all recorded ones; got 23 of 24"):
-        recorded(record, GRID[1:], again=True)
-    assert record.read_bytes() == before
-    assert [*record.parent.iterdir()] == [record]
+    assert printed == " ".join(map(str.__add__, begins, ends))
 
 
 @pytest.mark.parametrize("scale", [1 + 1e-4, math.nan])
@@ -511,20 +467,84 @@ def test_a_record_falls_with_the_code_that_made_it(
     scale: float, record: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"{__name__}.SCALE", [1 + 1e-7])
-    recorded(record, repeat=5)
+    swept(repeat=5)
     monkeypatch.setattr(f"{__name__}.SCALE", [scale])
     with pytest.raises(ResultsError, match=r"holds loss = 0\.14\d* .* make book PROFILE=paper"):
-        recorded(record, repeat=5)
+        swept(repeat=5)
 
 
 def test_settings_without_a_record_all_run(
     record: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = [Setting(problem=Problem(width=7)), *GRID]
-    path = record.parent / "runs"
-    same(recorded(record, more, path=path), quiet(more, work))
-    assert len(RUN) == len(more)
-    assert count(path) == len(more)
+    before = record.read_bytes()
+    same(swept(more), quiet(more, work))
+    assert len(REPEATED) == len(more)
+    assert [*record.parent.iterdir()] == [record]
+    assert record.read_bytes() == before
     shown = capsys.readouterr()
     assert shown.out.endswith("Not all of these runs are in a record: 25 start now.\n")
     assert "25/25" in shown.err
+
+
+@functools.cache
+def with_field(kind: type[Any]) -> type[Any]:
+    """The same kind of values with one more field, which has a default."""
+    return create_model(kind.__name__, __base__=kind, added=(int, 0))
+
+
+def setting_of(problem: Any, *methods: Any) -> type[Any]:
+    """Settings of a problem and one of some methods."""
+    fields: Any = {"problem": (problem, ...), "method": (functools.reduce(or_, methods), ...)}
+    return create_model("Setting", __base__=Values, **fields)
+
+
+def test_a_record_is_found_by_what_differs_from_defaults(record: Path) -> None:
+    newer = setting_of(Problem, with_field(Plain), with_field(Fast))
+    problem = grid(Problem, width=range(6))
+    method = grid(with_field(Plain), ranks=[2, (2, 4, 8)])
+    method += grid(with_field(Fast), rate=[0.5, 0.25])
+    table = swept(grid(newer, problem=problem, method=method), repeat=())
+    same(table.drop(columns="added"), quiet(GRID, work))
+    # Runs with another value, also of a default that has changed, are not those of the record.
+    first = newer(problem=problem[0], method=method[0])
+    found = store.read_record(record, newer)
+    assert first in found
+    assert first.replace(method=method[0].replace(added=2)) not in found
+    changed = create_model("Plain", __base__=Plain, biases=(bool, False))
+    other = setting_of(Problem, changed, Fast)
+    found = store.read_record(record, other)
+    assert other(problem=problem[0], method=changed(ranks=2)) not in found
+    assert other(problem=problem[0], method=changed(ranks=2, biases=True)) in found
+    # What cannot be read as such settings is none of them.
+    assert all(isinstance(key, str) for key in store.read_record(record, synthetic.Run))
+
+
+class NewTrained(Trained):
+    """Training as it may once be."""
+
+    optimizer: Literal["adam"] = "adam"
+
+    def tuning(self) -> Tuning:
+        return Trained(**self.model_dump(exclude={"optimizer"})).tuning()
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("fitted", 100), ("stall", 960), ("training-linear", 101), ("training-stall", 141)],
+)
+def test_a_new_field_with_a_default_loses_no_recorded_run(name: str, number: int) -> None:
+    problem = with_field(synthetic.Synthetic)
+    newer = setting_of(problem, Construction, Fitted, NewTrained)
+    file = runs.SWEEPS / f"{name}.jsonl.gz"
+    recorded, found = (store.read_record(file, kind) for kind in (synthetic.Run, newer))
+    assert len(found) == len(recorded)
+    trained = 0
+    for setting, row in recorded.items():
+        assert isinstance(setting, synthetic.Run)
+        method: Any = setting.method
+        if isinstance(method, Trained):
+            trained += 1
+            method = NewTrained(**dict(method))
+        assert found[newer(problem=problem(**dict(setting.problem)), method=method)] == row
+    assert trained == number

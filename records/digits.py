@@ -8,24 +8,34 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..adapters import Adapters
-from ..bounds.layers import fnn_threshold
-from ..constructions.fitted import nearest
-from ..constructions.fused import fuse
-from ..networks.layers import FNN
-from ..randomness import generator
-from ..regions import Box
-from ..regression import variance as variance_of
-from ..training.engine import train
-from ..training.tuning import Fixed, Labelled, Tuning
-from .study import Bench, Course, Fitted, Problem
+from lorapower.adapters import Adapters
+from lorapower.book.values import Values
+from lorapower.bounds.layers import fnn_threshold
+from lorapower.constructions.fitted import nearest
+from lorapower.constructions.fused import fuse
+from lorapower.networks.layers import FNN
+from lorapower.randomness import generator
+from lorapower.regions import Box
+from lorapower.regression import variance as variance_of
+from lorapower.training.engine import train
+from lorapower.training.tuning import Fixed, Labelled, Tuning
+from records.methods import (
+    Fitted,
+    Method,
+    TrainingResults,
+    adapt_by,
+    fits_width,
+    measure_on,
+    only_problem,
+)
 
 SIDE, CLASSES = 8, 10
 PIXELS = SIDE**2
@@ -68,7 +78,7 @@ def _task(angle: float, seed: int) -> list[Labelled]:
     return [(pictures[part].flatten(1).mT, classes[part]) for part in order.split([*SIZES])]
 
 
-class Digits(Problem):
+class Digits(Values):
     """Make a frozen network and a target, trained on digits or drawn, and data to adapt it with.
 
     Networks have width 64 and ten outputs. The frozen network has ``depth`` layers and is
@@ -77,20 +87,12 @@ class Digits(Problem):
     ``pretraining`` steps, those of adapters have ``steps``. Fits are to the training images.
     """
 
-    width: ClassVar[int] = PIXELS
-
     depth: int = Field(2, ge=DEPTH, le=16)
     start: Literal["pretrained", "random"] = "pretrained"
     angle: float = Field(90.0, ge=-360, le=360)
     pretraining: int = Field(500, ge=EVERY)
     steps: int = Field(1000, ge=EVERY)
     seed: int = Field(0, ge=0)
-
-    def require_fit(self, method: Any) -> None:
-        super().require_fit(method)
-        if isinstance(method, Fitted):
-            usual = method == Fitted(ranks=method.ranks)
-            method.require("inputs", usual, "left out, as all options of a fit to images")
 
     def networks(self) -> tuple[FNN, FNN]:
         """Make the frozen network and the target, in double precision."""
@@ -100,9 +102,20 @@ class Digits(Problem):
             frozen = _drawn(self.depth, self.seed, "random")
         return frozen, _target(self.angle, self.seed, self.pretraining)
 
-    def bench(self) -> Bench:
-        """Make the networks and the data."""
-        return _Bench(self)
+
+class Run(Values):
+    """Say which method is to solve which problem; raise `InputError` if they do not fit."""
+
+    problem: Digits
+    method: Method
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        fits_width(self, PIXELS)
+        if isinstance(self.method, Fitted):
+            usual = self.method == Fitted(ranks=self.method.ranks)
+            self.method.require("inputs", usual, "left out, as all options of a fit to images")
+        return self
 
 
 @functools.cache
@@ -133,7 +146,7 @@ def _train(network: FNN, task: list[Labelled], seed: int, steps: int, purpose: s
     return train(network, [tuning], data, **options).network[0].to(torch.float64)
 
 
-class Readings(Course):
+class Readings(TrainingResults):
     """Hold what a run reaches on the test images.
 
     ``accuracy`` is the share of images whose digit has the largest logit, ``error`` the mean
@@ -147,38 +160,32 @@ class Readings(Course):
     threshold: int
 
 
-class _Bench(Bench):
-    region = Box(0.0, 1.0)  # of all possible images
+def measure(runs: Sequence[Run]) -> list[Readings]:
+    """Measure what each run reaches; raise `InputError` if they have several problems."""
+    problem = only_problem(runs)
+    frozen, target = problem.networks()
+    images, validation, (x, classes) = _task(problem.angle, problem.seed)
+    x, region = x.to(torch.float64), Box(0.0, 1.0)  # of all possible images
+    y = target(x)
+    variance = float(variance_of(y))
+    known: Any = {"target_accuracy": _accuracy(y, classes)}
+    known["threshold"] = int(fnn_threshold(frozen, target))
 
-    def __init__(self, problem: Digits) -> None:
-        self.frozen, self.target = problem.networks()
-        self.images, validation, (x, self.y) = _task(problem.angle, problem.seed)
-        self.data = Fixed(self.images, validation, samples=BATCH, seed=problem.seed)
-        self.course = {"steps": problem.steps, "every": EVERY, "classes": range(CLASSES)}
-        self.course["seed"] = problem.seed
-        self.x = x.to(torch.float64)
-        self.wanted = self.target(self.x)
-        self.variance = variance_of(self.wanted)
-        self.threshold = int(fnn_threshold(self.frozen, self.target))
+    def fit(method: Fitted) -> Adapters:
+        fused = fuse(frozen, target, method.ranks)
+        return fused.carry_back(nearest(fused, images[0]), region, throw=False).adapters
 
-    def adapt(self, method: Any) -> Adapters:
-        """Make adapters by a method without gradients."""
-        if not isinstance(method, Fitted):
-            return super().adapt(method)
-        fused = fuse(self.frozen, self.target, method.ranks)
-        adapters = nearest(fused, self.images[0])
-        return fused.carry_back(adapters, self.region, throw=False).adapters
+    readings = {}
+    methods = [run.method for run in runs]
+    data = Fixed(images, validation, samples=BATCH, seed=problem.seed)
+    options: Any = {"steps": problem.steps, "every": EVERY, "classes": range(CLASSES)}
+    options |= {"seed": problem.seed, "region": region, "fit": fit}
+    for method, network, curve in adapt_by(methods, frozen, target, data, **options):
+        error = measure_on(network, x, y) / variance
+        accuracy = _accuracy(network(x), classes)
+        readings[method] = Readings(accuracy=accuracy, error=error, **known, **curve)
+    return [readings[method] for method in methods]
 
-    def test(self, network: Any, **known: Any) -> Readings:
-        logits = network(self.x)
-        error = float((logits - self.wanted).square().mean() / self.variance)
-        return Readings(
-            accuracy=self._accuracy(logits),
-            error=error,
-            target_accuracy=self._accuracy(self.wanted),
-            threshold=self.threshold,
-            **known,
-        )
 
-    def _accuracy(self, logits: Tensor) -> float:
-        return float((logits.argmax(0) == self.y).double().mean())
+def _accuracy(logits: Tensor, classes: Tensor) -> float:
+    return float((logits.argmax(0) == classes).double().mean())
