@@ -138,14 +138,14 @@ def test_candidates_cost_no_more_than_asked(planner: Planner) -> None:
 
 def test_each_module_alone(planner: Planner) -> None:
     """A little of its change is lost as predicted, where biases make up for what they can."""
-    names, gains = [*planner.modules], torch.ones(len(planner._pool.costs), dtype=torch.float64)
-    nothing = planner.losses(planner._with_gains(gains))
+    names, gains = [*planner.modules], torch.ones(len(planner.pool.costs), dtype=torch.float64)
+    nothing = planner.losses(planner.with_gains(gains))
     assert nothing.keys() == planner.modules.keys()
     assert max(nothing.values()) < 1e-5
     for name in (names[0], names[-1]):
         some = gains.clone()
-        some[planner._pool.places[name]] = 0.9
-        adapter = planner._with_gains(some)
+        some[planner.pool.places[name]] = 0.9
+        adapter = planner.with_gains(some)
         lost = planner.losses(adapter)
         assert lost[name] == pytest.approx(planner.error(adapter), rel=0.1)
         assert max(lost[other] for other in names if other != name) < 1e-5 < lost[name]

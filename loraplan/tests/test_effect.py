@@ -131,7 +131,7 @@ def tuned(folder: Path, architecture: str, max_rank: int, **options: Any) -> Pla
 
 def moved(planner: Planner, gains: torch.Tensor) -> Any:
     """A whole network with the tuned weights, but other gains of the pool's directions."""
-    network = planner.pair.network(planner._with_gains(gains - 1))
+    network = planner.pair.network(planner.with_gains(gains - 1))
     with torch.no_grad():
         for name, module in planner.modules.items():
             rest, place = planner.pair.change(name), network.get_submodule(name)
@@ -177,7 +177,7 @@ def test_slopes_are_differences_of_what_is_lost(
                 logits = torch.cat([*readout.network.logits(other)], -1)
                 target = logits - logits.mean(-1, keepdim=True)
             targets.append(target)
-    gains = torch.ones(len(planner._pool.costs), dtype=torch.float64)
+    gains = torch.ones(len(planner.pool.costs), dtype=torch.float64)
     slopes_of = planner._slopes(planner.modules)
 
     def towards(i: int, values: torch.Tensor) -> list[torch.Tensor]:
@@ -189,7 +189,7 @@ def test_slopes_are_differences_of_what_is_lost(
     slopes = (
         torch.cat(slopes_of.take(planner._decompose, towards, seed=0)[: len(fit)]).sum(0) / texts
     )
-    words = [planner._pool.places[name].start for name in planner.pair.words]
+    words = [planner.pool.places[name].start for name in planner.pair.words]
     assert words
     assert planner.modules.keys() > planner.pair.words.keys()
     for d in [*slopes.abs().argsort(descending=True)[:3].tolist(), *words]:

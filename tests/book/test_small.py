@@ -23,8 +23,8 @@ from dependencies import beside, code, needs, recorded
 from IPython.core.displaypub import CapturingDisplayPublisher
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import display
-from lorapower._code import digest
 from nbformat import NotebookNode
+from reach import digest
 from traitlets.config import Config
 
 from lorapower.book.claims import MIME, Claim

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from loraplan import Module, Pair, save_peft
+from loraplan.lab import LowRank
 from lorapower import lowrank, randomness
-from lorapower.lowrank import SVD, LowRank
+from lorapower.lowrank import SVD
 from records import neighbours
 
 # Ranks by each tool's number, as its source defines them.

@@ -15,7 +15,8 @@ from ._errors import InputError
 
 def integer(name: str, value: Any, low: int, high: int = sys.maxsize, *, limit: str = "") -> int:
     """Read an integer between ``low`` and ``high``; ``limit`` says what ``high`` is."""
-    if isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if whole and low <= value <= high:
         return int(value)
     allowed = f"an integer from {low}" + (f" to {high}" if high != sys.maxsize else "")
     raise InputError(name, allowed=f"{allowed} ({limit})" if limit else allowed, value=value)

@@ -12,7 +12,7 @@ import checkpoint_files as files
 import pytest
 import transformers
 
-from loraplan import _randomness
+from lorapower import randomness
 from records import language, texts
 from records.texts import Examples
 
@@ -55,6 +55,6 @@ def save_llama(folder: Path) -> str:
     tokenizer.save_pretrained(folder)
     sizes: dict[str, Any] = files.SIZES | files.DECODER | SIZES | {"pad_token_id": None}
     config = transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes)
-    with _randomness.seeded(0, "Llama"):
+    with randomness.seeded(0, "Llama"):
         transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
