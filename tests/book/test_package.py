@@ -22,7 +22,12 @@ MODULES = sorted((ROOT / "lorapower").rglob("*.py"))
 # Chapters with code in their text, most of it in solutions of exercises.
 CODED = [c for c in CHAPTERS if c.stem[0].isdigit() and "```python" in c.read_text("utf-8")]
 DOCUMENTS = [ROOT / "README.md", ROOT / "chapters" / "reference" / "examples.md", *CHAPTERS]
-FIRST = [ROOT / "README.md", ROOT / "index.md", ROOT / "chapters" / "quickstart.md"]
+FIRST = [
+    ROOT / "README.md",
+    ROOT / "loraplan" / "README.md",
+    ROOT / "index.md",
+    ROOT / "chapters" / "quickstart.md",
+]
 CODE = re.compile(r"^( *)```python\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
 
@@ -79,7 +84,7 @@ def test_commands_of_the_text_exist() -> None:
 def test_commands_that_are_shown_are_understood(page: Path) -> None:
     commands = typer.main.get_command(_command.app).commands  # type: ignore[attr-defined]
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")  # lines that go on
-    lines = re.findall(r"^lorapower (.*)$", text, re.MULTILINE)
+    lines = re.findall(r"^loraplan (.*)$", text, re.MULTILINE)
     assert lines
     for line in lines:
         name, *arguments = shlex.split(line, comments=True)
