@@ -61,8 +61,8 @@ def _turn(
     places = torch.nn.functional.affine_grid(
         matrix.expand(len(pictures), 2, 3), [len(pictures), 1, SIDE, SIDE], align_corners=False
     )
-    found = torch.nn.functional.grid_sample(pictures[:, None], places, align_corners=False)
-    return (256 * found[:, 0]).round().clamp(0, 256) / 256
+    turned = torch.nn.functional.grid_sample(pictures[:, None], places, align_corners=False)
+    return (256 * turned[:, 0]).round().clamp(0, 256) / 256
 
 
 @functools.cache
@@ -70,10 +70,10 @@ def _task(angle: float, seed: int) -> list[Labelled]:
     """The digits turned by an angle, split in three by the seed alone; inputs are the pixels."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
+    digits = load_digits()
     # From 0 (paper) to 1 (ink).
-    pictures = _turn(torch.from_numpy(found.images / 16).to(torch.float32), angle)
-    classes = torch.from_numpy(found.target)
+    pictures = _turn(torch.from_numpy(digits.images / 16).to(torch.float32), angle)
+    classes = torch.from_numpy(digits.target)
     order = torch.randperm(len(classes), generator=generator(seed, "split"))
     return [(pictures[part].flatten(1).mT, classes[part]) for part in order.split([*SIZES])]
 

@@ -73,9 +73,9 @@ def read_partial(file: Path, kind: type[S]) -> dict[S | str, Row]:
     if not file.is_file():
         return {}
     written = file.read_bytes()
-    whole = written[: written.rfind(b"\n") + 1]
-    os.truncate(file, len(whole))
-    return _read(whole.decode().splitlines(), kind)
+    complete = written[: written.rfind(b"\n") + 1]
+    os.truncate(file, len(complete))
+    return _read(complete.decode().splitlines(), kind)
 
 
 def append(file: Path, rows: Mapping[S, Row]) -> None:

@@ -131,11 +131,11 @@ def measure(runs: Sequence[Run]) -> list[Errors]:
         return fitted.adapt(frozen, target, ranks, *samples(inputs), **options)
 
     def fit(method: Fitted) -> Adapters:
-        found = fit_plainly(method.ranks, method.inputs)
+        adaptation = fit_plainly(method.ranks, method.inputs)
         if method.polished:
             options: Any = {"iterations": method.iterations, "throw": False}
-            found = polish(found, *samples(method.inputs), **options)
-        return found.adapters
+            adaptation = polish(adaptation, *samples(method.inputs), **options)
+        return adaptation.adapters
 
     errors = {}
     methods = [run.method for run in runs]

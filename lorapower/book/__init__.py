@@ -148,10 +148,10 @@ def quote(name: str, value: Any, *, digits: int | None = None) -> None:
     quoted[name] = text = repr(value) if digits is None else claims.number(value, digits)
     shown = Markdown("")
     shown.data = text  # given at once, it would be read as a file where one has this name
-    forms, about = format_display_data(value if digits is None else shown)
+    forms, metadata = format_display_data(value if digits is None else shown)
     glue = _executed.GLUE
-    about |= {"scrapbook": {"name": name, "mime_prefix": glue}}
-    display({f"{glue}{kind}": form for kind, form in forms.items()}, metadata=about, raw=True)
+    metadata |= {"scrapbook": {"name": name, "mime_prefix": glue}}
+    display({f"{glue}{kind}": form for kind, form in forms.items()}, metadata=metadata, raw=True)
 
 
 def median(values: ArrayLike, axis: int | None = None) -> Any:

@@ -365,8 +365,9 @@ def test_a_sweep_goes_on_with_the_same_code_alone(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The code of a program and of this project's packages."""
-    package = tmp_path / "loraplan"
+    package = tmp_path / "a_package_of_the_project"
     package.mkdir()
+    monkeypatch.setattr(store, "_PACKAGES", (package.name,))
     (package / "__init__.py").write_text("SIZE = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     before = store.digest_code(work)
