@@ -62,7 +62,7 @@ def name(file: Path) -> str:
 def main() -> None:
     tool, every = needs(ROOT / "tools" / "execute.py"), set[Path]()
     # Appendices take longer than most: they go first.
-    chapters = sorted((ROOT / "chapters").glob("*.ipynb"), reverse=True)
+    chapters = sorted((ROOT / "chapters").glob("*-*.ipynb"), reverse=True)
     print("executed :=", *(f"$(out)/chapters/{path.name}" for path in chapters))
     for path in chapters:
         modules = [*tool, *needs(path)]
