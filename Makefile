@@ -100,8 +100,9 @@ style: $(ready)
 	$(bin)/ruff format --check
 	$(bin)/mypy
 	$(bin)/lint-imports
-	cd loraplan && $(abspath $(bin))/mypy && $(abspath $(bin))/lint-imports
 	$(bin)/deptry . tools tools/extensions tests loraplan/tests
+	cd loraplan && export PATH=$(abspath $(bin)):$$PATH \
+		&& mypy && lint-imports && deptry src tests
 
 new: ## make the next chapter from the template: NAME=15-name
 	@'$(PYTHON)' tools/new.py '$(NAME)'
