@@ -32,10 +32,8 @@ def new(name: str) -> str:
     if (ROOT / chapter).exists():
         sys.exit(f"{chapter} exists: choose another NAME, or remove it")
     template = (ROOT / "chapters" / "TEMPLATE.ipynb").read_text(encoding="utf-8")
-    text = template.replace("TEMPLATE", name.partition("-")[2])
-    (ROOT / chapter).write_text(text, encoding="utf-8")
-    last = lines[listed[-1]]
-    lines.insert(listed[-1] + 1, re.sub(r"chapters/.*", f"chapters/{name}", last))
+    (ROOT / chapter).write_text(template.replace("TEMPLATE", name.partition("-")[2]), "utf-8")
+    lines.insert(listed[-1] + 1, re.sub(r"chapters/.*", f"chapters/{name}", lines[listed[-1]]))
     contents.write_text("".join(lines), encoding="utf-8")
     return _NEXT.format(chapter=chapter)
 
