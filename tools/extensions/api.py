@@ -37,7 +37,7 @@ def public(module: Any) -> list[str]:
     if names := getattr(module, "__all__", None):
         return [name for name in names if _place(getattr(module, name))]
     places = {name: _place(value) for name, value in vars(module).items() if name[0] != "_"}
-    return [name for name, place in places.items() if place.startswith(f"{module.__name__}.")]
+    return [name for name, place in places.items() if place == f"{module.__name__}.{name}"]
 
 
 def _place(value: Any) -> str:
