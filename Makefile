@@ -56,7 +56,7 @@ ready := $(VENV)/.ready
 package := $(shell find lorapower loraplan/src/loraplan records -type f ! -name "*.pyc" ! -name "*.partial")
 # What `loraplan example` makes is made once, for all chapters that ask for it.
 pair    := _build/pair/0
-paired  := $(notdir $(shell grep -lE 'records import .*(pairs|examples)' chapters/*.ipynb))
+paired  := $(notdir $(shell grep -lE 'records import .*(pairs|examples)' chapters/*-*.ipynb))
 pages   := index.md references.bib _config.yml _toc.yml \
 	$(shell find tools/extensions _static chapters -type f \
 	! -name '*.ipynb' ! -name '*.pyc' ! -name front.svg ! -path '*/.*')
@@ -67,7 +67,7 @@ export IPYTHONDIR := $(CURDIR)/_build/ipython
 # run. Must be set before torch is imported.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help book test behaviour check nightly style chapter lab serve pdf tidy clean distclean
+.PHONY: help book test behaviour check nightly style new chapter lab serve pdf tidy clean distclean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -100,8 +100,12 @@ style: $(ready)
 	$(bin)/ruff format --check
 	$(bin)/mypy
 	$(bin)/lint-imports
-	cd loraplan && $(abspath $(bin))/mypy && $(abspath $(bin))/lint-imports
 	$(bin)/deptry . tools tools/extensions tests loraplan/tests
+	cd loraplan && export PATH=$(abspath $(bin)):$$PATH \
+		&& mypy && lint-imports && deptry src tests
+
+new: ## make the next chapter from the template: NAME=15-name
+	@'$(PYTHON)' tools/new.py '$(NAME)'
 
 chapter: $(ready) ## run and open one: NAME=07 ARGS='-p width 24'
 	@$(if $(filter 1,$(words $(wildcard chapters/$(NAME)*.ipynb))),,echo 'name a chapter: NAME=07' >&2; exit 2;) \
@@ -161,7 +165,7 @@ endif
 endif
 
 _build/chapters.mk: tools/dependencies.py tools/execute.py $(package) \
-		$(wildcard chapters/*.ipynb) chapters $(ready)
+		$(wildcard chapters/*-*.ipynb) chapters $(ready)
 	@mkdir -p $(@D)
 	@$(bin)/python tools/dependencies.py >$@
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
+CHAPTERS = sorted((ROOT / "chapters").glob("*-*.ipynb"))
 Make = Callable[..., "subprocess.Popen[str]"]
 
 # No limit on the time of one example: the machine may be busy. Where runs draw the same examples,

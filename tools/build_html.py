@@ -38,7 +38,7 @@ def stage(executed: Path, target: Path) -> None:
         shutil.copytree(ROOT / folder, target / folder, ignore=ignore)
     for file in _FILES:
         shutil.copy(ROOT / file, target)
-    for notebook in sorted((ROOT / "chapters").glob("*.ipynb")):
+    for notebook in sorted((ROOT / "chapters").glob("*-*.ipynb")):
         chapter, chapters = executed / notebook.name, target / "chapters"
         shutil.copy(chapter, chapters)
         shutil.copy(chapter.with_suffix(".json"), chapters)

@@ -146,8 +146,8 @@ def main(source: Path, target: Path, profile: str, jobs: int, reworded: bool) ->
         return 1
     seconds = (time.time_ns() - started) / 1e9
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    machine = f"{os.cpu_count()} processors ({platform.machine()}), {memory:.0f} GiB of memory"
-    machine = f"{machine}, {platform.system()}"
+    processors = f"{os.cpu_count()} processors ({platform.machine()})"
+    machine = f"{processors}, {memory:.0f} GiB of memory, {platform.system()}"
     about = {"profile": profile, "machine": machine, "seconds": seconds}
     target.with_suffix(".json").write_text(json.dumps(about), encoding="utf-8")
     os.utime(partial, ns=(started, started))

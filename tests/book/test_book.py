@@ -115,7 +115,8 @@ def plain(text: str | Tag) -> str:
 
 
 def test_every_module_of_the_package_has_a_place() -> None:
-    shown = [module.partition(".")[2] for modules in PACKAGE.values() for module in modules]
+    modules = [module for modules in PACKAGE.values() for module in modules]
+    shown = [name.partition(".")[2] for name in modules if name.startswith("lorapower.")]
     top = {path.stem for path in (ROOT / "lorapower").iterdir() if not path.name.startswith("_")}
     index = (REFERENCE / "index.rst").read_text()
     listed = {name.split(".")[0] for name in re.findall(r"(?m)^   ([\w.]+)$", index)}
@@ -221,7 +222,7 @@ def test_quick_start_shows_every_command_and_its_output(book: Path) -> None:
     outputs = [block.get_text() for block in page.select("article div.terminal pre")]
     for name in ("plan", "extract", "check", "shrink"):
         # Of plans the last asks for an error; the first lists prices.
-        *_, at = (k for k, text in enumerate(blocks) if text.startswith(f"lorapower {name} "))
+        *_, at = (k for k, text in enumerate(blocks) if text.startswith(f"loraplan {name} "))
         assert blocks[at + 1] in outputs
         found = re.search(r"Estimate +([\d.]+)% lost over all \d+ texts", blocks[at + 1])
         assert found

@@ -11,9 +11,12 @@ from typing import Any
 import execute
 import nbformat
 import pytest
-from conftest import ROOT, Make
+from conftest import CHAPTERS, ROOT, Make
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from sphinx_external_toc.parsing import parse_toc_yaml
+
+from lorapower.book._executed import read_claims
 
 Tool = Callable[..., tuple[Any, Any]]
 
@@ -252,6 +255,58 @@ def test_failing_chapter_leaves_no_finished_file(
     assert status == 1
     assert all(reason in said for reason in [*reasons, str(failed)])
     assert list(target.parent.iterdir()) == [failed]
+
+
+NUMBERED = [path.stem for path in CHAPTERS if path.stem[0].isdigit()]
+LAST, NEXT = NUMBERED[-1], f"{len(NUMBERED) + 1:02}-low-rank"
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A folder with what `make new` reads."""
+    for name in ("Makefile", "_toc.yml", "tools/new.py", "chapters/TEMPLATE.ipynb"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def test_a_new_chapter_is_listed_and_runs(
+    copied: Path, run_make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = run_make(copied, "new", f"NAME={NEXT}")
+    assert f"make _build/quick/chapters/{NEXT}.ipynb" in process.communicate(timeout=60)[0]
+    made = copied / "chapters" / f"{NEXT}.ipynb"
+    assert "TEMPLATE" not in made.read_text()
+    before, after = ([*parse_toc_yaml(folder / "_toc.yml")] for folder in (ROOT, copied))
+    after.remove(f"chapters/{NEXT}")
+    assert after == before
+    monkeypatch.setenv("IPYTHONDIR", str(copied / "ipython"))
+    target = copied / "executed" / made.name
+    assert execute.main(made, target, "quick", 1, False) == 0
+    assert [claim.holds for claim in read_claims(target)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("", "NAME must be a number or a capital"),
+        ("low-rank", "NAME must be a number or a capital"),
+        ("../15-up", "NAME must be a number or a capital"),
+        (LAST, f"NAME must begin with {NEXT[:2]}-, which is the next"),
+        ("A-again", "which is the next"),
+        (NEXT, f"chapters/{NEXT}.ipynb exists"),
+    ],
+)
+def test_a_chapter_of_a_bad_or_taken_name_is_refused(
+    copied: Path, run_make: Make, name: str, reason: str
+) -> None:
+    taken = copied / "chapters" / f"{NEXT}.ipynb"
+    taken.write_text("mine")
+    process = run_make(copied, "new", f"NAME={name}")
+    assert reason in process.communicate(timeout=60)[0]
+    assert process.returncode
+    assert taken.read_text() == "mine"
+    assert (copied / "_toc.yml").read_bytes() == (ROOT / "_toc.yml").read_bytes()
 
 
 def test_new_words_repeat_no_run(run_tool: Tool, tmp_path: Path) -> None:

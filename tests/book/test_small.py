@@ -7,6 +7,7 @@ or the data beside one. A page without other sizes is left to the book, which ha
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import sys
@@ -24,7 +25,6 @@ from IPython.core.displaypub import CapturingDisplayPublisher
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import display
 from nbformat import NotebookNode
-from reach import digest
 from traitlets.config import Config
 
 from lorapower.book.claims import MIME, Claim
@@ -65,16 +65,11 @@ def cells(notebook: NotebookNode) -> Iterator[str]:
 def digested(chapter: Path) -> str:
     """Digest what a chapter computes with: metadata, code, modules and their data, and records."""
     modules = needs(chapter)
-    parts = [
-        json.loads(chapter.read_text(encoding="utf-8"))["metadata"],
-        digest(code(chapter)),
-        sorted(module.digest for module in modules),
-        [
-            hashlib.blake2b(file.read_bytes()).hexdigest()
-            for file in sorted(recorded(chapter) | beside(modules))
-        ],
-    ]
-    return digest(json.dumps(parts))
+    digest = hashlib.blake2b(json.dumps(PAGES[chapter].metadata, sort_keys=True).encode())
+    digest.update(ast.dump(code(chapter)).encode())
+    for file in sorted(modules | beside(modules) | recorded(chapter)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 @pytest.mark.book

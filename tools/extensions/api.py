@@ -25,7 +25,7 @@ from sphinx.util.nodes import make_refnode
 
 import lorapower
 
-PACKAGE = f"{lorapower.__name__}."
+PACKAGES = ("lorapower.", "loraplan.")
 _NUMPYDOC: Any = Config(napoleon_use_ivar=True)
 _NAME = re.compile(r"\"[^\"]*\"|'[^']*'|[A-Za-z_]\w*")
 _TYPE = re.compile(r"^(:(?:type|vartype) [^:]*: )(.*)$", re.MULTILINE)
@@ -37,7 +37,7 @@ def public(module: Any) -> list[str]:
     if names := getattr(module, "__all__", None):
         return [name for name in names if _place(getattr(module, name))]
     places = {name: _place(value) for name, value in vars(module).items() if name[0] != "_"}
-    return [name for name, place in places.items() if place.startswith(f"{module.__name__}.")]
+    return [name for name, place in places.items() if place == f"{module.__name__}.{name}"]
 
 
 def _place(value: Any) -> str:
@@ -59,7 +59,7 @@ def _qualify(annotation: Any, module: str) -> str:
 
     def replace(found: re.Match[str]) -> str:
         place = _place(getattr(sys.modules[module], found[0], None))
-        return f"~{place}" if place.startswith(PACKAGE) else found[0]
+        return f"~{place}" if place.startswith(PACKAGES) else found[0]
 
     return _NAME.sub(replace, annotation)
 

@@ -223,7 +223,7 @@ class Slopes:
     from the hidden states that ``passed`` has kept. A language model's head may be a module, or
     share the weight of embeddings that are one. Logits, before any cap, are linear in states and in
     what directions take in of these; of both at once there are rows with the distances of logits,
-    as `Readout.rows` are of states alone.
+    as those of a read-out are of states alone.
 
     Moments are taken over the batches ``taking``. Directions of ``modules`` are looked for or, of
     ``words`` of a `Pair`, known (``known``).

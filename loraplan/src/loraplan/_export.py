@@ -308,7 +308,7 @@ def load_merged(folder: str, pair: Pair, device: torch.device) -> Network | None
 
 
 def estimate(pair: Pair, adapter: Adapter) -> tuple[int, int]:
-    """Count the numbers that `save` would write, and about how many bytes they take."""
+    """Count the numbers that saving would write, and about how many bytes they take."""
     from peft import get_peft_model_state_dict
 
     network = pair.build(empty=True)
