@@ -22,6 +22,7 @@ import torch
 from lorapower import randomness
 from lorapower.constructions import fitted
 from lorapower.networks import FNN
+from lorapower.regression import relative_error
 from lorapower.training import Fresh, Tuning, polish, train
 
 
@@ -58,7 +59,8 @@ def main() -> None:
         adam = {"steps": chosen.steps, "every": 10}
         runs, training = timed(train, frozen, [tuning], data, **adam)
         trained = runs.network[0].to(torch.float64)
-        error = fitted.relative_error(trained, target, fit.fused.split(*inputs).test)
+        test = fit.fused.split(*inputs).test
+        error = relative_error(trained(test), target(test))
         print(
             f"width {width}, rank {rank}: fitted {fitting:.2f} s, error {fit.error:.3g}; "
             f"polished {polishing:.2f} s, {better.error:.3g}; Adam {training:.2f} s, {error:.3g}; "

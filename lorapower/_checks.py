@@ -65,7 +65,7 @@ def _number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) 
     raise InputError(name, allowed=allowed, value=value)
 
 
-def choice(name: str, value: Any, options: Sequence[str], remedy: str = "") -> None:
+def choice(name: str, value: Any, options: Sequence[Any], remedy: str = "") -> None:
     """Refuse a value that is not one of the options."""
     if value not in options:
         allowed = f"one of {', '.join(map(repr, options))}"
@@ -118,6 +118,13 @@ def real_tensor(name: str, value: Any, *, min_dims: int, copy: bool = False) -> 
             remedy="look for a diverged training run or a division by zero",
         )
     return tensor.clone() if copy and isinstance(value, Tensor) else tensor
+
+
+def numbers(name: str, value: Any) -> Tensor:
+    """Read a finite tensor of any shape; plain integers become float64."""
+    if isinstance(value, Integral | np.ndarray) and np.asarray(value).dtype.kind == "i":
+        value = np.float64(value)
+    return real_tensor(name, value, min_dims=0, copy=True)
 
 
 def _from_array(name: str, value: Any) -> Tensor:

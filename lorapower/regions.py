@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from numbers import Integral
 from typing import Any, Self
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -110,7 +108,7 @@ class Ball(Region):
     """
 
     def __init__(self, radius: Any, centre: Any = 0.0) -> None:
-        self.radius, middle = _numbers("radius", radius), _numbers("centre", centre)
+        self.radius, middle = _checks.numbers("radius", radius), _checks.numbers("centre", centre)
         self._fitted = middle.ndim > 0
         column = torch.atleast_1d(middle)[..., None]
         shapes = [self.radius.shape, column.shape[:-2]]
@@ -154,7 +152,7 @@ class Box(Region):
     """
 
     def __init__(self, low: Any, high: Any) -> None:
-        low, high = _numbers("low", low), _numbers("high", high)
+        low, high = _checks.numbers("low", low), _checks.numbers("high", high)
         self._fitted = max(low.ndim, high.ndim) > 0
         low, high = torch.atleast_1d(low, high)
         shape = _checks.common_shape("low and high", [low.shape, high.shape])
@@ -220,10 +218,3 @@ class Samples(Region):
 
     def _corners(self) -> Tensor:
         return self.centre + (1 + self.margin) * (self.inputs - self.centre)
-
-
-def _numbers(name: str, value: Any) -> Tensor:
-    """Read a finite tensor of any shape; plain integers become float64."""
-    if isinstance(value, Integral | np.ndarray) and np.asarray(value).dtype.kind == "i":
-        value = np.float64(value)
-    return _checks.real_tensor(name, value, min_dims=0, copy=True)

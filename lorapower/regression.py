@@ -183,3 +183,22 @@ def variance(outputs: Float[Tensor, "*samples out n"]) -> Float[Tensor, ""]:
     """Average the variance over samples and tokens of all outputs; `InputError` if not finite."""
     y = _checks.real_tensor("outputs", outputs, min_dims=2)
     return y.movedim(-2, 0).flatten(1).var(-1, correction=0).mean()
+
+
+def relative_error(
+    outputs: Float[Tensor, "*samples more n"], wanted: Float[Tensor, "*samples out n"]
+) -> Float[Tensor, ""]:
+    """Divide the mean squared error by the `variance` of what is wanted.
+
+    The best constant has 1. Only as many coordinates of the outputs count as are wanted. Raises
+    `InputError` where the wanted outputs are equal for all inputs.
+    """
+    size = variance(wanted)
+    if not size > 0:
+        raise InputError(
+            "outputs of the target",
+            allowed="different from input to input",
+            given="equal ones",
+            remedy="an error relative to their variance has no meaning then",
+        )
+    return (outputs[..., : wanted.shape[-2], :] - wanted).square().mean() / size

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -21,7 +22,7 @@ from ..networks.layers import FNN
 from ..networks.partition import Partition, blocks
 
 # Samples, or the trace of their second moment.
-Inputs = Float[Tensor, "*#batch in samples"] | Float[Tensor, ""] | float
+Inputs = Float[Tensor, "*#batch in samples"] | Float[Tensor, ""] | float | np.integer
 
 
 def fnn_threshold(
@@ -84,13 +85,13 @@ def fnn_error_on(
 def _activation_sizes(target: FNN, inputs: Inputs) -> list[Float[Tensor, "*batch"]]:
     """Compute ``(E‖z̄_{i−1}‖²)^{1/2}`` per layer, or its bound in `fnn_error`."""
     _checks.kind(FNN, target=target)
-    given = _checks.real_tensor("inputs", inputs, min_dims=0)
-    if given.ndim:
-        activations = [given, *(p.relu() for p in target.preactivations(given)[:-1])]
+    x = _checks.numbers("inputs", inputs)
+    if x.ndim:
+        activations = [x, *(p.relu() for p in target.preactivations(x)[:-1])]
         return [_root_mean_square(z) for z in activations]
-    if given < 0:
-        raise InputError("inputs", allowed="samples, or a trace of at least 0", given=float(given))
-    sizes = [given.to(target.device, target.dtype).sqrt()]
+    if x < 0:
+        raise InputError("inputs", allowed="samples, or a trace of at least 0", given=float(x))
+    sizes = [x.to(target.device, target.dtype).sqrt()]
     for weight, bias in zip(target.weights[:-1], target.biases[:-1], strict=True):
         sizes.append(lowrank.norm(weight) * sizes[-1] + torch.linalg.vector_norm(bias, dim=-1))
     return sizes

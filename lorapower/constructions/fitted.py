@@ -15,11 +15,10 @@ from .. import _checks
 from ..adapters import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank, truncated_svd
-from ..networks.base import Network
 from ..networks.layers import FNN, as_network
 from ..networks.partition import Partition
 from ..regions import Ball, Region
-from ..regression import Regression, reduced_rank, second_moment_root, variance
+from ..regression import Regression, reduced_rank, relative_error, second_moment_root
 from .fused import Fused, _Split, fuse
 from .linear import Adaptation
 
@@ -67,7 +66,8 @@ class FittedAdaptation(Adaptation):
         """Carry adapters of a fused network back, and measure them on the test inputs."""
         carried = fused.carry_back(adapters, region, throw=throw)
         merged = carried.adapters.merge(fused.frozen)
-        error = relative_error(merged, fused.target, data.test)
+        outputs = merged(merged.fill(data.test))
+        error = relative_error(outputs, fused.target(data.test))
         return cls(carried.adapters, carried.success, error, fused, adapters, region)
 
 
@@ -157,26 +157,6 @@ def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
         biases.append(target.biases[l] + fitted.intercept - network.biases[l])
         z = target.layers(slice(l, l + 1))(z)
     return Adapters(tuple(updates), tuple(biases))
-
-
-def relative_error(
-    network: Network, target: Network, x: Float[Tensor, "width n"]
-) -> Float[Tensor, ""]:
-    """Divide the mean squared difference of outputs by the target's variance.
-
-    Only the target's coordinates count. Raises `InputError` for a constant target.
-    """
-    wanted = target(x)
-    outputs = network(network.fill(x))[..., : wanted.shape[-2], :]
-    size = variance(wanted)
-    if not size > 0:
-        raise InputError(
-            "target",
-            allowed="one whose outputs differ from input to input",
-            given="equal outputs for all",
-            remedy="an error relative to their variance has no meaning then",
-        )
-    return (outputs - wanted).square().mean() / size
 
 
 def _fit_in_turn(

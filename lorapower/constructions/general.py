@@ -13,6 +13,7 @@ from ..networks.base import Network
 from ..networks.layers import FNN, LinearNetwork, as_network
 from ..networks.transformer import Transformer
 from ..regions import Region, Samples
+from ..regression import relative_error
 from . import fnn, linear, transformer
 from .linear import Adaptation
 
@@ -58,20 +59,23 @@ def rank_for_error(
 ) -> int:
     """Find the least rank at which constructed adapters leave at most an error on given inputs.
 
-    The error is the mean square over outputs and inputs, divided by the mean square of the target's
+    The error is `regression.relative_error`, the mean square over the variance of the target's
     outputs. Adapters of each of the ``ranks``, by default all from 0 on, are made for single
     networks and measured on columns ``[width, samples]`` or sequences ``[..., width, tokens]``.
-    Raises `InputError` where no rank is enough. Source: [def-needed-rank].
+    Raises `InputError` where no rank is enough. [def-needed-rank] has the mean square, not the
+    variance, of the outputs.
     """
     frozen, target = _one_kind(frozen, target)
     _checks.single(frozen=frozen, target=target)
     error, x = _checks.tolerance("error", error), target.as_inputs(inputs, "inputs")
     wanted, region = target(x), Samples(x) if isinstance(frozen, FNN) else None
     largest = max(min(weight.shape) for weight in frozen.weights)
-    for rank in ranks or range(largest + 1):
+    tried = range(largest + 1) if ranks is None else sorted(ranks)
+    if not tried:
+        raise InputError("ranks", allowed="at least one rank to try", given="none")
+    for rank in tried:
         adapted = adapt(frozen, target, rank, region, throw=False).adapters.merge(frozen)
-        missed = adapted(frozen.fill(x))[..., : wanted.shape[-2], :] - wanted
-        if missed.square().mean() <= error * wanted.square().mean():
+        if relative_error(adapted(frozen.fill(x)), wanted) <= error:
             return rank
     raise InputError("error", allowed="met by a rank that is tried", given=f"{error:.3g}")
 

@@ -111,6 +111,7 @@ class Gap:
 
         ``σ_{r+1}(E)`` in the spectral norm, ``(Σ_{d>r} σ_d²)^{1/2}`` in the Frobenius norm.
         """
+        _checks.choice("ord", ord, (2, "fro"))
         tail = self.spectrum[..., _checks.integer("rank", rank, 0) :]
         if ord == "fro":
             return torch.linalg.vector_norm(tail, dim=-1)

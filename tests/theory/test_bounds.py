@@ -78,7 +78,8 @@ def test_the_bound_takes_the_trace_of_the_second_moment() -> None:
     squared = rms(found.adapters.merge(frozen)(x) - target(x)) ** 2
     assert squared > 0.9 * sigma**2 * D
     assert squared <= bounds.fnn_error(frozen, target, 0, x.square().sum(0).mean()) ** 2 * 1.001
-    assert bounds.fnn_error(frozen, target, 0, float(D)) ** 2 == pytest.approx(sigma**2 * D)
+    for trace in (float(D), D, np.int64(D)):
+        assert bounds.fnn_error(frozen, target, 0, trace) ** 2 == pytest.approx(sigma**2 * D)
 
 
 @given(st.integers(2, 10), batch_shapes, dtypes, seeds)

@@ -52,6 +52,9 @@ def test_a_gap_is_what_numpy_finds(
     ):
         np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=unit)
     assert gap.best(rank).rank == min(rank, inputs, outputs)
+    unknown: Any = "nuc"
+    with pytest.raises(InputError, match=r"^ord must be one of 2, 'fro'; got 'nuc'"):
+        gap.error(rank, unknown)
     assert gap.batch_shape == gap.rank.shape == torch.Size(E.shape[:-2])
 
 

@@ -16,6 +16,7 @@ from lorapower import InputError, bounds
 from lorapower.constructions import adapt, fitted, fnn, fused, linear, rank_for_error, transformer
 from lorapower.networks import FNN, Gap, LinearNetwork, Partition, Transformer
 from lorapower.regions import Ball, Samples
+from lorapower.regression import relative_error
 from lorapower.training import Fresh, Tuning, polish, train
 
 KINDS = ["linear", "fnn", "transformer"]
@@ -41,7 +42,8 @@ def relative(frozen: Any, target: Any, rank: int, x: Tensor) -> float:
     adapted = found.adapters.merge(frozen)
     each = x if x.ndim > 2 else x[None]
     errors = [(adapted(one) - target(one)).numpy() for one in each]
-    return float(np.mean(np.square(errors)) / np.mean([target(one).numpy() ** 2 for one in each]))
+    variance = np.concatenate([target(one).numpy() for one in each], -1).var(-1).mean()
+    return float(np.mean(np.square(errors)) / variance)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,15 +83,18 @@ def test_no_rank_is_enough() -> None:
     with pytest.raises(InputError, match=r"^error must be met by a rank that is tried; got 1e-09"):
         rank_for_error(frozen, target, 1e-9, x, ranks=[0, 1])
     assert rank_for_error(frozen, target, 1e9, x, ranks=[0, 1]) == 0
+    # The least is found in any order; no ranks at all are not all ranks.
+    assert rank_for_error(frozen, target, 1e9, x, ranks=[3, 1, 2]) == 1
+    with pytest.raises(InputError, match=r"^ranks must be at least one rank to try; got none"):
+        rank_for_error(frozen, target, 1e9, x, ranks=[])
 
 
 def test_nothing_is_needed_where_nothing_is_to_be_done() -> None:
     frozen, _, x = problem("linear")
     assert rank_for_error(frozen, frozen.product(), 1e-28, x) == 0
     zero = torch.zeros(4, 4, dtype=torch.float64)
-    assert rank_for_error([zero, zero], zero, 0.0, x) == 0
-    # Any error is infinitely large beside a target of zeros.
-    with pytest.raises(InputError, match=r"^error must be"):
+    # Nothing is relative to a target whose outputs do not differ.
+    with pytest.raises(InputError, match=r"^outputs of the target must be different from input to"):
         rank_for_error(frozen, zero, 1e9, x, ranks=[0, 1])
 
 
@@ -154,7 +159,7 @@ def test_fits_lose_to_no_construction_and_no_iteration_makes_them_worse() -> Non
     found = fitted.adapt(frozen, target, 2, x, others)
     built = fnn.adapt(frozen, target, 2, Ball.about(torch.cat([x, others], 1), 1.25))
     left, of_built = (
-        fitted.relative_error(each.adapters.merge(frozen), target, others[:, :400])
+        relative_error(each.adapters.merge(frozen)(others[:, :400]), target(others[:, :400]))
         for each in (found, built)
     )
     assert left <= of_built * (1 + 1e-9)
@@ -172,7 +177,7 @@ def test_partitions_unequal_ranks_and_linear_ends() -> None:
     better = polish(found, x, others, iterations=20)
     choosing, test = others.tensor_split(2, -1)
     assert fused_error(better, choosing) <= fused_error(found, choosing)
-    error = fitted.relative_error(better.adapters.merge(frozen), target, test)
+    error = relative_error(better.adapters.merge(frozen)(test), target(test))
     assert float(better.error) == pytest.approx(float(error))
 
 
