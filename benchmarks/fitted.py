@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lorapower import randomness
-from lorapower.constructions import fitted
+from lorapower.constructions import adapt_fitted
 from lorapower.networks import FNN
 from lorapower.regression import relative_error
 from lorapower.training import Fresh, Tuning, polish, train
@@ -53,7 +53,7 @@ def main() -> None:
         data, tuning = Fresh(target, (width,)), Tuning(ranks=rank, learning_rate=1e-2)
         train(frozen, [tuning], data, steps=1)
 
-        fit, fitting = timed(fitted.adapt, frozen, target, rank, *inputs, throw=False)
+        fit, fitting = timed(adapt_fitted, frozen, target, rank, *inputs, throw=False)
         options = {"iterations": chosen.iterations, "throw": False}
         better, polishing = timed(polish, fit, *inputs, **options)
         adam = {"steps": chosen.steps, "every": 10}

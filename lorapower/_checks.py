@@ -120,6 +120,16 @@ def real_tensor(name: str, value: Any, *, min_dims: int, copy: bool = False) -> 
     return tensor.clone() if copy and isinstance(value, Tensor) else tensor
 
 
+def columns(name: str, value: Any, width: int, word: str = "samples") -> Tensor:
+    """Read inputs ``[..., width, samples]``; ``word`` says what the columns are."""
+    x = real_tensor(name, value, min_dims=2)
+    if x.shape[-2] != width:
+        allowed = f"of shape [..., {width}, {word}], columns being {word}"
+        remedy = "inputs are columns: pass x.mT" if x.shape[-1] == width else ""
+        raise InputError(name, allowed=allowed, given=f"shape {tuple(x.shape)}", remedy=remedy)
+    return x
+
+
 def numbers(name: str, value: Any) -> Tensor:
     """Read a finite tensor of any shape; plain integers become float64."""
     if isinstance(value, Integral | np.ndarray) and np.asarray(value).dtype.kind == "i":

@@ -218,3 +218,16 @@ class Samples(Region):
 
     def _corners(self) -> Tensor:
         return self.centre + (1 + self.margin) * (self.inputs - self.centre)
+
+
+def as_region(value: Region | Any, width: int, dtype: torch.dtype, name: str = "on") -> Region:
+    """Read a region of inputs of this width and type; columns ``[..., width, samples]`` are one.
+
+    Raises `InputError`, which calls the value ``name``, for anything else.
+    """
+    if value is None:
+        allowed = "given for networks with ReLUs: a region, or columns [..., width, samples]"
+        remedy = "their biases are tuned for these inputs; regions.Ball(3.0) is a region"
+        raise InputError(name, allowed=allowed, given="none", remedy=remedy)
+    region = value if isinstance(value, Region) else Samples(_checks.columns(name, value, width))
+    return region.fit(width, dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorapower.adapters import Adapters
 from lorapower.book.values import Values
-from lorapower.constructions.general import adapt
+from lorapower.constructions import adapt
 from lorapower.errors import InputError
 from lorapower.regions import Region
 from lorapower.training.engine import train

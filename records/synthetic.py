@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorapower.adapters import Adapters
 from lorapower.book.values import Values
-from lorapower.constructions import fitted
+from lorapower.constructions import adapt_fitted
 from lorapower.constructions.fitted import FittedAdaptation
 from lorapower.networks.layers import FNN, LinearNetwork
 from lorapower.regions import Ball
@@ -127,8 +127,8 @@ def measure(runs: Sequence[Run]) -> list[Errors]:
 
     @cache
     def fit_plainly(ranks: int, inputs: int) -> FittedAdaptation:
-        options: Any = {"region": region, "throw": False}
-        return fitted.adapt(frozen, target, ranks, *samples(inputs), **options)
+        options: Any = {"on": region, "throw": False}
+        return adapt_fitted(frozen, target, ranks, *samples(inputs), **options)
 
     def fit(method: Fitted) -> Adapters:
         adaptation = fit_plainly(method.ranks, method.inputs)

@@ -93,7 +93,7 @@ def ranks_suffice(network: Transformer, ranks: Mapping[str, int]) -> bool:
       on any two of the three with gated ReLUs.
 
     With ReLUs this holds for targets all of whose hyperplanes meet the sphere of normalized tokens.
-    `constructions.transformer.adapt` makes such networks equal. Raises `InputError` for networks
+    `constructions.adapt_transformer` makes such networks equal. Raises `InputError` for networks
     without residual connections or norms, with rotary positions, grouped heads, ``"gelu_tanh"``,
     fewer than three dimensions of normalized tokens, or fewer units than the theorem asks
     (``m + S − 1``; ``2 m + S − 2`` with gated ReLUs, ``S`` with GELUs or SiLUs without gates); and

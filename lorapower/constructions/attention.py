@@ -17,7 +17,7 @@ from ..networks.transformer import Transformer
 
 
 @torch.no_grad()
-def attention_only(
+def adapt_attention(
     frozen: Transformer,
     target: Transformer,
     tokens: Float[Tensor, "width samples"],

@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..lowrank import LowRank, truncated_svd
 from ..networks.layers import FNN, as_network
 from ..networks.partition import Partition
-from ..regions import Ball, Region
+from ..regions import Ball, Region, as_region
 from ..regression import Regression, reduced_rank, relative_error, second_moment_root
 from .fused import Fused, _Split, fuse
 from .linear import Adaptation
@@ -73,7 +73,7 @@ class FittedAdaptation(Adaptation):
 
 @torch.no_grad()
 @_checks.flushing()
-def adapt(
+def adapt_fitted(
     frozen: Any,
     target: Any,
     ranks: Any,
@@ -81,7 +81,7 @@ def adapt(
     held_out: Any,
     *,
     partition: Partition | None = None,
-    region: Region | None = None,
+    on: Any = None,
     throw: bool = True,
 ) -> FittedAdaptation:
     """Find the adapters and biases of the least error that closed forms reach on given inputs.
@@ -107,19 +107,20 @@ def adapt(
         the fit follows noise.
     partition : Partition, optional
         For ReLU networks, as in `fused.fuse`.
-    region : Region, optional
-        For ReLU networks: where the carried-back fit holds; by default a ball about the mean of all
-        inputs but those that test, 1.25 times as large as they need.
+    on : Region or Tensor, optional
+        For ReLU networks, where the carried-back fit holds, as in `adapt_relu`; by default in a
+        ball about the mean of all inputs but those that test, 1.25 times as large as they need.
     """
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
     fused = fuse(frozen, target, ranks, partition)
     data = fused.split(inputs, held_out)
+    region = None
     if isinstance(frozen, FNN):
-        if region is None:
-            region = Ball.about(torch.cat([data.fit, data.select], -1), _REACH)
-        region = region.fit(data.fit.shape[-2], data.fit.dtype)
-    elif region is not None or partition is not None:
-        name = "region" if partition is None else "partition"
+        if on is None:
+            on = Ball.about(torch.cat([data.fit, data.select], -1), _REACH)
+        region = as_region(on, data.fit.shape[-2], data.fit.dtype)
+    elif on is not None or partition is not None:
+        name = "on" if partition is None else "partition"
         raise InputError(name, allowed="left out but for ReLU networks", given=f"one for {frozen}")
     adapters = fit(fused, data.fit, data.select)
     return FittedAdaptation.measure(fused, adapters, region, data, throw=throw)
@@ -127,7 +128,7 @@ def adapt(
 
 @torch.no_grad()
 def fit(fused: Fused, inputs: Tensor, select: Tensor) -> Adapters:
-    """Find the adapters of the fused network that err least on ``select``, as `adapt` does."""
+    """Find the adapters of the fused network that err least on ``select``; see `adapt_fitted`."""
     network, target = fused.network, fused.fused_target
     pairs = zip(network.weights, target.weights, fused.fused_ranks, strict=True)
     updates = tuple(truncated_svd(W_target - W, rank) for W, W_target, rank in pairs)

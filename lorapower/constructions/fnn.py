@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from .. import _checks
 from ..adapters import Adapters
-from ..errors import InputError, PrecisionError, SingularError
+from ..errors import PrecisionError, SingularError
 from ..lowrank import LowRank
 from ..networks.gap import Gap
 from ..networks.layers import FNN, product
 from ..networks.partition import Partition, blocks
-from ..regions import Region
+from ..regions import Ball, Region, as_region
 from . import linear
 from .linear import Adaptation
 
@@ -62,10 +63,7 @@ class FNNAdaptation(Adaptation):
 
         This holds in the region, as the proof needs, and may hold outside; linear outputs are free.
         """
-        x = _checks.real_tensor("x", x, min_dims=2)
-        if x.shape[-2] != self.region.width:
-            allowed = f"of shape [..., {self.region.width}, samples], like the target's inputs"
-            raise InputError("x", allowed=allowed, given=f"shape {tuple(x.shape)}")
+        x = _checks.columns("x", x, self.region.width)
         preactivations = self.adapters.merge(frozen).preactivations(frozen.fill(x))
         holds = []
         for layers, region in zip(self.partition.slices, self.regions[1:], strict=True):
@@ -77,11 +75,11 @@ class FNNAdaptation(Adaptation):
 
 
 @torch.no_grad()
-def adapt(
-    frozen: FNN,
-    target: FNN,
+def adapt_relu(
+    frozen: FNN | Any,
+    target: FNN | Any,
     ranks: _checks.Ranks,
-    region: Region,
+    on: Any = None,
     partition: Partition | None = None,
     *,
     rtol: float | None = None,
@@ -90,7 +88,7 @@ def adapt(
     """Make a ReLU network imitate a shallower one over a region, by adapters and biases.
 
     Block ``ℬ_i`` of the frozen layers imitates target layer ``i``; its weights are adapted as a
-    deep linear network (`linear.adapt`). The least biases that keep its inner units active over the
+    deep linear network (`adapt_linear`). The least biases that keep its inner units active over the
     region make its layers affine, the last one takes them back, and the next block's region holds
     the image of this one. Only the first units at the end of a block imitate a narrower target, to
     which inputs are filled up with zeros (`Network.fill`); biases switch the others off, except
@@ -102,21 +100,25 @@ def adapt(
 
     Parameters
     ----------
-    frozen, target : FNN
-        Of one type, both or neither with a ReLU at the end; all batch shapes broadcast.
-    region : Region
-        The result holds everywhere in a `regions.Ball` or `regions.Box`; see `regions.Samples`.
+    frozen, target
+        Networks, or what `networks.as_network` takes, of one type, both or neither with a ReLU at
+        the end; all batch shapes broadcast.
+    on : Region or Tensor
+        Where the result holds: everywhere in a `regions.Ball` or `regions.Box`; columns
+        ``[..., width, samples]`` become `regions.Samples`. May be left out without ReLUs.
     partition : Partition, optional
         Uniform by default.
     ranks, rtol, throw
-        See `linear.adapt`.
+        See `adapt_linear`.
     """
+    frozen, target = FNN.of(frozen, "frozen"), FNN.of(target, "target")
     gaps = blocks(frozen, target, partition)
     per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
-    _checks.kind(Region, region=region)
-    region = region.fit(target.widths[0], frozen.dtype)
+    if on is None and not frozen.relus:
+        on = Ball(1.0)
+    region = as_region(on, target.widths[0], frozen.dtype)
     batches = [frozen.batch_shape, target.batch_shape, region.batch_shape]
-    batch = _checks.common_shape("frozen, target and region", batches)
+    batch = _checks.common_shape("frozen, target and on", batches)
     partition = Partition([gap.frozen.depth for gap in gaps])
     limit = -math.log10(torch.finfo(frozen.dtype).eps) / 2
     regions, typical = [region], region.typical(1.0)

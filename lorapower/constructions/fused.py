@@ -20,7 +20,7 @@ from ..networks.gap import Gap
 from ..networks.layers import FNN, LinearNetwork
 from ..networks.partition import Partition, blocks
 from ..regions import Region
-from . import general
+from .general import adapt
 from .linear import Adaptation
 
 
@@ -58,8 +58,9 @@ class Fused:
         holds in a ``region``.
         """
         reached = adapters.merge(self.network)
-        options = {"partition": self.partition} if self.partition else {}
-        return general.adapt(self.frozen, reached, self.ranks, region, throw=throw, **options)
+        return adapt(
+            self.frozen, reached, self.ranks, region, partition=self.partition, throw=throw
+        ).evidence
 
     def split(self, inputs: Any, held_out: Any) -> _Split:
         """Return inputs to fit, to select by and to test on, as the target takes them.

@@ -1,61 +1,107 @@
-"""Every kind of network: its adapters, and the rank that an error needs."""
+"""Any network: its adapters, and the rank that an error needs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 from .. import _checks
+from ..adapters import Adapters
 from ..errors import InputError
 from ..networks.base import Network
 from ..networks.layers import FNN, LinearNetwork, as_network
-from ..networks.transformer import Transformer
-from ..regions import Region, Samples
+from ..networks.partition import Partition
 from ..regression import relative_error
-from . import fnn, linear, transformer
-from .linear import Adaptation
+from .fnn import adapt_relu
+from .linear import Adaptation, adapt_linear
+from .transformer import adapt_transformer
 
-_CONSTRUCTIONS: dict[type[Network], Any] = {
-    LinearNetwork: linear.adapt,
-    FNN: fnn.adapt,
-    Transformer: transformer.adapt,
-}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted(Generic[T]):
+    """Hold what `adapt` returns: the adapters of ``frozen``, as it was given, and their evidence.
+
+    ``evidence`` has the errors that the construction predicts and measures, by kind of network:
+    a `LinearAdaptation`, an `FNNAdaptation` or a `TransformerAdaptation`.
+    """
+
+    frozen: T
+    evidence: Adaptation
+
+    @property
+    def adapters(self) -> Adapters:
+        """The updates of the weights and biases, in the order of ``as_network(frozen).weights``."""
+        return self.evidence.adapters
+
+    @property
+    def success(self) -> Bool[Tensor, "*batch"]:
+        """Whether each member of a batch is adapted acceptably; ``[...]``."""
+        return self.evidence.success
+
+    @cached_property
+    def network(self) -> T:
+        """The adapted network, of the kind that was given: a module, matrices, or a network."""
+        return _in_place_of(self.frozen, self.adapters.merge(as_network(self.frozen, "frozen")))
 
 
 def adapt(
-    frozen: Any,
+    frozen: T,
     target: Any,
-    ranks: int | Sequence[int] | Mapping[str, int],
-    inputs: Any = None,
-    **options: Any,
-) -> Adaptation:
+    ranks: Any,
+    on: Any = None,
+    *,
+    partition: Partition | None = None,
+    rtol: float | None = None,
+    throw: bool = True,
+) -> Adapted[T]:
     """Make a frozen network imitate a target of its kind, by adapters and biases.
 
-    Networks, or what `networks.as_network` takes, go to `linear.adapt`, `fnn.adapt` or
-    `transformer.adapt`, with its ``ranks`` and ``options``; returns and raises what that does. Only
-    ReLU networks take ``inputs``: the `regions.Region` in which to imitate, or columns
-    ``[..., width, samples]``, which become `regions.Samples`. Source: [thm-optimal-adaptation],
-    [thm-partition], [thm-transformer], [thm-residual].
+    It goes to `adapt_linear`, `adapt_relu` or `adapt_transformer`, and raises what that does.
+    Source: [thm-optimal-adaptation], [thm-partition], [thm-transformer], [thm-residual].
+
+    Parameters
+    ----------
+    frozen, target
+        Networks, or what `networks.as_network` takes: a `torch.nn.Linear` or a
+        `torch.nn.Sequential` of these and ReLUs, a matrix, or several.
+    ranks
+        One for all weights, one for each, or for transformers one for each kind of weight.
+    on : Region or Tensor
+        For networks with ReLUs, and for no others: the `regions.Region` on which to imitate, or
+        inputs as columns ``[..., width, samples]``. Far from them the result is another function.
+    partition : Partition, optional
+        For ReLU networks, by default uniform.
+    rtol, throw
+        See `adapt_linear`.
     """
-    frozen, target = _one_kind(frozen, target)
-    construct = _CONSTRUCTIONS[type(frozen)]
-    if not isinstance(frozen, FNN):
-        if inputs is not None:
-            allowed = "left out for linear networks and transformers, adapted for all inputs"
-            raise InputError("inputs", allowed=allowed, given=type(inputs).__name__)
-        return construct(frozen, target, ranks, **options)
-    if inputs is None:
-        remedy = "its biases are tuned for a regions.Ball(3.0), or columns [..., width, samples]"
-        raise InputError("inputs", allowed="given for a ReLU network", given="none", remedy=remedy)
-    region = inputs if isinstance(inputs, Region) else Samples(inputs)
-    return construct(frozen, target, ranks, region, **options)
+    network, goal = _one_kind(frozen, target)
+    if isinstance(network, FNN):
+        found: Adaptation = adapt_relu(network, goal, ranks, on, partition, rtol=rtol, throw=throw)
+    elif on is not None or partition is not None:
+        name = "on" if partition is None else "partition"
+        allowed = "left out for linear networks and transformers, adapted for all inputs"
+        raise InputError(
+            name, allowed=allowed, given=type(partition if on is None else on).__name__
+        )
+    else:
+        construct: Any = adapt_linear if isinstance(network, LinearNetwork) else adapt_transformer
+        found = construct(network, goal, ranks, rtol=rtol, throw=throw)
+    return Adapted(frozen, found)
 
 
 @torch.no_grad()
 def rank_for_error(
-    frozen: Any, target: Any, error: float, inputs: Any, *, ranks: Sequence[int] | None = None
+    frozen: Any, target: Any, error: float, on: Any, *, ranks: Sequence[int] | None = None
 ) -> int:
     """Find the least rank at which constructed adapters leave at most an error on given inputs.
 
@@ -67,14 +113,14 @@ def rank_for_error(
     """
     frozen, target = _one_kind(frozen, target)
     _checks.single(frozen=frozen, target=target)
-    error, x = _checks.tolerance("error", error), target.as_inputs(inputs, "inputs")
-    wanted, region = target(x), Samples(x) if isinstance(frozen, FNN) else None
+    error, x = _checks.tolerance("error", error), target.as_inputs(on, "on")
+    wanted, region = target(x), x if isinstance(frozen, FNN) else None
     largest = max(min(weight.shape) for weight in frozen.weights)
     tried = range(largest + 1) if ranks is None else sorted(ranks)
     if not tried:
         raise InputError("ranks", allowed="at least one rank to try", given="none")
     for rank in tried:
-        adapted = adapt(frozen, target, rank, region, throw=False).adapters.merge(frozen)
+        adapted = adapt(frozen, target, rank, region, throw=False).network
         if relative_error(adapted(frozen.fill(x)), wanted) <= error:
             return rank
     raise InputError("error", allowed="met by a rank that is tried", given=f"{error:.3g}")
@@ -85,3 +131,36 @@ def _one_kind(frozen: Any, target: Any) -> tuple[Any, Any]:
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
     _checks.kind(type(frozen), target=target)
     return frozen, target
+
+
+def _in_place_of(given: Any, network: Network) -> Any:
+    """Write a network as what `as_network` read another of these sizes from."""
+    if isinstance(given, Network):
+        return network
+    if isinstance(given, nn.Module):
+        return _as_module(given, network)
+    if isinstance(given, Tensor | np.ndarray):
+        stack = network.weights[0] if given.ndim == 2 else torch.stack(network.weights, -3)
+        return stack if isinstance(given, Tensor) else stack.numpy()
+    pairs = zip(given, network.weights, strict=True)
+    return [weight if isinstance(one, Tensor) else weight.numpy() for one, weight in pairs]
+
+
+def _as_module(given: nn.Module, network: Network) -> nn.Module:
+    """Copy a module with the numbers of a network; it gets the biases that it lacks."""
+    module = deepcopy(given)
+    layers: Any = [
+        m for _, m in module.named_modules(remove_duplicate=False) if type(m) is nn.Linear
+    ]
+    for l, layer in enumerate(layers):
+        if any(layer is other for other in layers[:l]):
+            # A layer that is used twice is adapted in two ways.
+            assert isinstance(network, LinearNetwork | FNN)
+            return network.to_sequential()
+        with torch.no_grad():
+            layer.weight.copy_(network.weights[l])
+            if network.biases and layer.bias is None:
+                layer.bias = nn.Parameter(network.biases[l].clone())
+            elif network.biases:
+                layer.bias.copy_(network.biases[l])
+    return module

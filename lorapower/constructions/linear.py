@@ -61,7 +61,7 @@ class LinearAdaptation(Adaptation):
     condition_numbers: Float[Tensor, "*batch layers"]
 
 
-def adapt(
+def adapt_linear(
     frozen: LinearNetwork | Any,
     target: LinearNetwork | Any,
     ranks: _checks.Ranks,
@@ -108,11 +108,11 @@ def adapt_gap(
     rtol: float | None = None,
     throw: bool = True,
 ) -> LinearAdaptation:
-    """Adapt the frozen layers of a `Gap`, one rank per layer, as `adapt` does.
+    """Adapt the frozen layers of a `Gap`, one rank per layer, as `adapt_linear` does.
 
     The gap may be a batch of any shape, such as the blocks of ReLU networks ``[...]`` or the heads
     of transformers ``[..., L, H]``; all parts of the result have this shape. Decompositions that
-    the gap holds are used again. Raises what `adapt` raises.
+    the gap holds are used again. Raises what `adapt_linear` raises.
     """
     eps = torch.finfo(gap.frozen.dtype).eps
     rtol = eps**0.5 if rtol is None else _checks.tolerance("rtol", rtol)

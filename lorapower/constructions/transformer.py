@@ -62,7 +62,7 @@ class TransformerAdaptation(Adaptation):
 
 @torch.no_grad()
 @_checks.flushing()
-def adapt(
+def adapt_transformer(
     frozen: Transformer,
     target: Transformer,
     ranks: int | Mapping[str, int] | Segments[Tensor],
@@ -73,7 +73,7 @@ def adapt(
     """Make a transformer imitate another, segment by segment, by adapters and vectors.
 
     Segments (`networks.segments`) are deep linear networks. Two adapted neighbours come as near to
-    the target's as their ranks allow by `linear.adapt`, or exactly in narrow heads. A weight with a
+    the target's as their ranks allow by `adapt_linear`, or exactly in narrow heads. A weight with a
     segment of its own gets ``LR_R(E) B⁺`` if it reads tokens, ``Sᵀ LR_R(E)`` if it writes them. If
     plain, biases are ``b̂_2 = W_2 c`` with ``W̄_2 c = b̄_2`` in all blocks but the last; otherwise
     gains and shifts become the target's (`Transformer.with_norms` writes it with the frozen ones,
@@ -99,7 +99,7 @@ def adapt(
         Largest rounding error of a segment, relative to the product of its factors' norms plus the
         target's; by default half of the digits, ``inf`` accepts any.
     throw
-        See `linear.adapt`.
+        See `adapt_linear`.
     """
     _checks.kind(Transformer, frozen=frozen, target=target)
     cut = segments(frozen, target, throw=throw)

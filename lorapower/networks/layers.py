@@ -46,6 +46,13 @@ class _Layers(Network):
         drawn = [2 * randomness.uniform(generator, *each) - 1 for each in shapes]
         return cls(*((values / width**0.5).to(dtype) for values in drawn), **options)
 
+    @classmethod
+    def of(cls, value: Any, name: str = "network") -> Self:
+        """Read a network of this kind from what `as_network` takes; errors call it ``name``."""
+        network: Any = as_network(value, name)
+        _checks.kind(cls, **{name: network})
+        return network
+
     @property
     def depth(self) -> int:
         """Number of layers ``L``."""
@@ -93,13 +100,6 @@ class LinearNetwork(_Layers):
 
     def __init__(self, weights: Any, *, checked: bool = True) -> None:
         self.weights = tuple(_usable_layers(weights)[0] if checked else weights)
-
-    @classmethod
-    def of(cls, value: Any, name: str = "network") -> LinearNetwork:
-        """Read a linear network from what `as_network` takes; `InputError` calls it ``name``."""
-        network: Any = as_network(value, name)
-        _checks.kind(cls, **{name: network})
-        return network
 
     def with_parameters(
         self,
@@ -232,21 +232,21 @@ class FNN(_Layers):
 def as_network(value: Any, name: str = "network") -> Network:
     """Return a network as it is, or make one from a module or from matrices.
 
-    A `torch.nn.Sequential` has ``Linear`` layers with a ReLU between any two, or neither ReLUs nor
-    biases. These make a `LinearNetwork`, as do a matrix or several; the others make an `FNN`, whose
-    last layer is linear where no ReLU follows it, with zeros for missing biases. Sequentials may be
-    nested; ``Identity``, ``Dropout`` and a leading ``Flatten`` are left out, as in evaluation. The
-    module takes rows: ``network(x.mT).mT`` equals ``module(x)``. Raises `InputError`, which calls
-    the value ``name``, for anything else.
+    A `torch.nn.Linear` is one layer; a `torch.nn.Sequential` has several, with a ReLU between any
+    two, or with neither ReLUs nor biases. Without these they make a `LinearNetwork`, as do a matrix
+    or several; others make an `FNN`, whose last layer is linear where no ReLU follows it, with
+    zeros for missing biases. Sequentials may be nested; ``Identity``, ``Dropout`` and a leading
+    ``Flatten`` are left out, as in evaluation. The module takes rows: ``network(x.mT).mT`` equals
+    ``module(x)``. Raises `InputError`, which calls the value ``name``, for anything else.
     """
     if isinstance(value, Network):
         return value
-    if isinstance(value, nn.Sequential):
+    if isinstance(value, nn.Sequential | nn.Linear):
         return _from_sequential(value, name)
     if isinstance(value, str) or not isinstance(value, Tensor | np.ndarray | Sequence):
         raise InputError(
             name,
-            allowed="a network (lorapower.networks), a torch.nn.Sequential of layers, or matrices",
+            allowed="a network (lorapower.networks), torch.nn.Linear or Sequential, or matrices",
             given=type(value).__name__,
             remedy="networks.from_decoder reads transformers" if hasattr(value, "config") else "",
         )
@@ -254,7 +254,7 @@ def as_network(value: Any, name: str = "network") -> Network:
     return LinearNetwork([value] if is_matrix else value)
 
 
-def _from_sequential(module: nn.Sequential, name: str) -> Network:
+def _from_sequential(module: nn.Module, name: str) -> Network:
     layers = _dense_layers(module, name)
     weights = [layer.weight for layer in layers]
     if not any(layer.relu or layer.bias is not None for layer in layers):

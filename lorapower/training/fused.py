@@ -141,7 +141,7 @@ def polish(
     All factors and biases of the fused network take at most ``iterations`` of L-BFGS, none of which
     raises the error on ``inputs``. Adapters of least error on the first half of ``held_out`` are
     kept; the other half gives the error that is returned. ``fitted`` is what
-    `constructions.fitted.adapt` returned for the same ``inputs`` and ``held_out``.
+    `constructions.adapt_fitted` returned for the same ``inputs`` and ``held_out``.
 
     Raises `InputError` for unusable numbers. Source: the adapters are [def-adapter]'s; nothing is
     promised but what is measured.

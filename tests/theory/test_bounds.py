@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorapower import InputError, bounds, lowrank
 from lorapower.bounds import samples
-from lorapower.constructions import fnn
+from lorapower.constructions import adapt_relu
 from lorapower.networks import FNN, LinearNetwork, Partition
 from lorapower.regions import Ball, Box, Region, Samples
 from lorapower.regression import reduced_rank
@@ -53,7 +53,7 @@ def test_bounds_hold_for_any_ranks_and_partition(
     ends = [0, *sorted(cuts), depth]
     sizes = Partition([b - a for a, b in pairwise(ends)])
     region = Ball(3.0, 0.5) if kind == "ball" else Box(-2.0, 1.0)
-    found = fnn.adapt(frozen, target, ranks, region, sizes, throw=False)
+    found = adapt_relu(frozen, target, ranks, region, sizes, throw=False)
     adapted = found.adapters.merge(frozen)
     for block, weight, error in zip(sizes.slices, target.weights, found.block_errors, strict=True):
         E = weight.numpy() - product(frozen, block)
@@ -74,7 +74,7 @@ def test_the_bound_takes_the_trace_of_the_second_moment() -> None:
     frozen = FNN(torch.eye(D).expand(2, D, D), torch.zeros(2, D))
     target = FNN([(1 + sigma) * torch.eye(D)], [torch.full((D,), 9.0)])
     x = normal(D, 20000).float()
-    found = fnn.adapt(frozen, target, 0, Samples(x))
+    found = adapt_relu(frozen, target, 0, Samples(x))
     squared = rms(found.adapters.merge(frozen)(x) - target(x)) ** 2
     assert squared > 0.9 * sigma**2 * D
     assert squared <= bounds.fnn_error(frozen, target, 0, x.square().sum(0).mean()) ** 2 * 1.001

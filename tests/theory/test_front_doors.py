@@ -21,13 +21,13 @@ from lorapower import InputError, bounds, lowrank, regression
 from lorapower.adapters import Adapters
 from lorapower.constructions import (
     adapt,
-    attention_only,
-    fitted,
-    fnn,
-    fused,
-    linear,
+    adapt_attention,
+    adapt_fitted,
+    adapt_linear,
+    adapt_relu,
+    adapt_transformer,
+    fuse,
     rank_for_error,
-    transformer,
 )
 from lorapower.lowrank import LowRank
 from lorapower.networks import (
@@ -58,7 +58,7 @@ HEADS = both(Transformer.random(1, 3, 1), Transformer.random(1, 3, 1, seed=1))
 ONE, WIDER = HEADS["frozen"], FNN.random(1, 4)
 SINGLE = LINEAR["target"].to(torch.float32)
 DATA = Fresh(RELU["target"], (3,), samples=4)
-FITTED = fitted.adapt(**RELU, ranks=1, inputs=X, held_out=2 * X, throw=False)
+FITTED = adapt_fitted(**RELU, ranks=1, inputs=X, held_out=2 * X, throw=False)
 # Of two types, batches that do not broadcast, no numbers or not of a usable type, and others.
 MIXED, BATCHES = [X[:, :3].float(), X[:, :3]], [torch.ones(2, 1, 1), torch.ones(3, 1, 1)]
 UNUSABLE: list[Any] = [[], [X, X], [NAN], [X.half()], X, MIXED, BATCHES, [None], [[["a"]]]]
@@ -118,7 +118,7 @@ DOORS = [
         {"heads": [0], "groups": [0, 3], "rotary": [0.0], "scale": [1.0]},
     ),
     Door(RELU["frozen"].__call__, {"x": X}, {"x": [X[:2], X[0], NAN]}),
-    Door(as_network, {"value": [X], "name": "value"}, {"value": ["text", torch.nn.Linear(2, 2)]}),
+    Door(as_network, {"value": [X], "name": "value"}, {"value": ["text", torch.nn.ReLU()]}),
     Door(Gap, LINEAR, {"frozen": [RELU["frozen"]], "target": [X, RELU["target"], SINGLE]}),
     Door(Partition, {"sizes": [1]}, {"sizes": [[], [2, 0], [1.5]]}),
     Door(Partition.uniform, {"depth": 2, "blocks": 2}, {"blocks": [0, 3]}),
@@ -175,18 +175,18 @@ DOORS = [
     ),
     # Constructions
     Door(
-        linear.adapt,
+        adapt_linear,
         LINEAR | {"ranks": 1},
         {"frozen": [RELU["frozen"]], "target": [LinearNetwork.random(1, 2)], "ranks": RANKS},
     ),
     Door(
-        fnn.adapt,
-        RELU | {"ranks": 1, "region": Ball(1.0), "partition": None, "throw": False},
-        {"target": [WIDER], "ranks": RANKS, "region": [2.0, Ball(1.0, [0.0, 0.0])]}
+        adapt_relu,
+        RELU | {"ranks": 1, "on": Ball(1.0), "partition": None, "throw": False},
+        {"target": [WIDER], "ranks": RANKS, "on": [2.0, X[:2], Ball(1.0, [0.0, 0.0])]}
         | {"partition": [Partition([1]), Partition([1, 1])]},
     ),
     Door(
-        transformer.adapt,
+        adapt_transformer,
         HEADS | {"ranks": 3},
         {
             "target": [
@@ -197,31 +197,31 @@ DOORS = [
         },
     ),
     # Heads narrower than the tokens, of 3 rows, are adapted exactly or not at all.
-    Door(transformer.adapt, NARROW | {"ranks": 4}, {"ranks": [2]}),
+    Door(adapt_transformer, NARROW | {"ranks": 4}, {"ranks": [2]}),
     Door(
-        attention_only,
+        adapt_attention,
         PRENORM | {"tokens": TOKENS},
         {"frozen": replaced(FEW, torch.zeros_like, "W_V", "g_1")},
     ),
     Door(
         adapt,
-        RELU | {"ranks": 1, "inputs": Ball(1.0), "throw": False},
-        {"frozen": ["text"], "target": [LINEAR["target"]], "ranks": RANKS, "inputs": [None]},
+        RELU | {"ranks": 1, "on": Ball(1.0), "throw": False},
+        {"frozen": ["text"], "target": [LINEAR["target"]], "ranks": RANKS, "on": [None]},
     ),
-    Door(adapt, LINEAR | {"ranks": 1, "inputs": None}, {"inputs": [X]}),
-    Door(adapt, HEADS | {"ranks": 3, "inputs": None}, {"inputs": [X]}),
+    Door(adapt, LINEAR | {"ranks": 1, "on": None}, {"on": [X]}),
+    Door(adapt, HEADS | {"ranks": 3, "on": None}, {"on": [X], "partition": [Partition([1])]}),
     Door(
         rank_for_error,
-        LINEAR | {"error": 0.5, "inputs": X},
-        {"error": [-1.0, np.nan], "inputs": [NAN], "target": [RELU["target"]], "ranks": [[5]]},
+        LINEAR | {"error": 0.5, "on": X},
+        {"error": [-1.0, np.nan], "on": [NAN], "target": [RELU["target"]], "ranks": [[5]]},
     ),
     Door(
-        fitted.adapt,
+        adapt_fitted,
         RELU | {"ranks": 1, "inputs": X, "held_out": 2 * X, "throw": False},
         {"target": [HEADS["target"]], "ranks": RANKS, "inputs": [X[:, :1], NAN]}
         | {"held_out": [X, X[:2]]},
     ),
-    Door(fused.fuse, RELU | {"ranks": 1}, {"frozen": [DATA], "target": [WIDER], "ranks": [7]}),
+    Door(fuse, RELU | {"ranks": 1}, {"frozen": [DATA], "target": [WIDER], "ranks": [7]}),
     # Training
     Door(
         Tuning,

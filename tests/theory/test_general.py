@@ -10,10 +10,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import PRENORM, dtypes, normal, seeds
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorapower import InputError, bounds
-from lorapower.constructions import adapt, fitted, fnn, fused, linear, rank_for_error, transformer
+from lorapower.constructions import (
+    FittedAdaptation,
+    adapt,
+    adapt_fitted,
+    adapt_linear,
+    adapt_relu,
+    adapt_transformer,
+    rank_for_error,
+)
+from lorapower.constructions.fitted import nearest
+from lorapower.constructions.fused import fuse
 from lorapower.networks import FNN, Gap, LinearNetwork, Partition, Transformer
 from lorapower.regions import Ball, Samples
 from lorapower.regression import relative_error
@@ -37,9 +47,8 @@ def problem(kind: str, *, seed: int = 0) -> tuple[Any, Any, Tensor]:
 
 def relative(frozen: Any, target: Any, rank: int, x: Tensor) -> float:
     """The mean squared error that the construction leaves, computed sequence by sequence."""
-    inputs = {"inputs": Samples(x)} if isinstance(frozen, FNN) else {}
-    found = adapt(frozen, target, rank, throw=False, **inputs)
-    adapted = found.adapters.merge(frozen)
+    on = Samples(x) if isinstance(frozen, FNN) else None
+    adapted = adapt(frozen, target, rank, on, throw=False).network
     each = x if x.ndim > 2 else x[None]
     errors = [(adapted(one) - target(one)).numpy() for one in each]
     variance = np.concatenate([target(one).numpy() for one in each], -1).var(-1).mean()
@@ -49,14 +58,54 @@ def relative(frozen: Any, target: Any, rank: int, x: Tensor) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapt_is_the_construction_of_the_kind(kind: str) -> None:
     frozen, target, _ = problem(kind)
-    region = [Ball(2.0)] if kind == "fnn" else []
-    construct: Any = {"linear": linear, "fnn": fnn, "transformer": transformer}[kind].adapt
-    found = adapt(frozen, target, 3, *region, rtol=1e-5)
-    expected = construct(frozen, target, 3, *region, rtol=1e-5)
-    assert type(found) is type(expected)
+    on = [Ball(2.0)] if kind == "fnn" else []
+    construct = {"linear": adapt_linear, "fnn": adapt_relu, "transformer": adapt_transformer}[kind]
+    found = adapt(frozen, target, 3, *on, rtol=1e-5)
+    expected: Any = construct(frozen, target, 3, *on, rtol=1e-5)  # type: ignore[operator]
+    assert type(found.evidence) is type(expected)
     assert bool(found.success)
-    for update, other in zip(found.adapters.updates, expected.adapters.updates, strict=True):
-        assert torch.equal(update.matrix(), other.matrix())
+    assert type(found.network) is type(frozen)
+    for mine, other in zip(found.adapters.updates, expected.adapters.updates, strict=True):
+        assert torch.equal(mine.matrix(), other.matrix())
+
+
+def test_modules_and_matrices_come_back_as_they_were_given() -> None:
+    linear = nn.Linear(4, 3, bias=False).double()
+    alone: Any = adapt(linear, nn.Linear(4, 3, bias=False).double(), 3).network
+    assert (type(alone), alone.bias) == (nn.Linear, None)
+    relu = [nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)]
+    layers: Any = (*relu[:2], nn.Dropout(), nn.Linear(4, 4, bias=False))
+    deep, shallow = nn.Sequential(*layers).double(), nn.Sequential(relu[2]).double()
+    shallow.append(nn.Linear(4, 4)).double()
+    x = normal(9, 4)
+    adapted = adapt(deep, shallow, 4, x.mT).network
+    assert [type(part) for part in adapted] == [type(part) for part in deep]
+    assert adapted.eval()(x).allclose(shallow(x))
+    # Of a layer that is used twice both uses are adapted.
+    twice = nn.Sequential(linear_4 := nn.Linear(4, 4, bias=False).double(), linear_4)
+    assert adapt(twice, torch.eye(4).double(), 2).network(x).allclose(x)
+    W, goal = normal(2, 3, 4)
+    for matrix in (W, W.numpy()):
+        single: Any = adapt(matrix, goal, 3).network
+        assert type(single) is type(matrix)
+        np.testing.assert_allclose(single, goal, atol=1e-12)
+    several = adapt([normal(4, 4), W.numpy()], goal, [1, 2]).network
+    assert [type(part) for part in several] == [Tensor, np.ndarray]
+    stacked = adapt(normal(2, 4, 4), normal(4, 4, seed=1), 2).network
+    assert stacked.shape == (2, 4, 4)
+
+
+def test_rows_in_place_of_columns_are_named() -> None:
+    frozen, target, x = problem("fnn")
+    for ask in (adapt, adapt_relu):
+        with pytest.raises(InputError, match=r"^on must be of shape .*columns: pass x\.mT$"):
+            ask(frozen, target, 4, x.mT)
+
+
+def test_layers_without_relus_are_adapted_wherever() -> None:
+    frozen, target = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+    x = 100 * normal(9, 4)
+    assert adapt(frozen, target, 3).network(x).allclose(target(x))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "residual"])
@@ -112,8 +161,7 @@ def test_a_hidden_layer_that_is_too_narrow_is_said_to_be() -> None:
 def test_adapted_and_trained_networks_stay_on_their_device(kind: str) -> None:
     frozen, target, x = problem(kind)
     frozen, target = (network.to(device="cuda") for network in (frozen, target))
-    found = adapt(frozen, target, 2, *[Ball(1.0)] * (kind == "fnn"), throw=False)
-    merged = found.adapters.merge(frozen)
+    merged = adapt(frozen, target, 2, *[Ball(1.0)] * (kind == "fnn"), throw=False).network
     assert merged.device.type == merged(x).device.type == "cuda"
     if kind == "fnn":
         assert bounds.fnn_threshold(frozen, target).device.type == "cuda"
@@ -135,7 +183,7 @@ def test_what_fused_networks_reach_is_carried_back(
     depth: int, width: int, rank: int, seed: int
 ) -> None:
     frozen, target = relu(2 * depth, depth, width, seed=seed)
-    x, pair = normal(width, 9, seed=seed), fused.fuse(frozen, target, rank)
+    x, pair = normal(width, 9, seed=seed), fuse(frozen, target, rank)
     tuned = train(
         pair.network, [Tuning(ranks=pair.fused_ranks, learning_rate=1e-2)],
         Fresh(target, (width,), samples=8), steps=5,
@@ -147,7 +195,7 @@ def test_what_fused_networks_reach_is_carried_back(
     assert made.allclose(wanted, rtol=1e-7, atol=1e-7)
 
 
-def fused_error(found: fitted.FittedAdaptation, x: Tensor) -> float:
+def fused_error(found: FittedAdaptation, x: Tensor) -> float:
     """The mean squared error of the fit before it is carried back."""
     adapted = found.fused_adapters.merge(found.fused.network)
     return float((adapted(x) - found.fused.target(x)).square().mean())
@@ -156,8 +204,8 @@ def fused_error(found: fitted.FittedAdaptation, x: Tensor) -> float:
 def test_fits_lose_to_no_construction_and_no_iteration_makes_them_worse() -> None:
     frozen, target = relu(4, 2, 8)
     x, others = normal(8, 400), normal(8, 800, seed=1)
-    found = fitted.adapt(frozen, target, 2, x, others)
-    built = fnn.adapt(frozen, target, 2, Ball.about(torch.cat([x, others], 1), 1.25))
+    found = adapt_fitted(frozen, target, 2, x, others)
+    built = adapt_relu(frozen, target, 2, Ball.about(torch.cat([x, others], 1), 1.25))
     left, of_built = (
         relative_error(each.adapters.merge(frozen)(others[:, :400]), target(others[:, :400]))
         for each in (found, built)
@@ -172,7 +220,7 @@ def test_fits_lose_to_no_construction_and_no_iteration_makes_them_worse() -> Non
 def test_partitions_unequal_ranks_and_linear_ends() -> None:
     frozen, target = relu(5, 2, 6, linear_last=True)
     x, others = normal(6, 100), normal(6, 200, seed=1)
-    found = fitted.adapt(frozen, target, [1, 2, 0, 1, 2], x, others, partition=Partition([2, 3]))
+    found = adapt_fitted(frozen, target, [1, 2, 0, 1, 2], x, others, partition=Partition([2, 3]))
     assert found.adapters.ranks == (1, 2, 0, 1, 2)
     better = polish(found, x, others, iterations=20)
     choosing, test = others.tensor_split(2, -1)
@@ -188,9 +236,9 @@ def test_degenerate_inputs(kind: str) -> None:
     other = {"few": x[:, :2], "repeated": x[:, :1].expand(6, 9), "zeros": 0 * x}
     x = other.get(kind, constant)
     for frozen, target in (relu(2, 1, 6), relu(4, 2, 6)):
-        assert fitted.adapt(frozen, target, 3, x, others).error < 1e-18
-        assert fitted.adapt(frozen, target, 1, x, others).error.isfinite()
-        assert polish(fitted.adapt(frozen, target, 1, x, others), x, others).error.isfinite()
+        assert adapt_fitted(frozen, target, 3, x, others).error < 1e-18
+        assert adapt_fitted(frozen, target, 1, x, others).error.isfinite()
+        assert polish(adapt_fitted(frozen, target, 1, x, others), x, others).error.isfinite()
 
 
 @given(st.integers(2, 6), st.integers(0, 4), st.booleans(), dtypes, seeds)
@@ -200,8 +248,8 @@ def test_nearest_layers_are_the_nearest(
     frozen, target = (n.to(dtype) for n in relu(4, 2, width, seed=seed, linear_last=linear_last))
     mixed = normal(width, width, seed=seed) ** 3
     x = (1 + mixed @ normal(width, 50, seed=seed + 1)).to(dtype)
-    pair = fused.fuse(frozen, target, min(rank, width))
-    near = fitted.nearest(pair, x).merge(pair.network)
+    pair = fuse(frozen, target, min(rank, width))
+    near = nearest(pair, x).merge(pair.network)
     assert isinstance(near, FNN)
     assert near.linear_last == linear_last
     z, eps = x, torch.finfo(dtype).eps

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorapower import InputError, bounds
 from lorapower.adapters import Adapters, Tuned
-from lorapower.constructions import attention_only, transformer
+from lorapower.constructions import adapt_attention, adapt_transformer
 from lorapower.networks import Transformer, from_decoder, to_decoder
 from lorapower.networks.transformer import ACTIVATIONS, PARTS
 from lorapower.training import descend
@@ -166,7 +166,7 @@ def test_the_ranks_of_the_theorem_are_exact(
     if not gains:
         vectors = ("g_1", "s_1", "g_2", "s_2")
         target = target.replace(**{name: getattr(frozen, name) for name in vectors})
-    found = transformer.adapt(frozen, target, bounds.transformer_ranks(frozen, target))
+    found = adapt_transformer(frozen, target, bounds.transformer_ranks(frozen, target))
     assert found.success.all()
     x = normal(5, width, 4, seed=seed)
     merged = found.adapters.merge(frozen)
@@ -181,7 +181,7 @@ def test_the_ranks_of_the_theorem_are_exact(
 @given(seeds)
 def test_the_ranks_of_the_theorem_are_exact_without_norms(seed: int) -> None:
     frozen, target = residual_pair(seed, 2, 6, 2, norm=None)
-    found = transformer.adapt(frozen, target, bounds.transformer_ranks(frozen, target))
+    found = adapt_transformer(frozen, target, bounds.transformer_ranks(frozen, target))
     bound = max(1e-20, (1e-15 * float(found.condition_number)) ** 2)
     assert relative(found.adapters.merge(frozen), target, normal(5, 6, 4, seed=seed)) < bound
 
@@ -194,14 +194,14 @@ def test_what_is_called_a_success_is_one(head_size: int, rank: int, seed: int) -
     flat = target.with_parameters([0 * w if n[:3] == "W_Q" else w for n, w in names])
     ranks = dict.fromkeys(frozen.weight_kinds, 6)
     ranks |= dict.fromkeys(PARTS["attention"], min(rank, head_size))
-    found = transformer.adapt(frozen, flat, ranks, throw=False)
+    found = adapt_transformer(frozen, flat, ranks, throw=False)
     exact = all(float(part.spectral_error.max()) < 1e-9 for part in found.solutions.values())
     if exact and found.success:
         assert relative(found.adapters.merge(frozen), flat, normal(9, 6, 4, seed=seed)) < 1e-18
     elif not found.success:
         refused = "non-singular on what norms let through|exactly or not at all"
         with pytest.raises(InputError, match=refused):
-            transformer.adapt(frozen, flat, ranks)
+            adapt_transformer(frozen, flat, ranks)
 
 
 @st.composite
@@ -233,7 +233,7 @@ def test_every_vertex_is_exact_with_frozen_gains(pair: Any, data: Any) -> None:
         while ranks[kind] and bounds.ranks_suffice(frozen, ranks | {kind: ranks[kind] - 1}):
             ranks[kind] -= 1
     used = {kind: min(rank, *frozen.parameters[kind].shape[-2:]) for kind, rank in ranks.items()}
-    found = transformer.adapt(frozen, target, used)
+    found = adapt_transformer(frozen, target, used)
     merged = found.adapters.merge(frozen)
     for kind in ("g_1", "s_1", "g_2", "s_2"):
         assert torch.equal(merged.parameters[kind], frozen.parameters[kind])
@@ -255,7 +255,7 @@ def test_units_are_ordered_block_by_block() -> None:
     near = target.replace(**same)
     stacks = {k: torch.stack([frozen.parameters[k], p]) for k, p in target.parameters.items()}
     for goal in (near, target.replace(W_2=frozen.W_2), Transformer(stacks, target.settings)):
-        found = transformer.adapt(frozen, goal, ranks).adapters.merge(frozen)
+        found = adapt_transformer(frozen, goal, ranks).adapters.merge(frozen)
         assert relative(found, goal, x) < 1e-20
 
 
@@ -266,7 +266,7 @@ def test_units_that_cannot_be_ordered_stay() -> None:
     errors = []
     for rank in (4, 5, 6):
         ranks = {"W_Q": 2, "W_K": 2, "W_V": 2, "W_O": 2, "W_1": rank, "W_2": 6}
-        found = transformer.adapt(frozen, target, ranks)
+        found = adapt_transformer(frozen, target, ranks)
         errors.append(relative(found.adapters.merge(frozen), target, x))
     assert errors[0] > errors[1] > errors[2]
 
@@ -311,7 +311,7 @@ def test_attention_is_taken_away_though_values_become_singular(norm: Any) -> Non
     target = frozen.with_parameters([0 * w if n[:3] == "W_V" else w for n, w in names])
     v = normal(6, 200)
     ranks = [3 * (name[:3] in ("W_V", "W_O")) for name in frozen.weight_names]
-    built = attention_only(frozen, target, v, ranks).merge(frozen)
+    built = adapt_attention(frozen, target, v, ranks).merge(frozen)
     assert bounds.far_error(built, target, v, 1e5)[0] < 1e-16
     # The feed-forward layers are equal.
     assert bounds.attention_floor(frozen, target, v).value < 1e-28

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import batch_shapes, dtypes, normal, seeds
 
 from lorapower import InputError, SingularError, bounds, randomness
-from lorapower.constructions import transformer
+from lorapower.constructions import adapt_transformer
 from lorapower.constructions._heads import adapt_narrow
 from lorapower.networks import Gap, Transformer, segments
 
@@ -61,7 +61,7 @@ def test_exact_at_the_threshold_segment_by_segment(
     )
     rank = int(bounds.transformer_ranks(frozen, target).largest().max())
     assert rank == -(-width // 2)
-    solution = transformer.adapt(frozen, target, rank, rtol=torch.inf)
+    solution = adapt_transformer(frozen, target, rank, rtol=torch.inf)
     adapted = solution.adapters.merge(frozen)
     assert adapted.batch_shape == batch
     assert torch.equal(adapted.W_1, frozen.W_1)
@@ -100,7 +100,7 @@ def test_a_segment_that_is_reached_needs_nothing() -> None:
     assert ranks.value_output.tolist() == [[3, 3]]
     assert ranks.output == 3
     each = dict.fromkeys(ADAPTED, 3) | {"W_Q": 0, "W_K": 0}
-    solution = transformer.adapt(frozen, target, each)
+    solution = adapt_transformer(frozen, target, each)
     assert relative_error(solution.adapters.merge(frozen), target, tokens(frozen)) < 1e-20
 
 
@@ -166,7 +166,7 @@ def test_narrow_heads_of_two_ranks_are_adapted_in_one_batch() -> None:
 
 def test_heads_wider_than_the_tokens_are_like_square_ones() -> None:
     frozen, target = (Transformer.random(1, 4, 2, head_size=6, scale=0.4, seed=s) for s in (1, 2))
-    solution = transformer.adapt(frozen, target, 2)
+    solution = adapt_transformer(frozen, target, 2)
     assert relative_error(solution.adapters.merge(frozen), target, tokens(frozen)) < 1e-20
 
 
@@ -177,7 +177,7 @@ def test_segments_are_of_square_layers_and_ranks_of_kinds() -> None:
     with pytest.raises(InputError, match="W_1 must be square"):
         segments(wide, wide)
     with pytest.raises(InputError, match="one integer, or one for each of W_Q, W_K"):
-        transformer.adapt(small, small, several)
+        adapt_transformer(small, small, several)
 
 
 @pytest.mark.parametrize(("kind", "owner"), [("W_1", ""), ("W_2", ""), ("W_2", "target's ")])
@@ -187,7 +187,7 @@ def test_singular_layers_are_named(kind: str, owner: str) -> None:
     broken[0, 1] = broken[0, 0]
     networks[owner] = networks[owner].replace(**{kind: broken})
     with pytest.raises(InputError, match=f"^{owner}{kind} of block 1 must be non-singular; got co"):
-        transformer.adapt(networks[""], networks["target's "], 2)
+        adapt_transformer(networks[""], networks["target's "], 2)
 
 
 def test_a_segment_that_cannot_be_reached_is_named() -> None:
@@ -195,9 +195,9 @@ def test_a_segment_that_cannot_be_reached_is_named() -> None:
     zero = torch.zeros_like(frozen.W_Q)
     frozen = frozen.replace(W_Q=zero, W_K=zero)
     with pytest.raises(SingularError, match=r"query–key segment of block \d, head \d"):
-        transformer.adapt(frozen, target, 2)
+        adapt_transformer(frozen, target, 2)
     frozen = Transformer.random(1, 4, 1, batch_shape=(2,))
     frozen = frozen.replace(W_out=torch.zeros(4, 4, dtype=torch.float64))
     ranks = FULL | {"W_2": 4, "W_out": 0}
     with pytest.raises(SingularError, match=r"output segment of batch member 0 \(one of 2 "):
-        transformer.adapt(frozen, Transformer.random(1, 4, 1, seed=2), ranks)
+        adapt_transformer(frozen, Transformer.random(1, 4, 1, seed=2), ranks)
