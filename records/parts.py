@@ -40,7 +40,7 @@ from loraplan.lab import (
     stream,
 )
 from lorapower import lowrank, randomness
-from lorapower.networks import Transformer, from_decoder
+from lorapower.networks import Decoder, from_decoder
 from records import Results, Values, grid, models, neighbours, pairs, plans, run
 from records.tables import begin, put
 
@@ -104,7 +104,7 @@ def place(name: str) -> tuple[int, str]:
     return int(parts[2]), parts[-1].removesuffix("_proj")
 
 
-def heads(base: Transformer, tuned: Transformer) -> Iterator[Row]:
+def heads(base: Decoder, tuned: Decoder) -> Iterator[Row]:
     """Count what heads differ by [thm-every-network], and say how alike those of one model are.
 
     Two heads, of any places, differ by the full rank if neither factor of one depends on that of
@@ -135,7 +135,7 @@ def heads(base: Transformer, tuned: Transformer) -> Iterator[Row]:
     yield -1, "scores", "shortest", float(lengths.min() / lengths.median())
 
 
-def factors(network: Transformer) -> dict[str, tuple[Tensor, Tensor]]:
+def factors(network: Decoder) -> dict[str, tuple[Tensor, Tensor]]:
     """Give ``A`` and ``M`` of all heads as factors, ``left @ right.mT``, with first gains."""
     g = network.g_1[:, None, :, None]
     K, V = network.each_head(network.W_K), network.each_head(network.W_V)

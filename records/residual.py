@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 
 from lorapower.book.values import Values
 from lorapower.bounds.floors import attention_floor, far_error
-from lorapower.networks.transformer import Part, Transformer
+from lorapower.networks.attention import Part
+from lorapower.networks.decoder import Decoder
 from lorapower.regression import variance as variance_of
 from lorapower.training.tuning import Fresh, Tuning
 from records.methods import (
@@ -46,14 +47,14 @@ class TrainedPart(Values):
     vectors: Literal["free", "all"] = "all"
     learning_rate: float = Field(1e-2, gt=0)
 
-    def ranks_in(self, network: Transformer) -> tuple[int, ...]:
+    def ranks_in(self, network: Decoder) -> tuple[int, ...]:
         """List the rank of each weight's adapter."""
         each = self.ranks, self.ranks + self.more
         usual, more = (network.ranks(rank, self.part) for rank in each)
         pairs = zip(network.kind_of_weight, usual, more, strict=True)
         return tuple(b if kind in ("W_V", "W_O") else a for kind, a, b in pairs)
 
-    def tuning(self, network: Transformer) -> Tuning:
+    def tuning(self, network: Decoder) -> Tuning:
         """Make the settings that `training.train` takes."""
         tuned = VECTORS[self.vectors]
         return Tuning(
@@ -80,17 +81,17 @@ class Residual(Values):
     samples: int = Field(256, ge=1)
     seed: int = Field(0, ge=0)
 
-    def networks(self) -> tuple[Transformer, Transformer]:
+    def networks(self) -> tuple[Decoder, Decoder]:
         """Draw the frozen network and the target."""
         options: Any = self.model_dump(include={"hidden", "seed"})
         options |= {"head_size": self.width // self.heads, "norm": "layer", "residual": True}
         frozen, target = (
-            Transformer.random(1, self.width, self.heads, purpose=purpose, **options)
+            Decoder.random(1, self.width, self.heads, purpose=purpose, **options)
             for purpose in ("frozen", "target")
         )
         return frozen, target
 
-    def data(self, target: Transformer, *purpose: str) -> Fresh:
+    def data(self, target: Decoder, *purpose: str) -> Fresh:
         """Label inputs, others for each purpose."""
         options: Any = {"samples": self.samples, "scale": self.size, "seed": self.seed}
         return Fresh(target, (self.width, self.tokens), purpose=purpose, **options)

@@ -17,10 +17,12 @@ from .layers import (
     fnn_error_on,
     fnn_threshold,
 )
+from .narrow_heads import narrow_head_ranks
 from .transformer import (
     necessary_ranks,
     packed_rank,
     ranks_suffice,
+    savable_ranks,
     transformer_ranks,
 )
 
@@ -34,9 +36,11 @@ __all__ = [
     "fnn_error",
     "fnn_error_on",
     "fnn_threshold",
+    "narrow_head_ranks",
     "necessary_ranks",
     "packed_rank",
     "ranks_suffice",
     "samples",
+    "savable_ranks",
     "transformer_ranks",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _checks, lowrank, randomness
 from ..errors import InputError
-from ..networks.transformer import Transformer
+from ..networks.decoder import Decoder
 from ..regression import reduced_rank
 
 
@@ -27,8 +27,8 @@ class _AttentionFloor(NamedTuple):
 
 
 def attention_floor(
-    frozen: Transformer,
-    target: Transformer,
+    frozen: Decoder,
+    target: Decoder,
     tokens: Float[Tensor, "width samples"],
     ranks: int | Sequence[int] | None = None,
 ) -> _AttentionFloor:
@@ -42,13 +42,13 @@ def attention_floor(
 
     Parameters
     ----------
-    frozen, target : Transformer
+    frozen, target : Decoder
         Of equal width, norm and activation, any depth and no final norm.
     tokens : Tensor
         Directions as columns, more than ``m + 1``, which span the space of normalized tokens.
     ranks : int or sequence of int, optional
         The total rank of all ``W_V`` and ``W_O``, or the rank of each of ``frozen.weights``, as by
-        `Transformer.ranks`. By default any rank.
+        `Decoder.ranks`. By default any rank.
     """
     n = directions(frozen, target, tokens)
     m, V, samples = target.dimension, target.basis(), n.shape[-1]
@@ -72,8 +72,8 @@ class _FeedForwardFloor(NamedTuple):
 
 
 def feed_forward_floor(
-    frozen: Transformer,
-    target: Transformer,
+    frozen: Decoder,
+    target: Decoder,
     tokens: Float[Tensor, "width samples"],
     length: int,
     *,
@@ -105,7 +105,7 @@ def feed_forward_floor(
 
 
 def directions(
-    frozen: Transformer, target: Transformer, tokens: Float[Tensor, "width samples"]
+    frozen: Decoder, target: Decoder, tokens: Float[Tensor, "width samples"]
 ) -> Float[Tensor, "width samples"]:
     """Put tokens on the sphere ``‖n‖² = D``; `InputError` where the networks' spheres differ."""
     _require_one_sphere(frozen, target)
@@ -121,9 +121,9 @@ def directions(
     return v / size * target.width**0.5
 
 
-def _require_one_sphere(frozen: Transformer, target: Transformer) -> None:
+def _require_one_sphere(frozen: Decoder, target: Decoder) -> None:
     """Refuse networks without a limit for far tokens, and a pair whose spheres differ."""
-    _checks.kind(Transformer, frozen=frozen, target=target)
+    _checks.kind(Decoder, frozen=frozen, target=target)
     for name, network in (("frozen", frozen), ("target", target)):
         settings = network.settings
         if settings.norm is None or not settings.residual or settings.final_norm:
@@ -136,13 +136,13 @@ def _require_one_sphere(frozen: Transformer, target: Transformer) -> None:
     _checks.integer("dimension of normalized tokens", target.dimension, 3)
 
 
-def _sequences(x: Tensor, *networks: Transformer) -> Tensor:
+def _sequences(x: Tensor, *networks: Decoder) -> Tensor:
     """Give sequences ``[samples, width, N]`` a dimension for each of the networks' batch."""
     batch = torch.broadcast_shapes(*(network.batch_shape for network in networks))
     return x.reshape(len(x), *[1] * len(batch), *x.shape[1:])
 
 
-def _added(network: Transformer, n: Tensor, *, attention_only: bool = False) -> Tensor:
+def _added(network: Decoder, n: Tensor, *, attention_only: bool = False) -> Tensor:
     """Compute what blocks, or their attention, add to far tokens of these directions."""
     # Far out, norms see directions alone.
     limit, added = network.replace(eps=0.0), torch.zeros_like(n)
@@ -155,8 +155,8 @@ def _added(network: Transformer, n: Tensor, *, attention_only: bool = False) -> 
 
 
 def far_error(
-    network: Transformer,
-    target: Transformer,
+    network: Decoder,
+    target: Decoder,
     tokens: Float[Tensor, "width samples"],
     size: float,
     length: int = 1,

@@ -3,37 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
 
 from .. import _checks
 from ..errors import InputError
-from ..networks.alignment import savable
+from ..networks.decoder import Decoder, DecoderSettings, Norm
 from ..networks.gap import Gap
-from ..networks.segmentation import Segments, segments
-from ..networks.transformer import Norm, Transformer
+from ..networks.segmentation import (
+    ADAPTED,
+    DecoderSegments,
+    PlainSegments,
+    Segments,
+    parts_of,
+    segments,
+)
+from ..networks.transformer import Transformer
+from .narrow_heads import narrow_head_ranks
 
 
-def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tensor]:
+@overload
+def transformer_ranks(frozen: Transformer, target: Transformer) -> PlainSegments[Tensor]: ...
+@overload
+def transformer_ranks(frozen: Decoder, target: Decoder) -> DecoderSegments[Tensor]: ...
+def transformer_ranks(frozen: Any, target: Any) -> Segments[Tensor]:
     """Find the least ranks that make segments exact [thm-transformer], [thm-residual].
 
     Where a segment differs by ``E``: ``⌈rank(E)/2⌉`` for two weights, more for heads narrower than
     the tokens [prop-narrow-heads], and ``rank E`` for one. ``[..., L, H]`` for heads, each by
-    itself, and ``[..., L]`` for blocks; `Segments.largest` is enough for all. Raises what
+    itself, and ``[..., L]`` for blocks; their ``largest()`` is enough for all. Raises what
     `networks.segments` raises.
     """
 
     def least(name: str, gap: Gap) -> Tensor:
-        if len(Segments.WEIGHTS[name]) == 1:
+        if len(ADAPTED[name]) == 1:
             return gap.rank
         if gap.frozen.depth == 2:
             return gap.threshold
-        pair = gap.pair_ranks
-        return torch.stack([pair.inner, pair.outer, -(-pair.together // 2)]).amax(0)
+        inner, outer, together = narrow_head_ranks(gap)[:3]
+        return torch.stack([inner, outer, -(-together // 2)]).amax(0)
 
-    return segments(frozen, target).map(least)
+    cut = segments(frozen, target)
+    return type(cut)(**{name: least(name, gap) for name, gap in parts_of(cut).items()})
+
+
+def savable_ranks(settings: DecoderSettings) -> tuple[list[str], int]:
+    """Name the weights on which scales of units can save a rank, and count how many at once.
+
+    A ReLU unit stays the same if its row of ``W_1`` is multiplied by ``λ > 0`` and its column of
+    ``W_2`` by ``1/λ``; a gated unit if its row of ``W_3`` is, by any ``μ ≠ 0``. Source:
+    [thm-needed].
+    """
+    kinds = ["W_1"] * (settings.activation == "relu") + ["W_3"] * settings.gated
+    return [*kinds, "W_2"] if kinds else [], len(kinds)
 
 
 class _Region(NamedTuple):
@@ -47,9 +71,9 @@ class _Region(NamedTuple):
     savable: tuple[list[str], int]
 
 
-def _region(network: Transformer) -> _Region:
+def _region(network: Decoder) -> _Region:
     """Find the region of a shape; refuse shapes of which nothing is proved."""
-    _checks.kind(Transformer, network=network)
+    _checks.kind(Decoder, network=network)
     settings, sizes = network.settings, network.sizes
     if settings.norm is None or not settings.residual:
         raise InputError("network", allowed="with residual connections and norms", given=network)
@@ -70,7 +94,7 @@ def _region(network: Transformer) -> _Region:
         ("W_V", "W_O", min(2 * value, m), min(value, max(0, written - value))),
     )
     full = {"W_1": m} | ({"W_3": m} if settings.gated else {}) | {"W_2": written}
-    kinds, count = savable(settings)
+    kinds, count = savable_ranks(settings)
     least, units = max(written, 1 + sum(full[kind] - 1 for kind in kinds)), sizes["hidden"]
     if units < least:
         allowed, remedy = f"at least {least}", "with fewer, less than these ranks may be enough"
@@ -78,7 +102,7 @@ def _region(network: Transformer) -> _Region:
     return _Region(pairs, full, (kinds, count))
 
 
-def ranks_suffice(network: Transformer, ranks: Mapping[str, int]) -> bool:
+def ranks_suffice(network: Decoder, ranks: Mapping[str, int]) -> bool:
     """Say whether adapters of these ranks make almost all pairs of networks equal [thm-needed].
 
     Both networks have the shape of ``network``, whose numbers do not matter; one adapter serves one
@@ -117,7 +141,7 @@ def ranks_suffice(network: Transformer, ranks: Mapping[str, int]) -> bool:
     return len(lacking) <= count and all(k in kinds and rank == 1 for k, rank in lacking.items())
 
 
-def necessary_ranks(network: Transformer, *, packed: bool = False) -> dict[str, int]:
+def necessary_ranks(network: Decoder, *, packed: bool = False) -> dict[str, int]:
     """Find ranks none of which can be lowered alone, for almost all networks of a shape.
 
     Without rotary positions and grouped heads they are also enough [thm-needed]: of two weights of

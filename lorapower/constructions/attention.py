@@ -13,13 +13,13 @@ from ..adapters import Adapters
 from ..bounds.floors import attention_floor
 from ..errors import InputError
 from ..lowrank import LowRank
-from ..networks.transformer import Transformer
+from ..networks.decoder import Decoder
 
 
 @torch.no_grad()
 def adapt_attention(
-    frozen: Transformer,
-    target: Transformer,
+    frozen: Decoder,
+    target: Decoder,
     tokens: Float[Tensor, "width samples"],
     ranks: int | Sequence[int] | None = None,
 ) -> Adapters:

@@ -1,20 +1,25 @@
 """Networks as tensors in the paper's notation: weights act on columns ``[..., in, samples]``."""
 
+from .attention import Settings
 from .base import Network
-from .decoders import from_decoder, to_decoder
+from .decoder import Decoder, DecoderSettings
 from .gap import Gap
 from .layers import FNN, LinearNetwork, as_network, product
 from .partition import Partition, blocks
-from .segmentation import Segments, is_regular, segments
-from .transformer import Settings, Transformer
+from .pretrained import from_decoder, to_decoder
+from .segmentation import DecoderSegments, PlainSegments, is_regular, segments
+from .transformer import Transformer
 
 __all__ = [
     "FNN",
+    "Decoder",
+    "DecoderSegments",
+    "DecoderSettings",
     "Gap",
     "LinearNetwork",
     "Network",
     "Partition",
-    "Segments",
+    "PlainSegments",
     "Settings",
     "Transformer",
     "as_network",

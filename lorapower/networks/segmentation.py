@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from dataclasses import fields
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,99 +11,119 @@ from torch import Tensor
 
 from .. import _checks, lowrank
 from ..errors import InputError
+from .decoder import Decoder
 from .gap import Gap
 from .layers import LinearNetwork
 from .transformer import Transformer
 
-_SETTINGS = ("residual", "norm", "activation", "final_norm", "causal", "gated", "rotary")
-
 T = TypeVar("T")
-S = TypeVar("S")
+AnyTransformer = Transformer | Decoder
+
+#: The adapted weights of each segment, in the order in which they act.
+ADAPTED: dict[str, tuple[str, ...]] = {
+    "query_key": ("W_Q", "W_K"),
+    "value_output": ("W_V", "W_O"),
+    "query": ("W_Q",),
+    "key": ("W_K",),
+    "value": ("W_V",),
+    "sent": ("W_O",),
+    "inner": ("W_1",),
+    "up": ("W_3",),
+    "outer": ("W_2",),
+    "output": ("W_2", "W_out"),
+}
+#: How many dimensions, of blocks and heads, the numbers of each segment have.
+DIMENSIONS = dict.fromkeys(ADAPTED, 2) | {"inner": 1, "up": 1, "outer": 1, "output": 0}
 
 
-class Segments(dict[str, T]):
-    """Something for each kind of segment; kinds are keys and attributes.
+def parts_of(segments: tuple[Any, ...]) -> dict[str, Any]:
+    """Return what there is of some `PlainSegments` or `DecoderSegments`, by the segment's name."""
+    named: Any = segments
+    return {name: part for name, part in named._asdict().items() if part is not None}
 
-    Segments of a plain transformer multiply ``y``, where the tokens of block ``l`` are
-    ``z = W_{2,l−1} y``, ``y = a + c``, with ``a`` the activations before and
-    ``W_{2,l−1} c = b_{2,l−1}``; in the first block ``y`` is the input and ``W_2 = I``:
 
-    - ``query_key``: scores are ``yᵀ M y``, ``M = W_2ᵀ W_Kᵀ W_Q W_2``; ``[..., L, H]``;
-    - ``value_output``: the activation receives ``Σ_h M_h y``, ``M = W_1 W_O W_V W_2``;
-      ``[..., L, H]``;
-    - ``output``: ``W_out W_{2,L}``; ``[...]``.
+def _largest(segments: tuple[Any, ...]) -> Tensor:
+    flat = []
+    for name, part in parts_of(segments).items():
+        dims = DIMENSIONS[name]
+        flat.append(part.flatten(-dims).amax(-1) if dims else part)
+    return torch.stack(torch.broadcast_tensors(*flat)).amax(0)
 
-    For any other transformer let ``B = diag(g) V``: ``V`` is an orthonormal basis of the space of
-    normalized tokens, ``g`` the gains of the norm before; without norms ``B = I``. ``S = Vᵀ`` under
-    a final LayerNorm, which ignores means; otherwise ``S = I``:
 
-    - ``query_key``: scores are ``Bᵀ W_Kᵀ W_Q B``; ``[..., L, H]``;
-    - ``value_output``: tokens receive ``S W_O W_V B``; ``[..., L, H]``;
-    - ``inner``: the activation receives ``W_1 B``; ``[..., L]``;
-    - ``up``, if gated: the activation is multiplied by ``W_3 B``; ``[..., L]``;
-    - ``outer``: tokens receive ``S W_2``; ``[..., L]``.
+class PlainSegments(NamedTuple, Generic[T]):
+    """Something for each segment of a `Transformer`.
 
-    Weights that several heads share, or that rotations separate, have a segment each:
-
-    - ``query``, ``key`` replace ``query_key`` for rotary positions or grouped heads: ``W_Q B`` and
-      ``W_K B``; ``[..., L, H]`` and ``[..., L, groups]``;
-    - ``value``, ``sent`` replace ``value_output`` for grouped heads: ``W_V B`` and ``S W_O``;
-      ``[..., L, groups]`` and ``[..., L, H]``.
-
-    Networks with equal segments and equal ``c`` or vectors are equal.
+    Segments multiply ``y``, where the tokens of block ``l`` are ``z = W_{2,l−1} y``,
+    ``y = a + c``, with ``a`` the activations before and ``W_{2,l−1} c = b_{2,l−1}``; in the first
+    block ``y`` is the input and ``W_2 = I``. Networks with equal segments and equal ``c`` are
+    equal.
     """
 
-    #: The adapted weights of each kind of segment, in the order in which they act.
-    WEIGHTS: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "query_key": ("W_Q", "W_K"),
-        "value_output": ("W_V", "W_O"),
-        "query": ("W_Q",),
-        "key": ("W_K",),
-        "value": ("W_V",),
-        "sent": ("W_O",),
-        "inner": ("W_1",),
-        "up": ("W_3",),
-        "outer": ("W_2",),
-        "output": ("W_2", "W_out"),
-    }
-    #: How many dimensions, of blocks and heads, each kind of segment has.
-    DIMENSIONS: ClassVar[Mapping[str, int]] = {
-        **dict.fromkeys(("query_key", "value_output", "query", "key", "value", "sent"), 2),
-        **dict.fromkeys(("inner", "up", "outer"), 1),
-        "output": 0,
-    }
+    #: Scores are ``yᵀ M y``, ``M = W_2ᵀ W_Kᵀ W_Q W_2``; ``[..., L, H]``.
+    query_key: T
+    #: The activation receives ``Σ_h M_h y``, ``M = W_1 W_O W_V W_2``; ``[..., L, H]``.
+    value_output: T
+    #: ``W_out W_{2,L}``; ``[...]``.
+    output: T
 
-    def __getattr__(self, name: str) -> T:
-        if name not in self:
-            raise AttributeError(name)
-        return self[name]
-
-    def __repr__(self) -> str:
-        return f"Segments({', '.join(f'{name}={part}' for name, part in self.items())})"
-
-    def map(self, change: Callable[[str, T], S]) -> Segments[S]:
-        """Apply a function to each name and part."""
-        return Segments({name: change(name, part) for name, part in self.items()})
-
-    def largest(self: Segments[Any]) -> Tensor:
+    def largest(self) -> Tensor:
         """Find the largest of a network's numbers, where each part is numbers; ``[...]``."""
-        flat = []
-        for name, part in self.items():
-            dims = self.DIMENSIONS[name]
-            flat.append(part.flatten(-dims).amax(-1) if dims else part)
-        return torch.stack(torch.broadcast_tensors(*flat)).amax(0)
+        return _largest(self)
 
 
-def segments(frozen: Transformer, target: Transformer, *, throw: bool = True) -> Segments[Gap]:
+class DecoderSegments(NamedTuple, Generic[T]):
+    """Something for each segment of a `Decoder`; ``None`` for those that it does not have.
+
+    Let ``B = diag(g) V``: ``V`` is an orthonormal basis of the space of normalized tokens, ``g``
+    the gains of the norm before; without norms ``B = I``. ``S = Vᵀ`` under a final LayerNorm, which
+    ignores means; otherwise ``S = I``. Weights that several heads share, or that rotations
+    separate, have a segment each. Networks with equal segments and equal vectors are equal.
+    """
+
+    #: Scores are ``Bᵀ W_Kᵀ W_Q B``; ``[..., L, H]``.
+    query_key: T | None = None
+    #: With rotary positions or grouped heads instead ``W_Q B``; ``[..., L, H]``.
+    query: T | None = None
+    #: And ``W_K B``; ``[..., L, groups]``.
+    key: T | None = None
+    #: Tokens receive ``S W_O W_V B``; ``[..., L, H]``.
+    value_output: T | None = None
+    #: With grouped heads instead ``W_V B``; ``[..., L, groups]``.
+    value: T | None = None
+    #: And ``S W_O``; ``[..., L, H]``.
+    sent: T | None = None
+    #: The activation receives ``W_1 B``; ``[..., L]``.
+    inner: T | None = None
+    #: If gated, the activation is multiplied by ``W_3 B``; ``[..., L]``.
+    up: T | None = None
+    #: Tokens receive ``S W_2``; ``[..., L]``.
+    outer: T | None = None
+
+    def largest(self) -> Tensor:
+        """Find the largest of a network's numbers, where each part is numbers; ``[...]``."""
+        return _largest(self)
+
+
+Segments = PlainSegments[T] | DecoderSegments[T]
+
+
+@overload
+def segments(
+    frozen: Transformer, target: Transformer, *, throw: bool = True
+) -> PlainSegments[Gap]: ...
+@overload
+def segments(frozen: Decoder, target: Decoder, *, throw: bool = True) -> DecoderSegments[Gap]: ...
+def segments(frozen: Any, target: Any, *, throw: bool = True) -> Segments[Gap]:
     """Cut two transformers into the linear maps between non-linearities [lem-segments].
 
-    Unless plain, segments use the target's gains, which the adapted network takes on.
+    Segments of a `Decoder` use the target's gains, which the adapted network takes on.
 
-    Raises `InputError` for transformers of different sizes, types or settings; for plain ones also
-    where the feed-forward layer is not as wide as the tokens and, unless ``throw`` is false, where
-    `is_regular` fails.
+    Raises `InputError` for transformers of different kinds, sizes, types or settings; for a
+    `Transformer` also where the feed-forward layer is not as wide as the tokens and, unless
+    ``throw`` is false, where `is_regular` fails.
     """
-    _checks.kind(Transformer, frozen=frozen, target=target)
+    _checks.kind(Transformer, Decoder, frozen=frozen)
+    _checks.kind(type(frozen), target=target)
     _require_alike(frozen, target)
     batch = torch.broadcast_shapes(frozen.batch_shape, target.batch_shape)
     if throw:
@@ -117,20 +137,21 @@ def segments(frozen: Transformer, target: Transformer, *, throw: bool = True) ->
                     given=f"condition number {float(conditions[..., block].max()):.1e}",
                     remedy="the theorem inverts it; perturb it",
                 )
-    if frozen.is_plain:
-        sides = [_cut_plain(network, batch) for network in (frozen, target)]
+    if isinstance(target, Transformer):
+        sides: list[Any] = [_cut_plain(network, batch) for network in (frozen, target)]
     else:
         first, second = target.readings
         ignores_means = target.settings.final_norm and target.settings.norm == "layer"
         written = target.basis().mT if ignores_means else torch.eye(target.width).to(first)
         sides = [_cut(network, first, second, written, batch) for network in (frozen, target)]
-    return Segments({name: Gap(part, sides[1][name]) for name, part in sides[0].items()})
+    gaps = {name: Gap(part, getattr(sides[1], name)) for name, part in parts_of(sides[0]).items()}
+    return type(sides[0])(**gaps)
 
 
-def is_regular(frozen: Transformer, target: Transformer) -> Bool[Tensor, "*batch"]:
+def is_regular(frozen: AnyTransformer, target: AnyTransformer) -> Bool[Tensor, "*batch"]:
     """Say whether the weights that the theorem inverts are non-singular [ass-regular].
 
-    If plain, ``W_1``, ``W_2`` and the target's ``W_2`` of all blocks but the last; else none.
+    In a `Transformer` ``W_1``, ``W_2`` and the target's ``W_2`` of all blocks but the last.
     """
     limit, batch = _largest_condition(frozen), (frozen.batch_shape, target.batch_shape)
     good = torch.ones(torch.broadcast_shapes(*batch), dtype=torch.bool).to(frozen.device)
@@ -139,13 +160,15 @@ def is_regular(frozen: Transformer, target: Transformer) -> Bool[Tensor, "*batch
     return good
 
 
-def _largest_condition(network: Transformer) -> float:
+def _largest_condition(network: AnyTransformer) -> float:
     return 1 / (network.width * torch.finfo(network.dtype).eps)
 
 
-def _inverted(frozen: Transformer, target: Transformer) -> dict[str, Float[Tensor, "*batch _"]]:
+def _inverted(
+    frozen: AnyTransformer, target: AnyTransformer
+) -> dict[str, Float[Tensor, "*batch _"]]:
     """Compute condition numbers of each kind of weight that is inverted."""
-    if not frozen.is_plain:
+    if isinstance(frozen, Decoder):
         return {}
     return {
         "W_1": lowrank.condition_number(frozen.W_1),
@@ -154,21 +177,21 @@ def _inverted(frozen: Transformer, target: Transformer) -> dict[str, Float[Tenso
     }
 
 
-def _cut_plain(network: Transformer, batch: torch.Size) -> dict[str, LinearNetwork]:
+def _cut_plain(network: Transformer, batch: torch.Size) -> PlainSegments[LinearNetwork]:
     identity = torch.eye(network.width).to(network.W_2).expand(*network.batch_shape, 1, -1, -1)
     before = torch.cat([identity, network.W_2[..., :-1, :, :]], dim=-3)[..., None, :, :]
     after = network.W_1[..., None, :, :]
     of_heads = (*batch, network.depth, network.heads)
-    return {
-        "query_key": _chain(of_heads, before, network.W_Q, network.W_K.mT, before.mT),
-        "value_output": _chain(of_heads, before, network.W_V, network.W_O, after),
-        "output": _chain(batch, network.W_2[..., -1, :, :], network.W_out),
-    }
+    return PlainSegments(
+        query_key=_chain(of_heads, before, network.W_Q, network.W_K.mT, before.mT),
+        value_output=_chain(of_heads, before, network.W_V, network.W_O, after),
+        output=_chain(batch, network.W_2[..., -1, :, :], network.W_out),
+    )
 
 
 def _cut(
-    network: Transformer, first: Tensor, second: Tensor, written: Tensor, batch: torch.Size
-) -> dict[str, LinearNetwork]:
+    network: Decoder, first: Tensor, second: Tensor, written: Tensor, batch: torch.Size
+) -> DecoderSegments[LinearNetwork]:
     """Make segments that read through both norms' matrices and write through ``written``."""
     of_blocks = (*batch, network.depth)
     of_heads, of_groups = (*of_blocks, network.heads), (*of_blocks, network.groups)
@@ -188,16 +211,19 @@ def _cut(
     if network.settings.gated:
         parts["up"] = _chain(of_blocks, second, network.W_3)
     parts["outer"] = _chain(of_blocks, network.W_2, written)
-    return parts
+    return DecoderSegments(**parts)
 
 
 def _chain(batch: tuple[int, ...], *weights: Tensor) -> LinearNetwork:
     return LinearNetwork([w.expand(*batch, *w.shape[-2:]) for w in weights], checked=False)
 
 
-def _require_alike(frozen: Transformer, target: Transformer) -> None:
+def _require_alike(frozen: AnyTransformer, target: AnyTransformer) -> None:
     """Refuse two networks whose segments do not correspond."""
-    target.require_like(frozen, _SETTINGS if frozen.settings.norm is None else (*_SETTINGS, "eps"))
+    names = [field.name for field in fields(frozen.settings)]
+    if isinstance(frozen, Decoder) and frozen.settings.norm is None:
+        names.remove("eps")
+    target.require_like(frozen, names)
     for side, size in frozen.sizes.items():
         if target.sizes[side] != size:
             raise InputError(
@@ -206,7 +232,7 @@ def _require_alike(frozen: Transformer, target: Transformer) -> None:
                 given=target.sizes[side],
                 remedy="segments are matched one to one, and adapters leave all sizes as they are",
             )
-    if frozen.is_plain and frozen.sizes["hidden"] != frozen.width:
+    if isinstance(frozen, Transformer) and frozen.sizes["hidden"] != frozen.width:
         raise InputError(
             "W_1",
             allowed=f"square, with as many units as a token has coordinates ({frozen.width})",

@@ -14,7 +14,7 @@ import records
 from loraplan import Pair, Planner
 from loraplan.lab import stream
 from lorapower import lowrank, randomness
-from lorapower.networks import Transformer
+from lorapower.networks import Decoder
 from records import neighbours, pairs, parts, plans
 from records.plans import AdapterRun
 
@@ -76,10 +76,10 @@ def test_losses_of_a_few_directions_are_measured(tmp_path: Path) -> None:
 
 def test_heads_differ_by_the_rank_of_their_changes() -> None:
     kind: Any = {"head_size": 4, "groups": 2, "residual": True, "norm": "rms", "rotary": 1e4}
-    one = Transformer.random(2, 16, 4, hidden=16, gated=True, activation="silu", **kind)
+    one = Decoder.random(2, 16, 4, hidden=16, gated=True, activation="silu", **kind)
     A, B = (randomness.normal(randomness.generator(0, name), 16, 1) for name in "AB")
     adapted = one.replace(W_Q=one.W_Q + (A @ B.mT).reshape(4, 4, 16))
-    other = Transformer.random(2, 16, 4, hidden=16, gated=True, activation="silu", seed=1, **kind)
+    other = Decoder.random(2, 16, 4, hidden=16, gated=True, activation="silu", seed=1, **kind)
     found = {}
     for name, tuned in {"adapted": adapted, "other": other}.items():
         for block, part, quantity, value in parts.heads(one, tuned):

@@ -18,7 +18,7 @@ from lorapower.adapters import Adapters
 from lorapower.bounds import samples
 from lorapower.constructions import adapt_linear, adapt_relu, adapt_transformer
 from lorapower.lowrank import LowRank
-from lorapower.networks import FNN, Gap, LinearNetwork, Network, Transformer, blocks
+from lorapower.networks import FNN, Decoder, Gap, LinearNetwork, Network, Transformer, blocks
 from lorapower.regression import reduced_rank, second_moment_root, truncate
 
 # An argument is made from its batch shape and a seed.
@@ -42,8 +42,8 @@ def heads(batch: tuple[int, ...], seed: int) -> Transformer:
     return moderate(2, 4, 2, batch, seed)
 
 
-def normed(batch: tuple[int, ...], seed: int) -> Transformer:
-    return Transformer.random(1, 4, 2, batch_shape=batch, seed=seed, purpose=f"{seed}", **PRENORM)
+def normed(batch: tuple[int, ...], seed: int) -> Decoder:
+    return Decoder.random(1, 4, 2, batch_shape=batch, seed=seed, purpose=f"{seed}", **PRENORM)
 
 
 def adapters_of(left: Tensor, right: Tensor, bias: Tensor) -> Adapters:
@@ -143,7 +143,7 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
     "LinearNetwork": (of_linear, [deep(3), INPUTS]),
     "FNN": (of_relu, [relu(3), INPUTS]),
     "Transformer": (lambda network, z: network(z), [heads, TOKENS]),
-    "Transformer, norms": (lambda network, z: network(z), [normed, TOKENS]),
+    "Decoder": (lambda network, z: network(z), [normed, TOKENS]),
     "merge": (
         lambda network, *parts: adapters_of(*parts).merge(network)(X),
         [relu(1), matrix(4, 2), matrix(4, 2), matrix(4, 1)],

@@ -32,6 +32,7 @@ from lorapower.constructions import (
 from lorapower.lowrank import LowRank
 from lorapower.networks import (
     FNN,
+    Decoder,
     Gap,
     LinearNetwork,
     Partition,
@@ -84,7 +85,7 @@ LORA = inject_adapter_in_model(
 )
 
 
-def replaced(network: Transformer, change: Any, *names: str) -> list[Transformer]:
+def replaced(network: Any, change: Any, *names: str) -> list[Any]:
     """Change each of these parts in turn."""
     return [network.replace(**{name: change(getattr(network, name))}) for name in names]
 
@@ -108,14 +109,14 @@ DOORS = [
     ),
     Door(
         Transformer.random,
-        {"depth": 1, "width": 2, "heads": 1, "scale": 1.0, "head_size": 2},
-        {"heads": [0], "scale": [-1.0, np.nan], "head_size": [0], "gated": [1], "rotary": [100.0]},
+        {"depth": 1, "width": 2, "heads": 1, "scale": 1.0, "head_size": 2, "activation": "relu"},
+        {"heads": [0], "scale": [-1.0, np.nan], "head_size": [0], "activation": ["tanh"]},
     ),
     Door(
-        Transformer.random,
+        Decoder.random,
         {"depth": 1, "width": 2, "heads": 2, "head_size": 2, "residual": True, "gated": True}
         | {"groups": 1, "rotary": 100.0},
-        {"heads": [0], "groups": [0, 3], "rotary": [0.0], "scale": [1.0]},
+        {"heads": [0], "groups": [0, 3], "rotary": [0.0], "residual": [False]},
     ),
     Door(RELU["frozen"].__call__, {"x": X}, {"x": [X[:2], X[0], NAN]}),
     Door(as_network, {"value": [X], "name": "value"}, {"value": ["text", torch.nn.ReLU()]}),
@@ -127,7 +128,7 @@ DOORS = [
         ONE.replace,
         {},
         {"W_O": [ONE.W_O * torch.nan], "W_1": [ONE.W_1[..., :2]], "b_Q": [ONE.W_Q[..., 0]]}
-        | {"final_norm": [True]},
+        | {"W_K": [ONE.W_K[:, :0]]},
     ),
     Door(lambda biases: ONE.replace(**biases), {"biases": {}}, {"biases": UNLIKE}),
     Door(
@@ -281,7 +282,7 @@ DOORS = [
         {"network": [HEADS["target"]], "ranks": [{}, 3]},
     ),
     Door(
-        Transformer.with_norms,
+        Decoder.with_norms,
         {"self": UNRELATED, "other": UNRELATED},
         {"other": [UNRELATED.replace(g_1=0 * UNRELATED.g_1), X]},
     ),

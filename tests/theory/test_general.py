@@ -24,7 +24,7 @@ from lorapower.constructions import (
 )
 from lorapower.constructions.fitted import nearest
 from lorapower.constructions.fused import fuse
-from lorapower.networks import FNN, Gap, LinearNetwork, Partition, Transformer
+from lorapower.networks import FNN, Decoder, Gap, LinearNetwork, Partition, Transformer
 from lorapower.regions import Ball, Samples
 from lorapower.regression import relative_error
 from lorapower.training import Fresh, Tuning, polish, train
@@ -41,8 +41,8 @@ def problem(kind: str, *, seed: int = 0) -> tuple[Any, Any, Tensor]:
     if kind == "fnn":
         return FNN.random(4, 4, seed=seed), FNN.random(2, 4, **other), x[0]
     options = PRENORM if kind == "residual" else {"scale": 0.5}
-    frozen = Transformer.random(2, 4, 2, seed=seed, **options)
-    return frozen, Transformer.random(2, 4, 2, **options, **other), x
+    cls: Any = Decoder if kind == "residual" else Transformer
+    return cls.random(2, 4, 2, seed=seed, **options), cls.random(2, 4, 2, **options, **other), x
 
 
 def relative(frozen: Any, target: Any, rank: int, x: Tensor) -> float:

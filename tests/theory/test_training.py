@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lorapower import InputError, _checks, randomness, training
-from lorapower.networks import FNN, LinearNetwork, Partition, Transformer
+from lorapower.networks import FNN, Decoder, LinearNetwork, Partition, Transformer
 from lorapower.training import Data, Fixed, Fresh, Training, Tuning, train
 from lorapower.training.dynamics import course
 
@@ -239,7 +239,7 @@ def test_transformers_need_not_be_square() -> None:
 def test_residual_transformers_are_trained_alike(options: dict[str, Any]) -> None:
     """Adapters of one part, and some of the biases and gains."""
     frozen, target = (
-        Transformer.random(1, 4, 2, hidden=6, residual=True, norm="layer", seed=s, **options)
+        Decoder.random(1, 4, 2, hidden=6, residual=True, norm="layer", seed=s, **options)
         for s in (0, 1)
     )
     frozen, target = frozen.to(torch.float32), target.to(torch.float32)

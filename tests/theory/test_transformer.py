@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from strategies import batch_shapes, dtypes, normal, seeds
 
 from lorapower import InputError, SingularError, bounds, randomness
+from lorapower.bounds import narrow_head_ranks
 from lorapower.constructions import adapt_transformer
-from lorapower.constructions._heads import adapt_narrow
+from lorapower.constructions.narrow_heads import adapt_narrow_heads
 from lorapower.networks import Gap, Transformer, segments
 
 ADAPTED = Transformer.random(1, 1, 1).adapted_kinds
@@ -119,7 +120,7 @@ def assert_needs(gap: Gap, ranks: list[int], size: int, least: float) -> None:
     """The ranks on the inner side, on the outer side and together; below them errors are larger."""
     for inner, outer in product(range(size + 1), repeat=2):
         enough = inner >= ranks[0] and outer >= ranks[1] and inner + outer >= ranks[2]
-        missed = float(adapt_narrow(gap, inner, outer).rounding_error)
+        missed = float(adapt_narrow_heads(gap, inner, outer).rounding_error)
         assert (missed < 1e-10) if enough else (missed > least)
 
 
@@ -127,7 +128,7 @@ def assert_needs(gap: Gap, ranks: list[int], size: int, least: float) -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(False, False), (True, False), (True, True)])
 def test_a_narrow_target_of_any_rank_needs_what_is_said(k: int, rows: bool, columns: bool) -> None:
     gap = of_rank(k, rows, columns)
-    assert_needs(gap, [int(rank) for rank in gap.pair_ranks[:3]], 3, 1e-4)
+    assert_needs(gap, [int(rank) for rank in narrow_head_ranks(gap)[:3]], 3, 1e-4)
 
 
 def test_frozen_halves_of_lower_rank_need_what_is_said() -> None:
@@ -140,7 +141,7 @@ def test_frozen_halves_of_lower_rank_need_what_is_said() -> None:
     silent = Gap([eye, Y, zero, eye], [eye, torch.stack([y, b]), A, eye])
     empty = Gap([eye, zero.mT, zero, eye], [eye, torch.stack([y, b]), A, eye])
     for gap, ranks in ((hidden, [1, 1, 3]), (silent, [1, 2, 3]), (empty, [2, 2, 2])):
-        assert torch.stack(gap.pair_ranks[:3]).tolist() == ranks
+        assert torch.stack(narrow_head_ranks(gap)[:3]).tolist() == ranks
         assert_needs(gap, ranks, 2, 1e-7)
 
 
@@ -151,7 +152,7 @@ def test_rows_that_take_the_place_of_hidden_ones_are_as_large(width: int, size: 
     X = X * (torch.arange(size) < size // 2)
     eye = torch.eye(width).double()
     gap = Gap([eye, Y, X, eye], [eye, C, A, eye])
-    found = adapt_narrow(gap, size, size)
+    found = adapt_narrow_heads(gap, size, size)
     assert found.rounding_error < 1e-12 * gap.rounding_scale
     assert found.condition_numbers.max() < 1e3
 
@@ -160,8 +161,10 @@ def test_narrow_heads_of_two_ranks_are_adapted_in_one_batch() -> None:
     gaps = [of_rank(k, False, False) for k in (3, 1)]
     sides = ([getattr(gap, side).weights for gap in gaps] for side in ("frozen", "target"))
     both = Gap(*([*map(torch.stack, zip(*side, strict=True))] for side in sides))
-    assert both.pair_ranks.inner.tolist() == [int(gap.pair_ranks.inner) for gap in gaps]
-    assert (adapt_narrow(both, 3, 3).rounding_error < 1e-10).all()
+    assert narrow_head_ranks(both).inner.tolist() == [
+        int(narrow_head_ranks(gap).inner) for gap in gaps
+    ]
+    assert (adapt_narrow_heads(both, 3, 3).rounding_error < 1e-10).all()
 
 
 def test_heads_wider_than_the_tokens_are_like_square_ones() -> None:

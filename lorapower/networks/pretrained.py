@@ -1,4 +1,4 @@
-"""Residual transformers from modules of `transformers`, and back."""
+"""Decoders from modules of `transformers`, and back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..errors import InputError
-from .transformer import Settings, Transformer
+from .decoder import Decoder, DecoderSettings
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -76,7 +76,7 @@ class _Layer(NamedTuple):
 
 
 @torch.no_grad()
-def from_decoder(module: nn.Module, *, final_norm: bool = True) -> Transformer:
+def from_decoder(module: nn.Module, *, final_norm: bool = True) -> Decoder:
     """Read the blocks and the final norm of a GPT-2, Llama, Mistral or Qwen2.
 
     ``network(z)`` is the module's last hidden state in evaluation; ``z.mT``, embeddings of tokens
@@ -102,7 +102,7 @@ def from_decoder(module: nn.Module, *, final_norm: bool = True) -> Transformer:
     name = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
     if name not in _ACTIVATIONS:
         raise InputError("module", allowed=f"with one of {', '.join(_ACTIVATIONS)}", given=name)
-    settings = Settings(
+    settings = DecoderSettings(
         residual=True,
         norm="layer" if is_layer_norm else "rms",
         activation=_ACTIVATIONS[name],
@@ -112,11 +112,11 @@ def from_decoder(module: nn.Module, *, final_norm: bool = True) -> Transformer:
         rotary=rotary,
         eps=norm.eps if is_layer_norm else norm.variance_epsilon,
     )
-    return Transformer(parameters, settings)
+    return Decoder(parameters, settings)
 
 
 @torch.no_grad()
-def to_decoder(network: Transformer, module: M) -> M:
+def to_decoder(network: Decoder, module: M) -> M:
     """Copy a module, and make its blocks and final norm compute what the network does.
 
     The module's embeddings, positions, head and type of numbers stay. Biases of values become 0,
@@ -230,7 +230,7 @@ def _read(layers: Mapping[str, _Layer], heads: int, rotary: bool) -> dict[str, T
     return parts
 
 
-def _write(layers: Mapping[str, _Layer], network: Transformer, l: int) -> None:
+def _write(layers: Mapping[str, _Layer], network: Decoder, l: int) -> None:
     """Put the parameters of block ``l`` into a module's block."""
     parts = {k: stack[l] for k, stack in network.parameters.items() if k not in ("g_f", "s_f")}
     scale = network.sizes["query size"] ** 0.5
@@ -249,7 +249,7 @@ def _write(layers: Mapping[str, _Layer], network: Transformer, l: int) -> None:
         layers[f"norm {name}"].write(parts[f"g_{name}"], parts[f"s_{name}"], f"s_{name}")
 
 
-def _through_values(network: Transformer, l: int) -> tuple[Tensor, Tensor]:
+def _through_values(network: Decoder, l: int) -> tuple[Tensor, Tensor]:
     """Find biases of values that come nearest to ``b_O``, and what they leave of it."""
     O, b_O = network.W_O[l], network.b_O[l]
     # Heads of a group share their values.
