@@ -147,6 +147,17 @@ class Adapters:
 
         It keeps the network's type of numbers. Raises `InputError` for a network that the adapters
         do not fit, and for sums that are not finite.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from lorapower.adapters import Adapters
+        >>> from lorapower.lowrank import LowRank
+        >>> from lorapower.networks import LinearNetwork
+        >>> frozen, ones = LinearNetwork([torch.eye(2)]), torch.ones(2, 1)
+        >>> Adapters((LowRank(ones, ones),)).merge(frozen).weights[0]
+        tensor([[2., 1.],
+                [1., 2.]])
         """
         _checks.kind(Network, network=network)
         shapes = [tuple(weight.shape[-2:]) for weight in network.weights]

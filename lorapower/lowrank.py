@@ -87,7 +87,17 @@ class SVD(NamedTuple):
 
 
 def svd(matrix: Float[Tensor, "*batch out in"]) -> SVD:
-    """Decompose a matrix of finite numbers; ``k = min(out, in)``."""
+    """Decompose a matrix of finite numbers; ``k = min(out, in)``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower import lowrank
+    >>> U, S, V = lowrank.svd(torch.diag(torch.tensor([1.0, 3.0])))
+    >>> S, (U * S) @ V.mT
+    (tensor([3., 1.]), tensor([[1., 0.],
+            [0., 3.]]))
+    """
     matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     return SVD(U, S, Vh.mT)
@@ -108,6 +118,14 @@ def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
 
     It is best in both norms [thm-eckart-young]. Raises `InputError` for a rank outside
     ``0…min(out, in)`` and for a matrix that is not of finite float32 or float64 numbers.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower import lowrank
+    >>> lowrank.truncated_svd(torch.diag(torch.tensor([1.0, 3.0])), rank=1).matrix()
+    tensor([[0., 0.],
+            [0., 3.]])
     """
     U, S, V = svd(matrix)
     rank = _checks.integer("rank", rank, 0, S.shape[-1], limit="the smaller side")

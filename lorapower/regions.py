@@ -105,6 +105,13 @@ class Ball(Region):
 
     The centre is one number for all coordinates, or ``[..., width]``. Raises `InputError` for a
     radius, one number or ``[...]``, that is below 0 or not finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower.regions import Ball
+    >>> Ball(2.0).fit(3, torch.float64).sample(100).norm(dim=0).max() <= 2
+    tensor(True)
     """
 
     def __init__(self, radius: Any, centre: Any = 0.0) -> None:
@@ -149,6 +156,13 @@ class Box(Region):
 
     Sides are one number or ``[..., width]``. Raises `InputError` for ``low > high`` and for sides
     that are not finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower.regions import Box
+    >>> Box([0.0, 0.0], [1.0, 2.0]).centre.mT
+    tensor([[0.5000, 1.0000]], dtype=torch.float64)
     """
 
     def __init__(self, low: Any, high: Any) -> None:
@@ -186,6 +200,13 @@ class Samples(Region):
     It is enlarged by the factor ``1 + margin ≥ 1``. After the first block of a partition the region
     is the enlarged hull of the inputs' images, which need not hold the image of the hull: for
     targets of several layers the promise is for the given inputs alone.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower.regions import Samples
+    >>> Samples(torch.eye(2), margin=0.0).lowest(torch.tensor([[1.0, 0.0]]))
+    tensor([[-0.5000]])
     """
 
     def __init__(self, inputs: Any, margin: float = 0.1) -> None:

@@ -66,6 +66,16 @@ def reduced_rank(
         ``λ``, at least 0. An infinite one takes ``B = E``, in the metric of the inputs alone.
     metric : Tensor, optional
         ``R``, ``[..., rows, out]``, the identity by default.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower.regression import reduced_rank
+    >>> z = torch.randn(3, 50, dtype=torch.float64)
+    >>> y = torch.diag(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)) @ z + 5
+    >>> fit = reduced_rank(y, z, rank=2)
+    >>> torch.allclose(fit.update.matrix() @ z + fit.intercept[:, None], y)
+    True
     """
     y = _checks.real_tensor("outputs", outputs, min_dims=2)
     z = _checks.real_tensor("inputs", inputs, min_dims=2)
@@ -134,6 +144,16 @@ def truncate(
     Returns the ``update`` ``K``, whose first ``s`` columns are the nearest matrix of rank ``s``;
     its ``values`` ``σ_1 ≥ … ≥ σ_r``; and the ``total`` ``Σ_d σ_d²`` over all directions, the
     squared distance of rank 0, which direction ``d`` lowers by ``σ_d²``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower.regression import truncate
+    >>> M, seldom = torch.diag(torch.tensor([3.0, 2.0])), torch.diag(torch.tensor([0.1, 1.0]))
+    >>> truncate(M, 1).update.matrix(), truncate(M, 1, inputs=seldom).update.matrix()
+    (tensor([[3., 0.],
+            [0., 0.]]), tensor([[0., 0.],
+            [0., 2.]]))
     """
     M = _checks.real_tensor("matrix", matrix, min_dims=2)
     rank = _checks.integer("rank", rank, 0, min(M.shape[-2:]), limit="the smaller side")

@@ -55,6 +55,14 @@ def final_layers_floor(
     **at most** the floor. Returns ``mean_squared_error`` over samples and coordinates and its
     ``standard_error``, each ``[...]``. The networks have equal inputs and one type; batch shapes
     broadcast. Source: [prop-floor].
+
+    Examples
+    --------
+    >>> from lorapower.bounds import final_layers_floor
+    >>> from lorapower.networks import FNN
+    >>> floor = final_layers_floor(FNN.random(4, 8), FNN.random(2, 8, seed=1), samples=500)
+    >>> bool(floor.mean_squared_error > 3 * floor.standard_error)
+    True
     """
     samples, steps = _checks.integer("samples", samples, 2), _checks.integer("steps", steps, 1)
     _checks.like_frozen(target, frozen)

@@ -33,6 +33,13 @@ def fnn_threshold(
     Block ``ℬ_i`` of ``M_i`` layers is cut to the target layer's rows and columns; the partition is
     uniform by default. The rank is enough where [ass-nonsingular] holds in every block. Raises
     `InputError` where a block's hidden layer is narrower than its inputs or outputs.
+
+    Examples
+    --------
+    >>> from lorapower.bounds import fnn_threshold
+    >>> from lorapower.networks import FNN
+    >>> int(fnn_threshold(FNN.random(6, 8), FNN.random(2, 8, seed=1)))
+    3
     """
     needed = [gap.threshold for gap in blocks(frozen, target, partition)]
     return torch.stack(torch.broadcast_tensors(*needed)).amax(0)
@@ -52,6 +59,17 @@ def fnn_error(
     ``E‖x‖²`` of the second moment by
     ``(E‖z̄_i‖²)^{1/2} ≤ ‖W̄_i‖_2 (E‖z̄_{i−1}‖²)^{1/2} + ‖b̄_i‖_2``. Source:
     [thm-partition-error], [thm-one-layer].
+
+    Examples
+    --------
+    Inputs of width 8 and variance 1 have the trace 8.
+
+    >>> from lorapower.bounds import fnn_error
+    >>> from lorapower.networks import FNN
+    >>> frozen, target = FNN.random(4, 8), FNN.random(2, 8, seed=1)
+    >>> bounds = [float(fnn_error(frozen, target, R, inputs=8)) for R in (0, 2, 4)]
+    >>> bounds[0] > bounds[1] > bounds[2] == 0
+    True
     """
     gaps = blocks(frozen, target, partition)
     parts = zip(gaps, _totals(gaps, frozen, ranks), _activation_sizes(target, inputs), strict=True)

@@ -181,6 +181,20 @@ def fit(
         noise 0 it keeps rounding errors too, so its rank can be above ``rank``.
     observed, kept, design
         The singular values ``y``, what `Design.shrink_values` leaves of them, and the data.
+
+    Examples
+    --------
+    The change has rank 2, and one noisy direction more has the least estimated risk.
+
+    >>> import torch
+    >>> from lorapower import randomness
+    >>> from lorapower.bounds import samples
+    >>> from lorapower.networks import LinearNetwork
+    >>> draw, frozen = randomness.generator(0, "example"), LinearNetwork.random(2, 16)
+    >>> A, B = randomness.normal(draw, 2, 16, 2)
+    >>> x, noise = randomness.normal(draw, 2, 16, 400)
+    >>> samples.fit(frozen, x, frozen(x) + A @ B.mT @ x + noise).rank
+    3
     """
     found, whitened, design = _observe(frozen, inputs, outputs, noise)
     risks = design.sure(found.S).nan_to_num(torch.inf, torch.inf)

@@ -35,6 +35,14 @@ def transformer_ranks(frozen: Any, target: Any) -> Segments[Tensor]:
     the tokens [prop-narrow-heads], and ``rank E`` for one. ``[..., L, H]`` for heads, each by
     itself, and ``[..., L]`` for blocks; their ``largest()`` is enough for all. Raises what
     `networks.segments` raises.
+
+    Examples
+    --------
+    >>> from lorapower.bounds import transformer_ranks
+    >>> from lorapower.networks import Transformer
+    >>> frozen, target = (Transformer.random(2, 8, 2, seed=s) for s in (0, 1))
+    >>> int(transformer_ranks(frozen, target).largest())
+    4
     """
 
     def least(name: str, gap: Gap) -> Tensor:
@@ -156,6 +164,14 @@ def necessary_ranks(network: Decoder, *, packed: bool = False) -> dict[str, int]
     packed : bool
         Whether one adapter serves all heads of a weight, as PEFT has it; by default each head has
         its own.
+
+    Examples
+    --------
+    >>> from lorapower.bounds import necessary_ranks
+    >>> from lorapower.networks import Decoder
+    >>> gpt2 = {"residual": True, "norm": "layer", "activation": "gelu"}
+    >>> necessary_ranks(Decoder.random(1, 12, 3, head_size=4, **gpt2))
+    {'W_Q': 4, 'W_K': 4, 'W_V': 4, 'W_O': 4, 'W_1': 11, 'W_2': 12}
     """
     region, settings = _region(network), network.settings
     ranks: dict[str, int] = {}
@@ -196,6 +212,14 @@ def packed_rank(
     ``d`` for each group of ``W_K`` and ``W_V``; ``q`` is the width for ``W_O``, otherwise the
     dimension ``m`` of normalized tokens; ``γ`` is ``d²`` for each group, ``d`` for rotary scores.
     Raises `InputError` for numbers out of range, and for values of heads larger than ``m``.
+
+    Examples
+    --------
+    Queries and keys of GPT-2 small:
+
+    >>> from lorapower.bounds import packed_rank
+    >>> packed_rank(768, heads=12, head_size=64, norm="layer")
+    611
     """
     width, heads = _checks.integer("width", width, 1), _checks.integer("heads", heads, 1)
     d = _checks.integer("head_size", head_size, 1)

@@ -33,6 +33,23 @@ def adapt_attention(
     Raises what `attention_floor` raises, and `InputError` for batches, for heads narrower
     than the tokens, and for weights and gains that hide directions. Source: [prop-floor-attention],
     [thm-attention-rank].
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower.bounds import attention_floor, far_error
+    >>> from lorapower.constructions import adapt_attention
+    >>> from lorapower.networks import Decoder
+    >>> frozen, target = (
+    ...     Decoder.random(1, 6, 2, residual=True, norm="layer", seed=s) for s in (0, 1)
+    ... )
+    >>> tokens = torch.randn(6, 500, dtype=torch.float64)
+    >>> adapted = adapt_attention(frozen, target, tokens).merge(frozen)
+    >>> floor, (error, _) = attention_floor(frozen, target, tokens), far_error(
+    ...     adapted, target, tokens, 1e4
+    ... )
+    >>> 1 <= float(error / floor.value) < 1.01
+    True
     """
     best, given = attention_floor(frozen, target, tokens, ranks), frozen.value_ranks(ranks)
     _checks.single(frozen=frozen, target=target)

@@ -110,6 +110,20 @@ def adapt_fitted(
     on : Region or Tensor, optional
         For ReLU networks, where the carried-back fit holds, as in `adapt_relu`; by default in a
         ball about the mean of all inputs but those that test, 1.25 times as large as they need.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower.constructions import adapt_fitted, adapt_relu
+    >>> from lorapower.networks import FNN
+    >>> from lorapower.regions import Ball
+    >>> from lorapower.regression import relative_error
+    >>> frozen, target = FNN.random(4, 8), FNN.random(2, 8, seed=1)
+    >>> x, held_out = Ball(3.0).fit(8, frozen.dtype).sample(3000).split([1000, 2000], dim=-1)
+    >>> blind = adapt_relu(frozen, target, 2, on=Ball(3.0)).adapters.merge(frozen)
+    >>> fitted = adapt_fitted(frozen, target, 2, x, held_out)
+    >>> float(fitted.error) < float(relative_error(blind(held_out), target(held_out)))
+    True
     """
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
     fused = fuse(frozen, target, ranks, partition)

@@ -110,6 +110,17 @@ def adapt_relu(
         Uniform by default.
     ranks, rtol, throw
         See `adapt_linear`.
+
+    Examples
+    --------
+    >>> from lorapower.constructions import adapt_relu
+    >>> from lorapower.networks import FNN
+    >>> from lorapower.regions import Ball
+    >>> frozen, target = FNN.random(4, 8), FNN.random(2, 8, seed=1)
+    >>> found = adapt_relu(frozen, target, ranks=4, on=Ball(3.0))
+    >>> adapted, x = found.adapters.merge(frozen), Ball(3.0).fit(8, frozen.dtype).sample(100)
+    >>> adapted(x).allclose(target(x))
+    True
     """
     frozen, target = FNN.of(frozen, "frozen"), FNN.of(target, "target")
     gaps = blocks(frozen, target, partition)

@@ -83,6 +83,23 @@ def adapt(
         For ReLU networks, by default uniform.
     rtol, throw
         See `adapt_linear`.
+
+    Examples
+    --------
+    A module of two layers becomes one of a single layer, with rank 2 on both layers.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from lorapower.constructions import adapt
+    >>> _ = torch.manual_seed(0)
+    >>> relu = [nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)]
+    >>> base, target = nn.Sequential(*relu[:2]).double(), relu[2].double()
+    >>> x = torch.randn(100, 4).double()
+    >>> found = adapt(base, target, ranks=2, on=x.mT)
+    >>> type(found.network).__name__, found.adapters.ranks
+    ('Sequential', (2, 2))
+    >>> torch.allclose(found.network(x), target(x))
+    True
     """
     network, goal = _one_kind(frozen, target)
     if isinstance(network, FNN):
@@ -110,6 +127,16 @@ def rank_for_error(
     networks and measured on columns ``[width, samples]`` or sequences ``[..., width, tokens]``.
     Raises `InputError` where no rank is enough. [def-needed-rank] has the mean square, not the
     variance, of the outputs.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower.constructions import rank_for_error
+    >>> from lorapower.networks import LinearNetwork
+    >>> frozen, target = LinearNetwork.random(4, 8), LinearNetwork.random(1, 8, seed=1)
+    >>> x = torch.eye(8, dtype=torch.float64)
+    >>> rank_for_error(frozen, target, 1e-12, on=x), rank_for_error(frozen, target, 0.5, on=x)
+    (2, 1)
     """
     frozen, target = _one_kind(frozen, target)
     _checks.single(frozen=frozen, target=target)

@@ -94,6 +94,21 @@ def adapt_linear(
         accepts any.
     throw : bool
         Raise an error where a member is not adapted acceptably; otherwise ``success`` says so.
+
+    Examples
+    --------
+    Four layers have rank 2 each, together the rank 8 of the difference.
+
+    >>> from lorapower.constructions import adapt_linear
+    >>> from lorapower.networks import LinearNetwork
+    >>> frozen, target = LinearNetwork.random(4, 8), LinearNetwork.random(1, 8, seed=1)
+    >>> found = adapt_linear(frozen, target, ranks=2)
+    >>> found.adapters
+    Adapters(ranks 2, 2, 2, 2, float64)
+    >>> found.adapters.merge(frozen).product().allclose(target.product())
+    True
+    >>> [round(float(adapt_linear(frozen, target, R).spectral_error), 3) for R in range(3)]
+    [1.161, 0.428, 0.0]
     """
     gap = Gap(frozen, target)
     per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in gap.frozen.weights])

@@ -113,6 +113,19 @@ def adapt_transformer(
         target's; by default half of the digits, ``inf`` accepts any.
     throw
         See `adapt_linear`.
+
+    Examples
+    --------
+    Half of the width is enough between two of the paper's transformers.
+
+    >>> import torch
+    >>> from lorapower.constructions import adapt_transformer
+    >>> from lorapower.networks import Transformer
+    >>> frozen, target = (Transformer.random(2, 8, 2, scale=0.3, seed=s) for s in (0, 1))
+    >>> adapted = adapt_transformer(frozen, target, ranks=4).adapters.merge(frozen)
+    >>> tokens = torch.randn(8, 5, dtype=torch.float64)
+    >>> adapted(tokens).allclose(target(tokens))
+    True
     """
     gaps: Any = segments(frozen, target, throw=throw)
     by_kind = _ranks_by_kind(ranks, frozen)

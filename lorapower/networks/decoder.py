@@ -141,6 +141,14 @@ class Decoder(Attention):
         for ``b_O``). Gains are uniform on ½ to 1½ and shifts on ±½. ``head_size`` is ``d``, by
         default the width; ``hidden`` is ``F``, by default twice the width; ``groups`` share keys
         and values, by default each head has its own.
+
+        Examples
+        --------
+        >>> from lorapower.networks import Decoder
+        >>> llama = {"residual": True, "norm": "rms", "gated": True, "rotary": 1e4, "causal": True}
+        >>> network = Decoder.random(2, 8, 4, groups=2, head_size=2, activation="silu", **llama)
+        >>> network.W_Q.shape, network.W_K.shape, network.W_3.shape
+        (torch.Size([2, 4, 2, 8]), torch.Size([2, 2, 2, 8]), torch.Size([2, 16, 8]))
         """
         chosen = DecoderSettings(**settings)
         given = {

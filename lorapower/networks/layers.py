@@ -38,6 +38,12 @@ class _Layers(Network):
         """Draw square layers uniform on ``±1/√D``, like `torch.nn.Linear`, by seed and purpose.
 
         ``options`` are those of the network, such as ``linear_last``.
+
+        Examples
+        --------
+        >>> from lorapower.networks import FNN, LinearNetwork
+        >>> FNN.random(2, 4), LinearNetwork.random(3, 4, batch_shape=(5,))
+        (FNN(4→4→4, float64), LinearNetwork(4→4→4→4, batch [5], float64))
         """
         depth, width = _checks.integer("depth", depth, 1), _checks.integer("width", width, 1)
         generator = randomness.generator(seed, cls._stream, purpose)
@@ -238,6 +244,15 @@ def as_network(value: Any, name: str = "network") -> Network:
     zeros for missing biases. Sequentials may be nested; ``Identity``, ``Dropout`` and a leading
     ``Flatten`` are left out, as in evaluation. The module takes rows: ``network(x.mT).mT`` equals
     ``module(x)``. Raises `InputError`, which calls the value ``name``, for anything else.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from lorapower.networks import as_network
+    >>> as_network(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)))
+    FNN(3→5→2, float32)
+    >>> as_network([[[1.0, 0.0], [0.0, 1.0]]])
+    LinearNetwork(2→2, float64)
     """
     if isinstance(value, Network):
         return value

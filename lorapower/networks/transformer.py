@@ -72,6 +72,13 @@ class Transformer(Attention):
         Attention weights are normal of deviation ``scale``, 1 as in the paper; ``D^{-1/2}`` keeps
         scores moderate. Other matrices and biases are uniform on ``±1/√n``, with ``n`` the columns
         of the matrix. ``head_size`` is ``d``, ``hidden`` is ``F``, both by default the width.
+
+        Examples
+        --------
+        >>> from lorapower.networks import Transformer
+        >>> network = Transformer.random(2, 8, 2, head_size=4, scale=8**-0.5)
+        >>> network.W_Q.shape, network.depth, network.heads
+        (torch.Size([2, 2, 4, 8]), 2, 2)
         """
         scale = _checks.positive("scale", scale)
         given = {
