@@ -77,11 +77,11 @@ def needs(extra: str) -> Iterator[None]:
 
 
 class SingularError(LorapowerError, ArithmeticError):
-    """Report that no splitting of an update among layers is as accurate as was asked for.
+    """Report that every splitting of an update among layers loses more than half of the digits.
 
     ``layer``, counted from 1, has the worst system, with this ``condition_number``; from
     ``singular_from`` on it counts as singular. ``rounding_error`` is that of the best splitting,
-    ``rtol`` the largest accepted one; ``member`` names the member of a batch.
+    relative to the result; ``member`` names the member of a batch.
     """
 
     def __init__(
@@ -89,14 +89,16 @@ class SingularError(LorapowerError, ArithmeticError):
         layer: int,
         condition_number: float,
         rounding_error: float,
-        rtol: float,
         singular_from: float,
         member: str,
     ) -> None:
         self.layer, self.condition_number = layer, condition_number
-        self.rounding_error, self.rtol = rounding_error, rtol
+        self.rounding_error = rounding_error
         self.singular_from, self.member = singular_from, member
-        kind, remedy = "ill-conditioned", ": use float64, give more rank, or accept a larger rtol"
+        kind, remedy = (
+            "ill-conditioned",
+            ": use float64, give more rank, or accept it by throw=False",
+        )
         if condition_number > singular_from:
             kind = "singular"
             remedy = (
@@ -105,7 +107,7 @@ class SingularError(LorapowerError, ArithmeticError):
             )
         super().__init__(
             "the best splitting tried leaves a relative rounding error of "
-            f"{rounding_error:.1e}, more than rtol = {rtol:.1e}; the products that the adapter of "
+            f"{rounding_error:.1e}, more than half of the digits; the products that the adapter of "
             f"layer {layer}{member} acts through are {kind} (condition number "
             f"{condition_number:.1e}){remedy}"
         )

@@ -17,6 +17,9 @@ from .. import _checks, randomness
 from ..errors import InputError
 from ..networks.layers import FNN
 
+# Steps of hit-and-run from one input to the other.
+_STEPS = 64
+
 
 class _Floor(NamedTuple):
     """An estimated mean over samples and coordinates, and its standard error; each ``[...]``."""
@@ -45,9 +48,7 @@ def colliding_inputs(
 
 
 @torch.no_grad()
-def final_layers_floor(
-    frozen: FNN, target: FNN, *, samples: int = 4096, steps: int = 64, seed: int = 0
-) -> _Floor:
+def final_layers_floor(frozen: FNN, target: FNN, *, samples: int = 4096, seed: int = 0) -> _Floor:
     """Estimate the mean squared error that no tuning above the frozen first layer gets below.
 
     It is ``E‖f̄(x) − f̄(x')‖² / 2`` for ``x ~ N(0, I)``, with ``x'`` drawn like ``x`` given the
@@ -64,7 +65,7 @@ def final_layers_floor(
     >>> bool(floor.mean_squared_error > 3 * floor.standard_error)
     True
     """
-    samples, steps = _checks.integer("samples", samples, 2), _checks.integer("steps", steps, 1)
+    samples = _checks.integer("samples", samples, 2)
     _checks.like_frozen(target, frozen)
     if target.widths[0] != frozen.widths[0]:
         allowed = f"of {frozen.widths[0]} inputs, like the frozen network"
@@ -73,7 +74,7 @@ def final_layers_floor(
     shape = (*frozen.batch_shape, frozen.widths[0], samples)
     start = randomness.normal(generator, *shape, device=frozen.device)
     lines, x = _Lines(frozen, start), start
-    for _ in range(steps):
+    for _ in range(_STEPS):
         direction = lines.direction(generator)
         low, high = lines.interval(x, direction)
         # The density along the line is centred where the line is nearest to the origin.

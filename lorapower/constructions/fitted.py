@@ -16,7 +16,6 @@ from ..adapters import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank, truncated_svd
 from ..networks.layers import FNN, as_network
-from ..networks.partition import Partition
 from ..regions import Ball, Region, as_region
 from ..regression import Regression, reduced_rank, relative_error, second_moment_root
 from .fused import Fused, _Split, fuse
@@ -80,7 +79,6 @@ def adapt_fitted(
     inputs: Any,
     held_out: Any,
     *,
-    partition: Partition | None = None,
     on: Any = None,
     throw: bool = True,
 ) -> FittedAdaptation:
@@ -92,7 +90,7 @@ def adapt_fitted(
     among the theorem's splitting and several shrinkages of the fit, and keep the theorem's adapters
     where all fits are worse. The other half gives the error.
 
-    Raises `InputError` for networks, ranks and partitions that do not fit, for inputs that are too
+    Raises `InputError` for networks and ranks that do not fit, for inputs that are too
     few, of another width, not finite, or in both sets; with ``throw``, `PrecisionError` or
     `SingularError` where too many digits are lost. Source: [thm-reduced-rank], [lem-any-change].
 
@@ -105,8 +103,6 @@ def adapt_fitted(
     inputs, held_out
         Columns ``[width, samples]``, at least two and four. With less than a few times the width,
         the fit follows noise.
-    partition : Partition, optional
-        For ReLU networks, as in `fused.fuse`.
     on : Region or Tensor, optional
         For ReLU networks, where the carried-back fit holds, as in `adapt_relu`; by default in a
         ball about the mean of all inputs but those that test, 1.25 times as large as they need.
@@ -126,16 +122,15 @@ def adapt_fitted(
     True
     """
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
-    fused = fuse(frozen, target, ranks, partition)
+    fused = fuse(frozen, target, ranks)
     data = fused.split(inputs, held_out)
     region = None
     if isinstance(frozen, FNN):
         if on is None:
             on = Ball.about(torch.cat([data.fit, data.select], -1), _REACH)
         region = as_region(on, data.fit.shape[-2], data.fit.dtype)
-    elif on is not None or partition is not None:
-        name = "on" if partition is None else "partition"
-        raise InputError(name, allowed="left out but for ReLU networks", given=f"one for {frozen}")
+    elif on is not None:
+        raise InputError("on", allowed="left out but for ReLU networks", given=f"one for {frozen}")
     adapters = fit(fused, data.fit, data.select)
     return FittedAdaptation.measure(fused, adapters, region, data, throw=throw)
 

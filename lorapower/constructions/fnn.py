@@ -19,8 +19,7 @@ from ..networks.gap import Gap
 from ..networks.layers import FNN, product
 from ..networks.partition import Partition, blocks
 from ..regions import Ball, Region, as_region
-from . import linear
-from .linear import Adaptation
+from .linear import Adaptation, LinearAdaptation, adapt_gap
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -82,7 +81,6 @@ def adapt_relu(
     on: Any = None,
     partition: Partition | None = None,
     *,
-    rtol: float | None = None,
     throw: bool = True,
 ) -> FNNAdaptation:
     """Make a ReLU network imitate a shallower one over a region, by adapters and biases.
@@ -108,7 +106,7 @@ def adapt_relu(
         ``[..., width, samples]`` become `regions.Samples`. May be left out without ReLUs.
     partition : Partition, optional
         Uniform by default.
-    ranks, rtol, throw
+    ranks, throw
         See `adapt_linear`.
 
     Examples
@@ -136,22 +134,18 @@ def adapt_relu(
     updates, bias_updates, solutions, digits_lost = [], [], [], []
     for i, (gap, layers) in enumerate(zip(gaps, partition.slices, strict=True)):
         block, layer = frozen.layers(layers), target.layers(slice(i, i + 1))
-        try:
-            solution = linear.adapt_gap(gap, per_layer[layers], rtol=rtol, throw=throw)
-        except SingularError as error:
-            raise error.at_layer(layers.start + error.layer) from None
+        solution = _adapt_weights(gap, per_layer[layers], layers.start, throw)
         own, biases, lost, image = _adapt_block(
             block, layer, gap, solution.adapters, regions[-1], typical
         )
-        lost = lost.expand(batch)
-        failed = lost > limit
+        digits_lost.append(lost.expand(batch))
+        failed = digits_lost[-1] > limit
         if throw and failed.any():
-            worst, member = float(lost[failed][0]), _checks.failed_members(failed)
+            worst, member = float(digits_lost[-1][failed][0]), _checks.failed_members(failed)
             raise PrecisionError(i + 1, worst, limit=limit, dtype=frozen.dtype, member=member)
         updates += own
         bias_updates += biases
         solutions.append(solution)
-        digits_lost.append(lost)
         regions.append(image)
         typical = layer(typical)
 
@@ -168,6 +162,14 @@ def adapt_relu(
         rounding_errors=stack(solution.rounding_error for solution in solutions),
         digits_lost=stack(digits_lost),
     )
+
+
+def _adapt_weights(gap: Gap, ranks: Sequence[int], first: int, throw: bool) -> LinearAdaptation:
+    """Adapt a block as a deep linear network; errors count layers in the whole network."""
+    try:
+        return adapt_gap(gap, ranks, throw=throw)
+    except SingularError as error:
+        raise error.at_layer(first + error.layer) from None
 
 
 def _adapt_block(

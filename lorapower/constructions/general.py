@@ -61,7 +61,6 @@ def adapt(
     on: Any = None,
     *,
     partition: Partition | None = None,
-    rtol: float | None = None,
     throw: bool = True,
 ) -> Adapted[T]:
     """Make a frozen network imitate a target of its kind, by adapters and biases.
@@ -81,7 +80,7 @@ def adapt(
         inputs as columns ``[..., width, samples]``. Far from them the result is another function.
     partition : Partition, optional
         For ReLU networks, by default uniform.
-    rtol, throw
+    throw
         See `adapt_linear`.
 
     Examples
@@ -103,7 +102,7 @@ def adapt(
     """
     network, goal = _one_kind(frozen, target)
     if isinstance(network, FNN):
-        found: Adaptation = adapt_relu(network, goal, ranks, on, partition, rtol=rtol, throw=throw)
+        found: Adaptation = adapt_relu(network, goal, ranks, on, partition, throw=throw)
     elif on is not None or partition is not None:
         name = "on" if partition is None else "partition"
         allowed = "left out for linear networks and transformers, adapted for all inputs"
@@ -112,7 +111,7 @@ def adapt(
         )
     else:
         construct: Any = adapt_linear if isinstance(network, LinearNetwork) else adapt_transformer
-        found = construct(network, goal, ranks, rtol=rtol, throw=throw)
+        found = construct(network, goal, ranks, throw=throw)
     return Adapted(frozen, found)
 
 

@@ -80,7 +80,6 @@ def adapt_transformer(
     target: A,
     ranks: int | Mapping[str, int] | Segments[Tensor],
     *,
-    rtol: float | None = None,
     throw: bool = True,
 ) -> TransformerAdaptation:
     """Make a transformer imitate another, segment by segment, by adapters and vectors.
@@ -95,7 +94,8 @@ def adapt_transformer(
     first (`unit_symmetry.save_ranks`), so that every vertex of [thm-needed] is exact; updates can
     then be much larger than differences.
 
-    Raises `SingularError` where a segment is not reached within ``rtol``, and `InputError` for
+    Raises `SingularError` where a segment is reached with less than half of the digits, relative to
+    the product of its factors' norms plus the target's, and `InputError` for
     ranks out of range, for transformers that do not fit, for a singular ``W_1`` or ``W_2`` of a
     `Transformer`, for heads narrower than the tokens with less rank than they need
     (`bounds.transformer_ranks`), and for a target whose scores no query bias completes. Source:
@@ -108,9 +108,6 @@ def adapt_transformer(
     ranks : int, mapping or segments
         One for all, cut to each weight's smaller side; one for each kind of weight, the network's
         ``adapted_kinds``; or `bounds.transformer_ranks`, the largest of each kind.
-    rtol : float, optional
-        Largest rounding error of a segment, relative to the product of its factors' norms plus the
-        target's; by default half of the digits, ``inf`` accepts any.
     throw
         See `adapt_linear`.
 
@@ -131,7 +128,7 @@ def adapt_transformer(
     by_kind = _ranks_by_kind(ranks, frozen)
     if isinstance(frozen, Decoder) and isinstance(target, Decoder):
         target, gaps = unit_symmetry.save_ranks(frozen, target, gaps, by_kind)
-    solutions, of_kind = _adapt_segments(gaps, by_kind, rtol, throw)
+    solutions, of_kind = _adapt_segments(gaps, by_kind, throw)
     updates = [
         next(of_kind[kind]) if adapts else LowRank(w[..., :0], w.mT[..., :0])
         for kind, w, adapts in zip(
@@ -146,7 +143,7 @@ def adapt_transformer(
         vectors, conditions = _vectors(adapted, target, paired=gaps.query_key is not None), None
         if gaps.query_key is not None:
             vectors["b_Q"], solutions["query_key"] = _query_bias(
-                adapted, target, gaps.query_key, solutions["query_key"], rtol, throw
+                adapted, target, gaps.query_key, solutions["query_key"], throw
             )
     reached = frozen.one_by_one(frozen.bias_kinds, vectors)
     changes = tuple(new - old for new, old in zip(reached, frozen.biases, strict=True))
@@ -161,7 +158,7 @@ def adapt_transformer(
 
 
 def _adapt_segments(
-    gaps: Segments[Gap], ranks: Mapping[str, int], rtol: float | None, throw: bool
+    gaps: Segments[Gap], ranks: Mapping[str, int], throw: bool
 ) -> tuple[dict[str, LinearAdaptation], dict[str, Iterator[LowRank]]]:
     """Adapt each segment; return solutions of two weights, and the updates of each kind."""
     solutions: dict[str, LinearAdaptation] = {}
@@ -171,7 +168,7 @@ def _adapt_segments(
         if len(own) == 1:
             updates: tuple[LowRank, ...] = (_adapt_single(name, gap, *own.values()),)
         else:
-            solutions[name] = _adapt_pair(name, gap, own, rtol, throw)
+            solutions[name] = _adapt_pair(name, gap, own, throw)
             updates = solutions[name].adapters.updates
             updates = updates[1:3] if len(updates) == 4 else updates
         if name == "query_key":
@@ -207,9 +204,7 @@ def _ranks_by_kind(ranks: Any, network: AnyTransformer) -> dict[str, int]:
     }
 
 
-def _adapt_pair(
-    name: str, gap: Gap, ranks: Mapping[str, int], rtol: float | None, throw: bool
-) -> LinearAdaptation:
+def _adapt_pair(name: str, gap: Gap, ranks: Mapping[str, int], throw: bool) -> LinearAdaptation:
     """Adapt a segment's two factors: the middle ones of four layers, or both of two."""
     inner, outer = ranks.values()
     if narrow_heads.is_narrow(gap):
@@ -220,9 +215,8 @@ def _adapt_pair(
         each = (inner, outer) if gap.frozen.depth == 2 else (0, inner, outer, 0)
         solution = adapt_gap(gap, each, throw=False)
     numbers = torch.finfo(gap.frozen.dtype)
-    rtol = numbers.eps**0.5 if rtol is None else _checks.tolerance("rtol", rtol)
     relative = solution.rounding_error / gap.rounding_scale.clamp(min=numbers.tiny)
-    success = relative.isfinite() & (relative <= rtol)
+    success = relative <= numbers.eps**0.5
     if throw and not success.all():
         place = tuple((~success).nonzero()[0].tolist())
         conditions, failed = solution.condition_numbers[place], ~success
@@ -235,7 +229,6 @@ def _adapt_pair(
             int(conditions.argmax()) + 1,
             float(conditions.max()),
             float(relative[place]),
-            rtol,
             1 / (max(gap.frozen.widths) * numbers.eps),
             f" of the {words}{_checks.failed_members(failed)}",
         )
@@ -302,7 +295,6 @@ def _query_bias(
     target: Decoder,
     gap: Gap,
     solution: LinearAdaptation,
-    rtol: float | None,
     throw: bool,
 ) -> tuple[Tensor, LinearAdaptation]:
     """Find ``b̂_Q``, and add by how much it misses the target's scores to the rounding errors."""
@@ -315,7 +307,7 @@ def _query_bias(
     queries = lowrank.times(torch.linalg.pinv(keys), wanted)
     missed = torch.linalg.vector_norm(lowrank.times(keys, queries) - wanted, dim=-1)
     size = gap.rounding_scale + torch.linalg.vector_norm(wanted, dim=-1)
-    limit = torch.finfo(missed.dtype).eps ** 0.5 if rtol is None else rtol
+    limit = torch.finfo(missed.dtype).eps ** 0.5
     # Below the threshold the biases make up for the nearest that is reached.
     bad = (solution.spectral_error <= gap.noise) & (missed > limit * size)
     if throw and bad.any():

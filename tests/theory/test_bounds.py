@@ -125,7 +125,7 @@ def test_all_units_of_a_linear_layer_are_seen(units: int, inputs: int, seed: int
 def test_the_floor_behind_a_linear_layer_is_what_its_null_space_holds() -> None:
     frozen = of_widths([6, 4], linear_last=True, seed=1)
     target = of_widths([6, 3], linear_last=True, seed=2)
-    found = bounds.final_layers_floor(frozen, target, samples=20000, steps=32)
+    found = bounds.final_layers_floor(frozen, target, samples=20000)
     # Given what the layer passes on, x is normal in its null space about the projection of x.
     null = torch.linalg.svd(frozen.weights[0])[2][4:]
     exact = float((target.weights[0] @ null.mT).square().sum() / 3)
@@ -151,7 +151,7 @@ def test_the_floor_is_the_conditional_variance_found_by_rejection(seed: int) -> 
             same = np.concatenate([same, kept])
         variances.append(np.maximum(same @ V.T + c, 0).var(0, ddof=1).mean())
     networks = FNN([W], [b]), FNN([V], [c])
-    found = bounds.final_layers_floor(*networks, samples=20000, steps=150, seed=seed)
+    found = bounds.final_layers_floor(*networks, samples=20000, seed=seed)
     noise = np.hypot(np.std(variances) / len(variances) ** 0.5, float(found.standard_error))
     assert abs(np.mean(variances) - float(found.mean_squared_error)) < 4 * noise
 

@@ -24,7 +24,7 @@ from lorapower.constructions import (
 )
 from lorapower.constructions.fitted import nearest
 from lorapower.constructions.fused import fuse
-from lorapower.networks import FNN, Decoder, Gap, LinearNetwork, Partition, Transformer
+from lorapower.networks import FNN, Decoder, Gap, LinearNetwork, Transformer
 from lorapower.regions import Ball, Samples
 from lorapower.regression import relative_error
 from lorapower.training import Fresh, Tuning, polish, train
@@ -60,8 +60,8 @@ def test_adapt_is_the_construction_of_the_kind(kind: str) -> None:
     frozen, target, _ = problem(kind)
     on = [Ball(2.0)] if kind == "fnn" else []
     construct = {"linear": adapt_linear, "fnn": adapt_relu, "transformer": adapt_transformer}[kind]
-    found = adapt(frozen, target, 3, *on, rtol=1e-5)
-    expected: Any = construct(frozen, target, 3, *on, rtol=1e-5)  # type: ignore[operator]
+    found = adapt(frozen, target, 3, *on)
+    expected: Any = construct(frozen, target, 3, *on)  # type: ignore[operator]
     assert type(found.evidence) is type(expected)
     assert bool(found.success)
     assert type(found.network) is type(frozen)
@@ -220,7 +220,7 @@ def test_fits_lose_to_no_construction_and_no_iteration_makes_them_worse() -> Non
 def test_partitions_unequal_ranks_and_linear_ends() -> None:
     frozen, target = relu(5, 2, 6, linear_last=True)
     x, others = normal(6, 100), normal(6, 200, seed=1)
-    found = adapt_fitted(frozen, target, [1, 2, 0, 1, 2], x, others, partition=Partition([2, 3]))
+    found = adapt_fitted(frozen, target, [1, 2, 0, 1, 2], x, others)
     assert found.adapters.ranks == (1, 2, 0, 1, 2)
     better = polish(found, x, others, iterations=20)
     choosing, test = others.tensor_split(2, -1)

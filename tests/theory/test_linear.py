@@ -94,7 +94,7 @@ def test_alternatives_rescue_what_the_plain_splitting_loses() -> None:
     frozen = LinearNetwork.random(6, 16, batch_shape=(20,), seed=0)
     target = LinearNetwork.random(1, 16, batch_shape=(20,), seed=1)
     with plain_splitting():
-        plain = adapt_linear(frozen, target, 3, rtol=torch.inf)
+        plain = adapt_linear(frozen, target, 3, throw=False)
     best = adapt_linear(frozen, target, 3)
     assert (best.rounding_error <= plain.rounding_error).all()
     assert best.rounding_error.median() < 1e-3 * plain.rounding_error.median()
@@ -150,7 +150,7 @@ def test_every_change_of_the_total_rank_is_reached(
     cuts = sorted(data.draw(st.integers(0, least)) for _ in range(depth - 1))
     ranks = [b - a for a, b in itertools.pairwise([0, *cuts, least])]
     # A target that is 0 but for rounding has no digits of its own to be reached.
-    solution = adapt_linear(frozen, [target], ranks, rtol=torch.inf)
+    solution = adapt_linear(frozen, [target], ranks, throw=False)
     reached = np.eye(width)
     for weight, update, R in zip(frozen.weights, solution.adapters.updates, ranks, strict=True):
         matrix = update.left.numpy() @ update.right.numpy().T
@@ -199,6 +199,6 @@ def test_rounding_is_not_mistaken_for_a_small_error() -> None:
 def test_a_network_too_deep_for_the_arithmetic_is_refused(grow: float) -> None:
     frozen = LinearNetwork.random(64, 4).map(lambda weight: grow * weight)
     target = LinearNetwork.random(1, 4, seed=1)
-    with pytest.raises(SingularError, match="more than rtol"):
+    with pytest.raises(SingularError, match="more than half of the digits"):
         adapt_linear(frozen, target, 1)
-    assert adapt_linear(frozen, target, 1, rtol=torch.inf).rounding_error > 1e-6
+    assert adapt_linear(frozen, target, 1, throw=False).rounding_error > 1e-6
