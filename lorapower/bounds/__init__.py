@@ -17,16 +17,16 @@ from .layers import (
     fnn_error_on,
     fnn_threshold,
 )
-from .narrow_heads import narrow_head_ranks
+from .narrow_heads import NarrowHeadRanks, narrow_head_ranks
 from .transformer import (
     necessary_ranks,
     packed_rank,
     ranks_suffice,
-    savable_ranks,
     transformer_ranks,
 )
 
 __all__ = [
+    "NarrowHeadRanks",
     "attention_floor",
     "colliding_inputs",
     "directions",
@@ -41,6 +41,5 @@ __all__ = [
     "packed_rank",
     "ranks_suffice",
     "samples",
-    "savable_ranks",
     "transformer_ranks",
 ]

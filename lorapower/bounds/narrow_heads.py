@@ -17,18 +17,21 @@ from ..networks.gap import Gap
 
 
 class NarrowHeadRanks(NamedTuple):
-    """What the changes of ``Y`` and ``X`` need, and the ranks that decide it; each ``[...]``."""
+    """What the changes of ``Y`` and ``X`` need, and the ranks that decide it; each ``[...]``.
 
-    #: ``r_1`` of the change of ``Y``, ``r_2`` of that of ``X``, and the least of their sum.
+    ``inner`` is ``r_1`` of the change of ``Y``, ``outer`` is ``r_2`` of that of ``X``, ``together``
+    the least of their sum. ``rank_M`` is the proof's ``k``, ``rank_E`` its ``r_3``, the rank of
+    ``M − X Y``; ``p`` and ``q`` are the dimensions of ``Y ker M ∩ ker X`` and
+    ``Xᵀ ker Mᵀ ∩ ker Yᵀ``.
+    """
+
     inner: Int[Tensor, "*batch"]
     outer: Int[Tensor, "*batch"]
     together: Int[Tensor, "*batch"]
-    #: ``k = rank M`` and ``r_3 = rank(M − X Y)``.
     rank_M: Int[Tensor, "*batch"]
     rank_E: Int[Tensor, "*batch"]
     rank_Y: Int[Tensor, "*batch"]
     rank_X: Int[Tensor, "*batch"]
-    #: Dimensions of ``Y ker M ∩ ker X``, and of ``Xᵀ ker Mᵀ ∩ ker Yᵀ``.
     p: Int[Tensor, "*batch"]
     q: Int[Tensor, "*batch"]
 

@@ -21,6 +21,9 @@ from ..regression import Regression, reduced_rank, relative_error, second_moment
 from .fused import Fused, _Split, fuse
 from .linear import Adaptation
 
+# The package offers the rest.
+__all__ = ["fit", "nearest"]
+
 # Shrinkages towards the error matrix, in mean variances of an input.
 _SHRINKAGES = (0.0, 0.01, 0.1, 1.0, inf)
 # Share of the identity in an output metric: errors that inputs never reach must cost something.

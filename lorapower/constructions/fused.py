@@ -23,6 +23,9 @@ from ..regions import Region
 from .general import adapt
 from .linear import Adaptation
 
+# The package offers the rest.
+__all__ = ["Fused"]
+
 
 class _Split(NamedTuple):
     """Inputs to ``fit``; of those held out, one half to ``select`` a fit and one to ``test`` it."""

@@ -57,13 +57,19 @@ class PlainSegments(NamedTuple, Generic[T]):
     ``y = a + c``, with ``a`` the activations before and ``W_{2,l−1} c = b_{2,l−1}``; in the first
     block ``y`` is the input and ``W_2 = I``. Networks with equal segments and equal ``c`` are
     equal.
+
+    Attributes
+    ----------
+    query_key
+        Scores are ``yᵀ M y``, ``M = W_2ᵀ W_Kᵀ W_Q W_2``; ``[..., L, H]``.
+    value_output
+        The activation receives ``Σ_h M_h y``, ``M = W_1 W_O W_V W_2``; ``[..., L, H]``.
+    output
+        ``W_out W_{2,L}``; ``[...]``.
     """
 
-    #: Scores are ``yᵀ M y``, ``M = W_2ᵀ W_Kᵀ W_Q W_2``; ``[..., L, H]``.
     query_key: T
-    #: The activation receives ``Σ_h M_h y``, ``M = W_1 W_O W_V W_2``; ``[..., L, H]``.
     value_output: T
-    #: ``W_out W_{2,L}``; ``[...]``.
     output: T
 
     def largest(self) -> Tensor:
@@ -78,25 +84,35 @@ class DecoderSegments(NamedTuple, Generic[T]):
     the gains of the norm before; without norms ``B = I``. ``S = Vᵀ`` under a final LayerNorm, which
     ignores means; otherwise ``S = I``. Weights that several heads share, or that rotations
     separate, have a segment each. Networks with equal segments and equal vectors are equal.
+
+    Attributes
+    ----------
+    query_key
+        Scores are ``Bᵀ W_Kᵀ W_Q B``; ``[..., L, H]``.
+    query, key
+        With rotary positions or grouped heads instead: ``W_Q B`` and ``W_K B``; ``[..., L, H]`` and
+        ``[..., L, groups]``.
+    value_output
+        Tokens receive ``S W_O W_V B``; ``[..., L, H]``.
+    value, sent
+        With grouped heads instead: ``W_V B`` and ``S W_O``; ``[..., L, groups]`` and
+        ``[..., L, H]``.
+    inner
+        The activation receives ``W_1 B``; ``[..., L]``.
+    up
+        If gated, the activation is multiplied by ``W_3 B``; ``[..., L]``.
+    outer
+        Tokens receive ``S W_2``; ``[..., L]``.
     """
 
-    #: Scores are ``Bᵀ W_Kᵀ W_Q B``; ``[..., L, H]``.
     query_key: T | None = None
-    #: With rotary positions or grouped heads instead ``W_Q B``; ``[..., L, H]``.
     query: T | None = None
-    #: And ``W_K B``; ``[..., L, groups]``.
     key: T | None = None
-    #: Tokens receive ``S W_O W_V B``; ``[..., L, H]``.
     value_output: T | None = None
-    #: With grouped heads instead ``W_V B``; ``[..., L, groups]``.
     value: T | None = None
-    #: And ``S W_O``; ``[..., L, H]``.
     sent: T | None = None
-    #: The activation receives ``W_1 B``; ``[..., L]``.
     inner: T | None = None
-    #: If gated, the activation is multiplied by ``W_3 B``; ``[..., L]``.
     up: T | None = None
-    #: Tokens receive ``S W_2``; ``[..., L]``.
     outer: T | None = None
 
     def largest(self) -> Tensor:
