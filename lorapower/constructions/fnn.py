@@ -139,10 +139,8 @@ def adapt_relu(
             block, layer, gap, solution.adapters, regions[-1], typical
         )
         digits_lost.append(lost.expand(batch))
-        failed = digits_lost[-1] > limit
-        if throw and failed.any():
-            worst, member = float(digits_lost[-1][failed][0]), _checks.failed_members(failed)
-            raise PrecisionError(i + 1, worst, limit=limit, dtype=frozen.dtype, member=member)
+        if throw:
+            _require_digits(digits_lost[-1], limit, i + 1, frozen.dtype)
         updates += own
         bias_updates += biases
         solutions.append(solution)
@@ -170,6 +168,13 @@ def _adapt_weights(gap: Gap, ranks: Sequence[int], first: int, throw: bool) -> L
         return adapt_gap(gap, ranks, throw=throw)
     except SingularError as error:
         raise error.at_layer(first + error.layer) from None
+
+
+def _require_digits(lost: Tensor, limit: float, block: int, dtype: torch.dtype) -> None:
+    failed = lost > limit
+    if failed.any():
+        worst, member = float(lost[failed][0]), _checks.failed_members(failed)
+        raise PrecisionError(block, worst, limit=limit, dtype=dtype, member=member)
 
 
 def _adapt_block(
