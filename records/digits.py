@@ -173,7 +173,7 @@ def measure(runs: Sequence[Run]) -> list[Readings]:
 
     def fit(method: Fitted) -> Adapters:
         fused = fuse(frozen, target, method.ranks)
-        return fused.carry_back(nearest(fused, images[0]), region, throw=False).adapters
+        return fused.split_among_layers(nearest(fused, images[0]), region, throw=False).adapters
 
     readings = {}
     methods = [run.method for run in runs]

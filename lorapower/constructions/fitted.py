@@ -66,7 +66,7 @@ class FittedAdaptation(Adaptation):
         throw: bool = True,
     ) -> FittedAdaptation:
         """Carry adapters of a fused network back, and measure them on the test inputs."""
-        carried = fused.carry_back(adapters, region, throw=throw)
+        carried = fused.split_among_layers(adapters, region, throw=throw)
         merged = carried.adapters.merge(fused.frozen)
         outputs = merged(merged.fill(data.test))
         error = relative_error(outputs, fused.target(data.test))

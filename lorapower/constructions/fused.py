@@ -52,7 +52,7 @@ class Fused:
     fused_target: Network
     fused_ranks: tuple[int, ...]
 
-    def carry_back(
+    def split_among_layers(
         self, adapters: Adapters, region: Region | None = None, *, throw: bool = True
     ) -> Adaptation:
         """Give the frozen network the function that adapters give to the fused one.

@@ -1,6 +1,6 @@
 """Gradient training: of many adapters at once by Adam, and of single ones to high precision."""
 
-from .descent import descend, settle
+from .descent import descend, lbfgs
 from .engine import train
 from .fused import polish, train_fused
 from .tuning import Data, Fixed, Fresh, Training, Tuning
@@ -12,8 +12,8 @@ __all__ = [
     "Training",
     "Tuning",
     "descend",
+    "lbfgs",
     "polish",
-    "settle",
     "train",
     "train_fused",
 ]

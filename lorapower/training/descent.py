@@ -27,7 +27,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 @torch.enable_grad()
-def settle(
+def lbfgs(
     loss: Callable[..., Tensor],
     *starts: Tensor,
     iterations: int = 20_000,
@@ -41,6 +41,17 @@ def settle(
     tensors after each iteration and may end the descent by raising `StopIteration`. What is
     returned has the last tensors as ``parts``, the loss there as ``loss``, and the largest entry of
     its slope as ``slope``.
+
+    Examples
+    --------
+    The best product of rank 1 for a diagonal matrix keeps its largest entry:
+
+    >>> import torch
+    >>> from lorapower.training import lbfgs
+    >>> target, start = torch.diag(torch.tensor([3.0, 1.0]).double()), torch.ones(2, 1).double()
+    >>> end = lbfgs(lambda A, B: (A @ B.T - target).square().sum(), start, 2 * start)
+    >>> round(end.loss, 6)
+    1.0
     """
     sizes = [start.numel() for start in starts]
 
@@ -77,6 +88,20 @@ def descend(
     has inputs of the network and the outputs that it should give. The descent ends before
     ``iterations`` where the error on ``validation`` stops falling. Raises `InputError` for batches
     and for adapters that do not fit the network.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower.adapters import Adapters
+    >>> from lorapower.lowrank import LowRank
+    >>> from lorapower.networks import LinearNetwork
+    >>> from lorapower.training import descend
+    >>> frozen, target = LinearNetwork.random(1, 3), LinearNetwork.random(1, 3, seed=1)
+    >>> start = Adapters((LowRank(torch.eye(3).double(), torch.eye(3).double()),))
+    >>> x = torch.eye(3).double()
+    >>> best = descend(frozen, start, (x, target(x)), (x, target(x)))
+    >>> torch.allclose(best.merge(frozen)(x), target(x), atol=1e-3)
+    True
     """
     adapters.merge(network)
     if adapters.batch_shape or network.batch_shape:
@@ -121,7 +146,7 @@ def descend(
         pairs = zip(parts, start, moves, strict=True)
         return error(fit, [part if moving else first for part, first, moving in pairs])
 
-    settle(loss, *start, iterations=iterations, history=30, look=look)
+    lbfgs(loss, *start, iterations=iterations, history=30, look=look)
     updates = map(LowRank, best[:count:2], best[1:count:2])
     return Adapters(tuple(updates), tuple(best[count:]), adapters.tuned)
 

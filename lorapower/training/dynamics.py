@@ -16,7 +16,7 @@ NEGLIGIBLE = 1e-12
 
 
 @torch.no_grad()
-def course(
+def flow(
     error: Float[Tensor, "out in"],
     right: Float[Tensor, "in rank"],
     times: Float[Tensor, " times"],
@@ -51,7 +51,7 @@ def course(
 
 
 def _length(B: Tensor, into: int) -> float:
-    """Return the length of the columns of ``B₀``, or refuse columns that `course` does not take."""
+    """Return the length of the columns of ``B₀``, or refuse columns that `flow` does not take."""
     rank = B.shape[-1]
     if B.shape != (into, rank) or not 0 < rank <= into:
         allowed = f"of {into} rows and at least a column, but no more columns than rows"

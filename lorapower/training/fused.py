@@ -122,7 +122,7 @@ def train_fused(
         seed=[randomness.number(seed, "fused training", k) for k in range(starts)],
     )
     chosen = divmod(int(runs.best_loss.nan_to_num(torch.inf).argmin()), starts)
-    split = fused.carry_back(runs.adapters[chosen].to(frozen.dtype), region, throw=throw)
+    split = fused.split_among_layers(runs.adapters[chosen].to(frozen.dtype), region, throw=throw)
     return _FusedTraining(split.adapters, runs.best_loss, chosen, fused, runs)
 
 

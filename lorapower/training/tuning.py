@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from ..adapters import Adapters, N
 from ..errors import InputError
 from ..networks.base import Network
 
+T = TypeVar("T")
 LARGEST = torch.finfo(torch.float32).max
 Schedule = Literal["constant", "cosine"]
 Loss = Literal["squared", "one-sided"]
@@ -42,6 +43,15 @@ class Tuning:
     loss : Loss
         ``"one-sided"`` [def-one-sided] is for networks that end with a ReLU and outputs of at least
         0. The best parameters are chosen by the squared error either way.
+
+    Examples
+    --------
+    >>> from lorapower.training import Tuning
+    >>> Tuning(ranks=[4, 0, 2], biases=False).ranks
+    (4, 0, 2)
+    >>> Tuning(ranks=2.7)
+    Traceback (most recent call last):
+    lorapower.errors.InputError: ranks must be an integer from 0; got 2.7
     """
 
     ranks: int | tuple[int, ...] = 0
@@ -53,9 +63,9 @@ class Tuning:
     loss: Loss = "squared"
 
     def __post_init__(self) -> None:
-        has_each = isinstance(self.ranks, tuple | list)
-        ranks: Any = tuple(map(int, self.ranks)) if has_each else int(self.ranks)  # type: ignore
+        ranks = _one_or_each(self.ranks, lambda rank: _checks.integer("ranks", rank, 0))
         object.__setattr__(self, "ranks", ranks)
+        object.__setattr__(self, "biases", _one_or_each(self.biases, _boolean))
         if _checks.integer("final", self.final, 0) and np.any(ranks):
             given = f"{self.final} with ranks {ranks}"
             raise InputError("final", allowed="0 where adapters have a rank", given=given)
@@ -63,6 +73,21 @@ class Tuning:
         _checks.choice("loss", self.loss, get_args(Loss))
         _checks.positive("learning_rate", self.learning_rate)
         _checks.finite("weight_decay", self.weight_decay, 0.0)
+
+
+def _one_or_each(value: Any, read: Callable[[Any], T]) -> T | tuple[T, ...]:
+    """Read one value for all, or a sequence of them."""
+    if isinstance(value, np.ndarray | Tensor):
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(map(read, value))
+    return read(value)
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise InputError("biases", allowed="True, False, or a sequence of them", value=value)
+    return bool(value)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -129,7 +154,7 @@ class Fresh(Data):
         seed: int = 0,
         purpose: tuple[str, ...] = (),
     ) -> None:
-        if len(shape) not in (1, 2):
+        if not isinstance(shape, Sequence) or len(shape) not in (1, 2):
             raise InputError("shape", allowed="(D,), or (D, N) for N tokens", given=shape)
         if isinstance(label, nn.Module):
             allowed = "a network or a function of columns, not a module, which takes rows"
@@ -137,7 +162,7 @@ class Fresh(Data):
             raise InputError("label", allowed=allowed, given=type(label).__name__, remedy=remedy)
         # Training is in single precision, and so are its labels.
         self.label = label.to(torch.float32) if isinstance(label, Network) else label
-        self.shape = shape
+        self.shape = tuple(_checks.integer("shape", size, 1) for size in shape)
         self.scale = _checks.positive("scale", scale)
         self.samples = _checks.integer("samples", samples, 1)
         self.seed, self.purpose = _checks.seed(seed), purpose

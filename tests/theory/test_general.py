@@ -188,7 +188,7 @@ def test_what_fused_networks_reach_is_carried_back(
         pair.network, [Tuning(ranks=pair.fused_ranks, learning_rate=1e-2)],
         Fresh(target, (width,), samples=8), steps=5,
     ).adapters[0].to(torch.float64)  # fmt: skip
-    found = pair.carry_back(tuned, Ball(20.0), throw=False)
+    found = pair.split_among_layers(tuned, Ball(20.0), throw=False)
     assert max(found.adapters.ranks, default=0) <= rank
     made, wanted = found.adapters.merge(frozen)(x), tuned.merge(pair.network)(x)
     assert found.success
