@@ -68,7 +68,7 @@ def test_other_sources_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         texts.read("movies", "train")
     text = "def double(values):\n    return [2 * value for value in values if value is not None]\n"
     (tmp_path / "one.py").write_text(text)
-    monkeypatch.setattr(models, "folder", lambda package: tmp_path)
+    monkeypatch.setattr(models, "package_folder", lambda package: tmp_path)
     with pytest.raises(InputError, match=r"must be sympy==1\.14\.0 .*got 1 .*`pip install sympy="):
         texts._functions.__wrapped__()
 
