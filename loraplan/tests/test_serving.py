@@ -204,6 +204,33 @@ def test_what_is_lost_is_lost_where_it_is_served(
     assert f"| numbers in all | {numbers:,} |" in card
 
 
+@pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "GPT2LMHeadModel"])
+def test_all_embeddings_are_carried_by_their_changed_rows(
+    architecture: str, tmp_path: Path
+) -> None:
+    """Positions and types too, and the network read back is the tuned one."""
+
+    def some_rows(name: str, value: Tensor) -> Tensor | None:
+        update = torch.zeros_like(value)
+        update[1:9:2] = 0.1
+        return update if "embeddings.weight" in name or "wte" in name or "wpe" in name else None
+
+    base, tuned = files.pair(tmp_path, architecture, change=some_rows)
+    plan = loraplan.extract(base, tuned, TEXTS, tmp_path / "out", rank=0, modules="attention")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    rows = [value for name, value in tensors.items() if ".token_adapter." in name]
+    assert {len(value) for value in rows} <= {1, 4}
+    written = sum(value.numel() for value in rows)
+    assert plan.planner.pair.not_low_rank == {"embedding": written}
+    assert plan.carried == sum(value.numel() for value in tensors.values())
+    assert _export.estimate(plan.planner.pair, plan.adapter)[0] == plan.carried
+    again = files.loaded(base, architecture, tmp_path / "out").merge_and_unload()
+    wanted = files.loaded(tuned, architecture).state_dict()
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, wanted[name])
+    assert plan.measured.error < 1e-6
+
+
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "BertForSequenceClassification"])
 def test_errors_in_bfloat16_are_those_of_networks_in_it(architecture: str, tmp_path: Path) -> None:
     base, tuned = files.pair(tmp_path, architecture)

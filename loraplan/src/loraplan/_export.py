@@ -160,9 +160,8 @@ def _wrap(network: Any, ranks: Mapping[str, int], *, biases: bool = False, **opt
         return get_peft_model(network, config)
 
 
-def _peft_options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
+def _peft_options(pair: Pair, adapter: Adapter) -> dict[str, Any]:
     """Say what `save_peft` is to keep beside the factors, without what is in ``leave``."""
-    words = network.get_input_embeddings()
     whole: dict[str, None] = {}
     rows: dict[str, list[int]] = {}
     biases = bool(adapter.biases)
@@ -172,7 +171,7 @@ def _peft_options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
         owner = other.name.rpartition(".")[0]
         if other.kind == "bias":
             biases = True
-        elif network.get_submodule(owner) is words and pair.base.has(other.name):
+        elif other.kind == "embedding" and pair.base.has(other.name):
             rows[owner] = pair.differing_rows(other.name)
         elif owner.startswith(pair.prefix):
             whole[owner] = None
@@ -200,7 +199,7 @@ def save(folder: Path, pair: Pair, adapter: Adapter) -> None:
     embeds = any(pair.modules[name].kind == "embedding" for name in adapter.factors)
     # A head that is tied to embeddings with factors needs them, to share them, on a device.
     network = pair.network("base", read) if tied and embeds else pair.build(empty=True)
-    options = _peft_options(pair, network, adapter)
+    options = _peft_options(pair, adapter)
     with quiet():
         wrapped = _attach(network, adapter.factors, **options)
         model = wrapped.base_model.model
@@ -312,7 +311,7 @@ def estimate(pair: Pair, adapter: Adapter) -> tuple[int, int]:
     from peft import get_peft_model_state_dict
 
     network = pair.build(empty=True)
-    wrapped = _wrap(network, adapter.ranks, **_peft_options(pair, network, adapter))
+    wrapped = _wrap(network, adapter.ranks, **_peft_options(pair, adapter))
     with quiet():
         tensors = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     numbers = sum(tensor.numel() for tensor in tensors.values())

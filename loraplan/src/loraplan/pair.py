@@ -163,7 +163,7 @@ class Pair:
     The ``task`` is ``"classification"``, ``"language"`` or ``"encoder"``. ``modules`` are linear
     and can have adapters. ``others`` are all other parameters that differ, each with a ``name``, a
     ``kind`` (``"bias"``, ``"norm"``, ``"embedding"``, or ``"head"``, which the base may lack) and a
-    ``size``; word embeddings count only the rows that differ. Adapted networks keep the base's
+    ``size``; embeddings count only the rows that differ. Adapted networks keep the base's
     values for kinds in ``leave``. Of these, ``words`` could be modules too (`with_words`): word
     embeddings and a language model's head, where what differs is more than an adapter of rank 1
     has; tied ones are one, by the embeddings' name. ``prefix`` begins names in the model without
@@ -420,7 +420,7 @@ class Pair:
             owner, size = network.get_submodule(place), value.numel()
             if isinstance(owner, nn.Embedding):
                 kind = "embedding"
-                if owner is embedding and name not in new:
+                if name not in new:
                     size = len(rows) * value.shape[1]
             elif isinstance(owner, nn.Linear | Conv1D) and place not in self.modules:
                 kind = "head"
