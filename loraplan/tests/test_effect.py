@@ -288,3 +288,24 @@ def test_candidates_lose_less_where_losses_add_up(tmp_path: Path, monkeypatch: P
     # Also where the size that is predicted is much too small.
     monkeypatch.setattr(_effect, "predict_least", lambda *_: 20)
     assert planner.error(planner.smallest(0.1)) <= 0.1
+
+
+def test_the_search_of_the_smallest_ends_where_directions_cost_little(tmp_path: Path) -> None:
+    """Between two numbers that differ by one there is nothing left to try."""
+    small = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12}
+
+    def values_alone(name: str, value: torch.Tensor) -> torch.Tensor | None:
+        return files.low_rank(1)(name, value) if name.endswith("value.weight") else None
+
+    steps: list[str] = []
+
+    def count(stage: str, *_: int) -> None:
+        steps.append(stage)
+        assert steps.count("searching the smallest adapter") < 50
+
+    pair = Pair.open(*files.pair(tmp_path, change=values_alone, **small))
+    planner = Planner(pair, TEXTS, modules="value", leave=["bias"], report=count)
+    assert planner.parameters(1) == 32
+    adapter = planner.smallest(0.5)
+    assert adapter.parameters in (16, 32)
+    assert planner.error(adapter) <= 0.5

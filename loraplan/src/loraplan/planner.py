@@ -218,7 +218,9 @@ class Planner:
             total = done + max(1, math.ceil(math.log(steps, 1 + len(parts))))
             self.report("searching the smallest adapter", done, total)
             done += 1
-            sizes = [round(low ** (1 - x) * high**x if low else x * high) for x in parts]
+            between = (round(low ** (1 - x) * high**x if low else x * high) for x in parts)
+            if not (sizes := sorted({*between} - {low, high})):
+                break
             tried = [*map(self.at, sizes)]
             ran = self.run(*((smaller, self.select) for smaller in tried))
             for size, smaller, trial in reversed([*zip(sizes, tried, ran, strict=True)]):
