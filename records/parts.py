@@ -204,7 +204,7 @@ def measure(
     planner: Planner, unshifted: Unshifted, part: str, adapter: Adapter
 ) -> Iterator[Adapted]:
     """Measure errors of an adapter on the texts for stating, and equal tokens."""
-    (trial,) = planner.run((adapter, planner.test))
+    (trial,) = planner.run((adapter, "test"))
     found = planner.test.summarize(trial.compare())
     rest = unshifted.error(trial._replace(reference=unshifted).squares)
     values = {"error": found.error, "unshifted": rest, "agreement": found.agreement}

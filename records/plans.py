@@ -167,7 +167,7 @@ def work(settings: list[AdapterRun]) -> list[AdapterResults]:
             adapter = make(planner, method, blocks.parameters(int(setting.asked)))
         about = {"parameters": adapter.parameters, "seconds": time.perf_counter() - start}
         carried, size = lab.estimate(planner.pair, adapter)
-        (trial,) = planner.run((adapter, planner.test))
+        (trial,) = planner.run((adapter, "test"))
     arrays = trial.compare()._asdict() | {"effect": trial.reference.effect}
     del arrays["right"]  # There are no labels.
     about |= {name: pack(values) for name, values in arrays.items()}

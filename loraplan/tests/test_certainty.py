@@ -139,12 +139,12 @@ class Drawn:
         """Tell nobody."""
 
     def run(self, *trials: Any) -> list[Trial]:
-        return [Trial(part, cast("Any", adapter), []) for adapter, part in trials]
+        return [Trial(getattr(self, part), cast("Any", each), []) for each, part in trials]
 
     def parameters(self, rank: int) -> int:
         return 4 * rank
 
-    def candidate(self, number: int) -> Scaled:
+    def offer(self, number: int) -> Scaled:
         return Scaled(1 / number)
 
     def neighbours_alike(self, squares: Losses) -> bool:

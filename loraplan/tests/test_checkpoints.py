@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -78,7 +79,7 @@ def test_errors_are_those_of_plain_code(planner: Planner) -> None:
     assert found.kl == pytest.approx(float(kl), rel=1e-3)
     variation = (g.softmax(1) - f.softmax(1)).abs().sum(1).mean() / 2
     assert found.variation == pytest.approx(float(variation), rel=1e-3)
-    (trial,) = planner.run((adapter, planner.test))
+    (trial,) = planner.run((adapter, "test"))
     assert trial.squares == pytest.approx(trial.compare().squares, rel=1e-3)
     ways = (stream(planner.pair, which, planner.device) for which in ("base", "tuned"))
     base, tuned = run_trials([(way, planner.test) for way in ways])
@@ -178,6 +179,31 @@ def test_plans_reach_the_stated_error(places: Places) -> None:
     cost = ((table["out"] + table["in"]) * table["rank"]).sum()
     assert cost == plan.adapter.parameters
     assert "Plan(error" in repr(plan)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "modules", "seed", "beaten"),
+    [("LlamaForCausalLM", "up_proj", 1, False), (BERT, "value", 0, True)],
+)
+def test_no_plan_loses_more_than_one_without_factors_or_the_base(
+    architecture: str, modules: str, seed: int, beaten: bool, tmp_path: Path
+) -> None:
+    """One step of a module far from the tuned network may lead anywhere."""
+    base, tuned = files.pair(tmp_path, architecture, change=files.low_rank(seed=seed))
+    options: dict[str, Any] = {"modules": modules, "max_rank": 1}
+    planner = Planner(Pair.open(base, tuned), TEXTS, **options)
+    nothing = planner.error(planner.candidate(0))
+    for made in (planner.offer(planner.most), planner.smallest(nothing / 2)):
+        assert planner.error(made) <= nothing
+    plan = loraplan.extract(base, tuned, TEXTS, tmp_path / "out", rank=1, **options)
+    assert (plan.measured.error > 1) == beaten
+    assert plan.reached == (tmp_path / "out").is_dir() == (not beaten)
+    if not beaten:
+        # On texts for selection factors lose more.
+        assert planner.error(planner.candidate(planner.most)) > nothing
+        assert plan.adapter.parameters == 0
+        table = loraplan.prices(base, tuned, TEXTS, **options)
+        assert [*table.parameters] == [0]
 
 
 def test_plans_are_certified(places: Places, tmp_path: Path) -> None:
@@ -423,6 +449,10 @@ def test_an_interrupted_run_goes_on(architecture: str, tmp_path: Path, monkeypat
     for file in (tmp_path / "work").glob("*.pt"):
         file.write_bytes(file.read_bytes()[:99])
     assert same(loraplan.plan(*given, **options))
+    with monkeypatch.context() as patch:
+        patch.setattr(metadata, "version", lambda name: f"{name} of tomorrow")
+        with pytest.raises(InputError, match="with these models, texts, options and versions"):
+            loraplan.plan(*given, **options)
     files.configure(Path(given[1]), transformers_version="0")
     with pytest.raises(InputError, match=r"^work must be a new folder"):
         loraplan.plan(*given, **options)
@@ -440,9 +470,9 @@ def test_bfloat16_selects_where_it_is_fine_enough(tmp_path: Path, monkeypatch: P
         loraplan.plan(*places, TEXTS, error=0.01, dtype="bfloat16")
     plan = loraplan.plan(*places, TEXTS, error=0.5, dtype="bfloat16")
     assert plan.reached
-    (one,) = plan.planner.run((plan.adapter, plan.planner.select))
+    (one,) = plan.planner.run((plan.adapter, "select"))
     assert one.network.dtype == torch.bfloat16
-    (stated,) = plan.planner.run((plan.adapter, plan.planner.test))
+    (stated,) = plan.planner.run((plan.adapter, "test"))
     assert stated.network.dtype == torch.float32
 
 

@@ -292,7 +292,7 @@ def test_candidates_lose_less_where_losses_add_up(tmp_path: Path, monkeypatch: P
 
 def test_the_search_of_the_smallest_ends_where_directions_cost_little(tmp_path: Path) -> None:
     """Between two numbers that differ by one there is nothing left to try."""
-    small = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12}
+    small: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12}
 
     def values_alone(name: str, value: torch.Tensor) -> torch.Tensor | None:
         return files.low_rank(1)(name, value) if name.endswith("value.weight") else None

@@ -206,7 +206,7 @@ def extract(options: _ExtractOptions) -> None:
     """Write the adapter as a folder that peft reads, with its errors in report.json.
 
     With --error it is written, and the status is 0, if it is certified, as `plan --help` explains;
-    with --parameters or --rank in any case, with what it is certified to lose.
+    with --parameters or --rank if it loses less than the base, with what it is certified to lose.
     """
     _show(_call(workflow.extract, options), options, options.out)
 
@@ -389,6 +389,9 @@ def _remedy(plan: Plan) -> str:
     if not math.isfinite(plan.stated):
         none = "Tuning changes none of the texts for choosing."
         return f"{none} Give texts on which it does something."
+    if plan.aim is None:
+        less = "NOTHING TO OFFER: without an adapter the base loses less, 100%"
+        return f"{less}. Raise --max-rank or --parameters, or --leave more as in the base."
     high = max(plan.ranks.values(), default=0) >= plan.planner.max_rank
     more = "Raise --max-rank, or allow a larger error." if high else "Allow a larger error."
     nearest = f"The best adapter that was tried loses {most(plan.stated)}"

@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -59,6 +60,12 @@ def digest_numbers(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         found.update(tensor.contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Find the versions of the packages on which results depend."""
+    names = "loraplan", "torch", "transformers", "peft"
+    return {name: metadata.version(name) for name in names}
 
 
 def nearest(folder: Path) -> Path:
@@ -175,21 +182,24 @@ class Work:
     """Results of finished stages in a folder, from which a run that was killed goes on.
 
     They are tensors by name, each written whole or not at all; without a folder nothing. Raises
-    `InputError` for a folder with something else than results ``about`` the same, and
-    `ResultsError` for one that cannot be written.
+    `InputError` for a folder with something else than results ``about`` the same from the same
+    `versions`, and `ResultsError` for one that cannot be written.
     """
 
     def __init__(self, folder: Path | str | None, about: Mapping[str, Any]) -> None:
         self._folder = None if folder is None else Path(folder).expanduser()
         if self._folder is None:
             return
-        text, file = json.dumps(about, sort_keys=True, indent=2), self._folder / "about.json"
+        text = json.dumps({**about, "versions": versions()}, sort_keys=True, indent=2)
+        file = self._folder / "about.json"
         with writing(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             there = file.read_text("utf-8") if file.is_file() else None
             others = [path for path in self._folder.iterdir() if not path.name.startswith(".")]
         if there != text and others:
-            allowed = "a new folder, or that of a run with these models, texts and options"
+            allowed = (
+                "a new folder, or that of a run with these models, texts, options and versions"
+            )
             raise InputError("work", allowed, folder, "name another folder, or remove this one")
         with _replacing(file) as partial:
             partial.write_text(text, encoding="utf-8")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ from .pair import KINDS, LARGE, Adapter, Module, Pair
 DTYPES = "float32", "bfloat16"
 #: Receives progress: the stage in words, the steps done, and their number.
 Report: TypeAlias = Callable[[str, int, int], None]
+# Texts that pass adapted networks, by their names in a `Planner`.
+Part: TypeAlias = Literal["planned", "select", "test"]
 # Sizes that are tried first, in units of the smallest one that should be certified; each later one
 # has this part of the size before.
 _FIRST, _STEP = (4, 2.8, 2, 1.4, 1), 0.8
@@ -175,6 +177,19 @@ class Planner:
         choice = _effect.choose(self.pool, *self.sketches, parameters)
         return self.with_gains(choice.gains(parameters))
 
+    def offer(self, parameters: int) -> Adapter:
+        """Make the `candidate`, or the adapter of rank 0 everywhere where that loses less.
+
+        What they lose is the `error`. The second differs from the base by what adapters carry
+        beside factors, and derivatives at the tuned network say little of so large a step.
+        """
+        return self._no_worse(self.candidate(parameters))
+
+    def _no_worse(self, adapter: Adapter) -> Adapter:
+        """This adapter or, if that loses less, the one of rank 0 everywhere."""
+        nothing = self.with_gains(torch.zeros(len(self.pool.costs)))
+        return min(nothing, adapter, key=self.error) if adapter.factors else adapter
+
     def uniform(self, parameters: int) -> Adapter:
         """Make the adapter of one rank for all modules, at least 1, for at most so many numbers.
 
@@ -193,7 +208,7 @@ class Planner:
         What it loses is what ``lost`` says of squared distances on the texts for selection, by
         default its `error`. It is looked for by bisection, to a twentieth of its parameters, along
         the order in which `candidate` takes directions. Where the highest ranks do not reach the
-        error, theirs is returned.
+        error, theirs is returned or, if that loses less, the adapter of rank 0 everywhere.
         """
         lost, sketches = lost or self.select.error, self.sketches
         self.report("searching the smallest adapter", 0, 7)
@@ -206,10 +221,10 @@ class Planner:
         low = done = 0
         while True:
             adapter = self.at(high)
-            if lost(self.run((adapter, self.select))[0].squares) <= error:
+            if lost(self.run((adapter, "select"))[0].squares) <= error:
                 break
             if high == self.most:
-                return adapter
+                return self._no_worse(adapter)
             low, high = high, min(2 * high, self.most)
         # Several at a time where reading weights takes time.
         parts = [1 / 2] if self.device.type == "cpu" else [part / 5 for part in range(1, 5)]
@@ -222,7 +237,7 @@ class Planner:
             if not (sizes := sorted({*between} - {low, high})):
                 break
             tried = [*map(self.at, sizes)]
-            ran = self.run(*((smaller, self.select) for smaller in tried))
+            ran = self.run(*((smaller, "select") for smaller in tried))
             for size, smaller, trial in reversed([*zip(sizes, tried, ran, strict=True)]):
                 if lost(trial.squares) > error:
                     low = size
@@ -270,16 +285,15 @@ class Planner:
             self._choice = parameters, _effect.choose(self.pool, *self.sketches, parameters)
         return self.with_gains(self._choice[1].gains(parameters))
 
-    def run(self, *trials: tuple[Adapter, Reference]) -> list[Trial]:
+    def run(self, *trials: tuple[Adapter, Part]) -> list[Trial]:
         """Pass texts through the base with an adapter; all of these together, block by block."""
         names, networks = [], []
         for adapter, part in trials:
             sides = (side for each in adapter.factors.values() for side in (each.left, each.right))
-            numbers = digest_numbers([*sides, *adapter.biases.values()])
-            kind = {id(self.select): "select", id(self.test): "test"}.get(id(part), "planned")
-            dtype = self._selecting if part is self.select else torch.float32
-            names.append(f"{kind}-{numbers}")
-            networks.append((stream(self.pair, adapter, self.device, dtype), part))
+            names.append(f"{part}-{digest_numbers([*sides, *adapter.biases.values()])}")
+            dtype = self._selecting if part == "select" else torch.float32
+            network = stream(self.pair, adapter, self.device, dtype)
+            networks.append((network, getattr(self, part)))
         found = [self._work.find(name) for name in names]
         again = [i for i, states in enumerate(found) if states is None]
         for i, trial in zip(again, run_trials([networks[i] for i in again]), strict=True):
@@ -296,11 +310,11 @@ class Planner:
 
     def error(self, adapter: Adapter) -> float:
         """Measure ``η`` on the texts for selection."""
-        return self.select.error(self.run((adapter, self.select))[0].squares)
+        return self.select.error(self.run((adapter, "select"))[0].squares)
 
     def measure(self, adapter: Adapter) -> Measured:
         """Measure what an adapter loses on the texts for stating."""
-        return self.test.summarize(self.run((adapter, self.test))[0].compare())
+        return self.test.summarize(self.run((adapter, "test"))[0].compare())
 
     def rounded(self, adapter: Adapter) -> tuple[float, float]:
         """Measure ``η`` in bfloat16 on the texts for stating, merged, and of the tuned network.

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import torch
 
 from . import _checks, _export, _limits, _texts
 from ._errors import InputError, LoraplanError, ResultsError
-from ._folders import require_apart, require_free, write_folder
+from ._folders import require_apart, require_free, versions, write_folder
 from ._measuring import Measured, Readout, Reference, Trial, run_trials
 from ._models import is_dequantized, reason, require_device
 from ._streams import Network, Pass, advance, stream
@@ -106,8 +105,13 @@ class Plan:
 
     @property
     def reached(self) -> bool:
-        """Whether the ``stated`` error is at most what was asked for."""
-        return self.aim is None or self.stated <= self.aim
+        """Whether the ``stated`` error is at most what was asked for.
+
+        Where a size was asked for, whether the error is at most the base's own, 1.
+        """
+        if self.aim is None:
+            return self.measured.error <= 1 + _RELOADED
+        return self.stated <= self.aim
 
     def __repr__(self) -> str:
         error, number = self.measured.error, self.adapter.parameters
@@ -164,10 +168,7 @@ class Plan:
                 "used_texts": texts.used,
                 "fingerprint": pair.fingerprint,
                 "grouped": texts.grouped,
-                "versions": {
-                    name: metadata.version(name)
-                    for name in ("loraplan", "torch", "transformers", "peft")
-                },
+                "versions": versions(),
             }
         )
 
@@ -193,8 +194,9 @@ def plan(
     none of the adapters; they decide only where the search stops. The error over all of them is at
     most this too. If no adapter is certified, ``reached`` is false and the plan is the largest that
     was tried. A plan for a size of the list of `prices` may be made after looking at that: its
-    limit is the same. Raises `InputError` for unusable arguments, before any text is passed through
-    a network.
+    limit is the same. Where factors lose more than none, rank 0 everywhere is offered, and where
+    that loses more than the base, ``reached`` is false too. Raises `InputError` for unusable
+    arguments, before any text is passed through a network.
 
     Parameters
     ----------
@@ -233,7 +235,7 @@ def plan(
         found = _state(planner, Adapter({}, {}), aim, estimate)
     elif aim is None:
         number = number if rank is None else planner.parameters(number)
-        found = _state(planner, planner.candidate(number), aim, estimate)
+        found = _state(planner, planner.offer(number), aim, estimate)
     else:
         found = _search(planner, aim, estimate)
     off, floor = planner.rounded(found.adapter)
@@ -242,7 +244,7 @@ def plan(
     if not planner.equal:
         planner.report("comparing", 0, 1)
         alike = planner.uniform(found.adapter.parameters)
-        other, own = planner.run((alike, planner.test), (found.adapter, planner.planned))
+        other, own = planner.run((alike, "test"), (found.adapter, "planned"))
         uniform = planner.test.error(other.squares), alike.parameters
         shares, neighbours = planner.losses(found.adapter), planner.neighbours_alike(own.squares)
         found = replace(found, uniform=uniform, shares=shares, neighbours_alike=neighbours)
@@ -279,11 +281,11 @@ def prices(
     planner = _prepare(base, tuned, texts, **options)
     ranks = range(_limits.SIZES)
     numbers = {min(planner.parameters(1) * 2**k // 4, planner.most) for k in ranks}
-    adapters = {each.parameters: each for each in map(planner.candidate, sorted(numbers))}
+    adapters = {each.parameters: each for each in map(planner.offer, sorted(numbers))}
     rows, test = [], planner.test
     for done, adapter in enumerate(adapters.values()):
         planner.report("measuring", done, len(adapters))
-        (trial,) = planner.run((adapter, test))
+        (trial,) = planner.run((adapter, "test"))
         losses = test.losses(trial.squares)
         size, error = _export.estimate(planner.pair, adapter)[1], test.error(trial.squares)
         limit = _limits.quantile_limit(losses, _limits.DOUBT / _limits.SIZES)
@@ -291,7 +293,7 @@ def prices(
     planner.report("measuring", len(adapters), len(adapters))
     table = pd.DataFrame(rows, columns=["parameters", "bytes", "error", "certified"])
     table.attrs["texts"] = len(losses)
-    (trial,) = planner.run((adapter, planner.planned))
+    (trial,) = planner.run((adapter, "planned"))
     table.attrs["neighbours_alike"] = planner.neighbours_alike(trial.squares)
     return table
 
@@ -474,7 +476,7 @@ def _search(planner: Planner, aim: float, estimate: bool) -> Plan:
         adapter = planner.at(sizes[place])
         if found is None or adapter.parameters != found[0].parameters:
             planner.report("certifying", done, max(done + 1, 3 if estimate else 8))
-            (trial,) = planner.run((adapter, planner.test))
+            (trial,) = planner.run((adapter, "test"))
             lost = planner.test.error(trial.squares)
             if not estimate:
                 lost = max(lost, _limits.quantile_limit(planner.test.losses(trial.squares)))
@@ -499,7 +501,7 @@ def _state(
     trial: Trial | None = None,
 ) -> Plan:
     """Measure an adapter on the texts for stating, unless they have passed it."""
-    trial = trial or planner.run((adapter, planner.test))[0]
+    trial = trial or planner.run((adapter, "test"))[0]
     compared = trial.compare()._replace(squares=trial.squares)
     doubt = _limits.DOUBT / (_limits.SIZES if aim is None else 1)
     measured = planner.test.summarize(compared, doubt)._replace(differing=planner.pair.differing)
