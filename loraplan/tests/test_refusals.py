@@ -507,3 +507,45 @@ def test_bad_input_is_one_line(
     assert err.startswith("error: ")
     assert row.said in err
     assert contents(folder) == before
+
+
+ONES: Any = [1] * 140
+ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
+    ("error must be above 0 and at most 1", {"error": "0.1"}),
+    ("error must be above 0 and at most 1", {"error": True}),
+    ("texts must be of str or Text; got 1", {"texts": ONES}),
+    ("texts must be of str or Text; got ('w1', 0): write Text", {"texts": [("w1", 0)] * 140}),
+    ("texts must be of str or Text", {"texts": [loraplan.Text(*ONES[:1])] * 140}),
+    ("texts must be of groups with a str", {"texts": [loraplan.Text("w1", group=ONES[0])]}),
+    ("texts must be a list of texts", {"texts": 5}),
+    ("held_out must be of str or Text", {"held_out": ONES}),
+    ("modules must be all, attention, mlp, or", {"modules": 3}),
+    ("leave must be a list of kinds among bias", {"leave": "bias"}),
+    ("leave must be a list of kinds among bias", {"leave": 3}),
+    ("thorough must be True or False; got 'no'", {"thorough": "no"}),
+    ("serving must be True or False; got 'no'", {"serving": "no"}),
+    ("estimate must be True or False; got 'no'", {"estimate": "no"}),
+    ("any_base must be True or False; got 'no'", {"any_base": "no"}),
+    ("device must be one that torch finds", {"device": ["cpu"]}),
+    ("base must be a checkpoint", {"base": 3}),
+    ("tuned must be a checkpoint or an adapter", {"tuned": None}),
+    ("options must be among held_out, modules, ", {"module": "all"}),
+]
+
+
+@pytest.mark.parametrize(("said", "arguments"), ARGUMENTS, ids=str)
+def test_bad_arguments_are_refused_by_name(
+    said: str, arguments: dict[str, Any], given: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(planner, "advance", lambda *_: pytest.fail("texts are passed"))
+    models = {name: str(given / name) for name in ("base", "tuned")}
+    usable = models | {"texts": MANY.split("\n")}
+    with pytest.raises(loraplan.InputError) as refused:
+        loraplan.plan(**usable | arguments)
+    assert str(refused.value).startswith(said)
+
+
+def test_prices_are_for_no_error(given: Path) -> None:
+    options: Any = {"error": 0.1}
+    with pytest.raises(loraplan.InputError, match=r"^options must be among .* got error"):
+        loraplan.prices(given / "base", given / "tuned", MANY.split("\n"), **options)

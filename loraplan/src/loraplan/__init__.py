@@ -19,7 +19,7 @@ from ._measuring import Measured
 from ._texts import LEAST_TEXTS, Text, read_texts
 from .pair import Adapter, Module, Pair
 from .planner import Planner
-from .workflow import Plan, check, extract, plan, prices
+from .workflow import Plan, PlanOptions, check, extract, plan, prices
 
 __all__ = [
     "LEAST_TEXTS",
@@ -31,6 +31,7 @@ __all__ = [
     "Module",
     "Pair",
     "Plan",
+    "PlanOptions",
     "Planner",
     "ResultsError",
     "Text",

@@ -238,11 +238,15 @@ def _shuffle(
     used: Collection[str] = (),
 ) -> list[_Group]:
     """Groups of texts that are not empty, none of them used, in random order, and theirs too."""
-    if isinstance(given, str):
-        raise InputError(name, "a list of texts", "one text")
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise InputError(name, "a list of texts", "one text" if isinstance(given, str) else given)
     found: dict[str | int, _Group] = {}
     for place, each in enumerate(given):
         text = Text(each) if isinstance(each, str) else each
+        if not (isinstance(text, Text) and isinstance(text.text, str)):
+            raise InputError(name, "of str or Text", value=each, remedy="write Text(text, label)")
+        if not isinstance(text.group, str | None):
+            raise InputError(name, "of groups with a str for a name", value=text.group)
         if _SURROGATE.search(text.text):
             allowed = "of whole characters, not of halves of surrogate pairs"
             raise InputError(name, allowed, value=text.text)

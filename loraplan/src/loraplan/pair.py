@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from . import _checks
 from ._adapters import MergedCheckpoint
 from ._errors import InputError
 from ._folders import sample
@@ -186,7 +187,7 @@ class Pair:
     leave: frozenset[str] = field(default=frozenset())
 
     @classmethod
-    def open(cls, base: str, tuned: str | Path, *, any_base: bool = False) -> Pair:
+    def open(cls, base: str | Path, tuned: str | Path, *, any_base: bool = False) -> Pair:
         """Open a base and what was tuned from it: a checkpoint, or an adapter by LoRA.
 
         Each is a folder, a name on the hub, or ``"packaged"``, this book's encoder. The
@@ -196,9 +197,12 @@ class Pair:
         architecture, size or configuration, and for adapters that are no LoRA, do not fit, or
         change nothing.
         """
-        base_files = Checkpoint("base", base)
-        if not isinstance(tuned, str | Path) or not str(tuned):
-            raise InputError("tuned", "a checkpoint or an adapter", value=tuned)
+        for name, model in (("base", base), ("tuned", tuned)):
+            if not isinstance(model, str | Path) or not str(model):
+                allowed = "a checkpoint" + " or an adapter" * (name == "tuned")
+                raise InputError(name, f"{allowed}: a folder or a name on the hub", value=model)
+        any_base = _checks.flag("any_base", any_base)
+        base_files = Checkpoint("base", str(base))
         tuned_files: Checkpoint | MergedCheckpoint
         folder = find("tuned", str(tuned))
         if (folder / PEFT_CONFIG).is_file():

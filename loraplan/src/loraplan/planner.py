@@ -119,14 +119,18 @@ class Planner:
         report: Report | None = None,
     ) -> None:
         """Pass texts through both networks."""
-        self.options = {"modules": modules, "leave": sorted(map(str, leave)), "tokens": tokens}
-        self.options |= {"thorough": thorough, "max_rank": max_rank, "serving": serving}
-        self.options |= {"seed": seed, "dtype": dtype}
         _checks.choice("dtype", dtype, DTYPES)
-        self.serving, self.max_rank = serving, _checks.integer("max_rank", max_rank, 1)
+        thorough, self.serving = (
+            _checks.flag(name, value)
+            for name, value in {"thorough": thorough, "serving": serving}.items()
+        )
+        self.max_rank = _checks.integer("max_rank", max_rank, 1)
         self.device = require_device(device)
         self.seed, self.report = seed, report or (lambda *_: None)
-        self.modules = _choose_modules(pair, modules, leave, serving)
+        self.modules = _choose_modules(pair, modules, leave, self.serving)
+        self.options = {"modules": modules, "leave": sorted(leave), "tokens": tokens}
+        self.options |= {"thorough": thorough, "max_rank": max_rank, "serving": serving}
+        self.options |= {"seed": seed, "dtype": dtype}
         self.pair = pair = replace(pair, leave=frozenset(leave)).with_words(self.modules)
         self.texts = prepare(pair, texts, held_out, tokens=tokens, thorough=thorough, seed=seed)
         self.probes = _THOROUGH if thorough else _effect.PROBES
@@ -507,6 +511,8 @@ def _choose_modules(
     pair: Pair, modules: str, leave: Collection[str], serving: bool
 ) -> dict[str, Module]:
     """The modules of a pair that get factors, of those that do not ``leave`` the base."""
+    if isinstance(leave, str) or not isinstance(leave, Collection):
+        raise InputError("leave", f"a list of kinds among {', '.join(KINDS)}", value=leave)
     if unknown := [kind for kind in leave if kind not in KINDS]:
         raise InputError("leave", f"among {', '.join(KINDS)}", value=unknown[0])
     lacking = [o.name for o in pair.others if o.kind == "head" and not pair.base.has(o.name)]
@@ -517,8 +523,8 @@ def _choose_modules(
         raise InputError("base", allowed, f"one without {listed(lacking)}", remedy)
     words = {name: word for name, word in pair.words.items() if word.kind not in leave}
     candidates, chosen = pair.modules | words, dict[str, Module]()
-    # Of a wrong expression there are none.
-    with contextlib.suppress(re.error):
+    # Of a wrong expression, or none, there are none.
+    with contextlib.suppress(re.error, TypeError):
         for name, module in candidates.items():
             kinds = modules in ("attention", "mlp")
             if modules == "all" or (module.kind == modules if kinds else re.search(modules, name)):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 
@@ -33,6 +34,38 @@ _SERVED, _MOST_SERVED = 8, 64
 _OWN = "certified", "certificate", "estimate", "stated", "reached", "neighbours_alike", "seconds"
 # An adapter is read back with this part of the texts, the longest, to this relative tolerance.
 _SOME, _RELOADED = 0.25, 1e-5
+
+
+class PlanOptions(TypedDict, total=False):
+    """PlanOptions of `plan`, `prices` and `extract`.
+
+    They are those of `Planner`; ``any_base`` of `Pair.open`; and ``serving``, for factors alone,
+    all of one rank, ``max_rank``: at most 64, 8 unless given. The search then chooses which modules
+    have them, and all else that tuning changed stays the base's.
+    """
+
+    held_out: Sequence[str | Text] | None
+    modules: str
+    leave: Collection[str]
+    tokens: int
+    thorough: bool
+    max_rank: int
+    serving: bool
+    seed: int
+    dtype: str
+    device: str
+    work: Path | str | None
+    report: Report | None
+    any_base: bool
+
+
+class _ExtractOptions(PlanOptions, total=False):
+    """PlanOptions of `extract` too, which says what to plan for."""
+
+    error: float | None
+    parameters: int | None
+    rank: int | None
+    estimate: bool
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -175,7 +208,7 @@ class Plan:
 
 @_checks.flushing()
 def plan(
-    base: str,
+    base: str | Path,
     tuned: str | Path,
     texts: Sequence[str | Text],
     *,
@@ -183,7 +216,7 @@ def plan(
     parameters: int | None = None,
     rank: int | None = None,
     estimate: bool = False,
-    **options: Any,
+    **options: Unpack[PlanOptions],
 ) -> Plan:
     """Find which rank each module needs, for a stated error or for a number of parameters.
 
@@ -214,9 +247,7 @@ def plan(
         certificate. These texts also choose the size, so the error on others may be a little
         larger.
     **options
-        Options of `Planner`; ``any_base`` of `Pair.open`; and ``serving``, for factors alone, all
-        of one rank, ``max_rank``: at most 64, 8 unless given. The search then chooses which modules
-        have them, and all else that tuning changed stays the base's.
+        See `PlanOptions`.
     """
     start = time.perf_counter()
     given = {"error": error, "parameters": parameters, "rank": rank}
@@ -224,13 +255,15 @@ def plan(
     if len(asked) > 1:
         names, joined = "error, parameters and rank", " and ".join(asked)
         raise InputError(names, "given alone, each of them", joined)
-    aim = None if asked != ["error"] else _ERROR if error is None else error
+    estimate = _checks.flag("estimate", estimate)
+    aim: Any = None if asked != ["error"] else _ERROR if error is None else error
     if aim is None and estimate:
         raise InputError("estimate", "used with an error", asked[0])
-    if aim is not None and not 0 < aim <= 1:
-        raise InputError("error", "above 0 and at most 1, the base's own", aim)
+    is_number = isinstance(aim, Real) and not isinstance(aim, bool)
+    if aim is not None and not (is_number and 0 < aim <= 1):
+        raise InputError("error", "above 0 and at most 1, the base's own", value=aim)
     number = 0 if aim is not None else _checks.integer(asked[0], given[asked[0]], 0)
-    planner = _prepare(base, tuned, texts, **options)
+    planner = _prepare(base, tuned, texts, options)
     if planner.equal:
         found = _state(planner, Adapter({}, {}), aim, estimate)
     elif aim is None:
@@ -255,10 +288,10 @@ def plan(
 
 @_checks.flushing()
 def prices(
-    base: str,
+    base: str | Path,
     tuned: str | Path,
     texts: Sequence[str | Text],
-    **options: Any,
+    **options: Unpack[PlanOptions],
 ) -> pd.DataFrame:
     """Certify what adapters of several sizes lose, all at once [prop-certificate].
 
@@ -278,7 +311,7 @@ def prices(
 
     if options.get("dtype", DTYPES[0]) != DTYPES[0]:
         raise InputError("dtype", "used with an error, a size or a rank", "neither")
-    planner = _prepare(base, tuned, texts, **options)
+    planner = _prepare(base, tuned, texts, options)
     ranks = range(_limits.SIZES)
     numbers = {min(planner.parameters(1) * 2**k // 4, planner.most) for k in ranks}
     adapters = {each.parameters: each for each in map(planner.offer, sorted(numbers))}
@@ -300,14 +333,14 @@ def prices(
 
 @_checks.flushing()
 def extract(
-    base: str,
+    base: str | Path,
     tuned: str | Path,
     texts: Sequence[str | Text],
     out: Path | str,
     *,
     merged: Path | str | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[_ExtractOptions],
 ) -> Plan:
     """Plan an adapter, write it, and read it back through peft, on a quarter of the texts.
 
@@ -327,6 +360,7 @@ def extract(
         Whether what an earlier call has written to these folders is replaced; what was changed or
         added since is refused.
     """
+    overwrite = _checks.flag("overwrite", overwrite)
     require_apart("out", out, [base, tuned])
     folder, whole = require_free("out", out, overwrite=overwrite), None
     if merged is not None:
@@ -373,7 +407,7 @@ def extract(
 
 @_checks.flushing()
 def check(
-    base: str,
+    base: str | Path,
     adapter: str,
     tuned: str | Path,
     texts: Sequence[str | Text],
@@ -450,17 +484,22 @@ def _require_runs(adapter: str, network: Network, one: Batch) -> None:
         raise InputError("adapter", allowed, f"{adapter}, with which outputs are NaN")
 
 
-def _prepare(base: str, tuned: str | Path, texts: Sequence[str | Text], **options: Any) -> Planner:
+def _prepare(
+    base: str | Path, tuned: str | Path, texts: Sequence[str | Text], options: PlanOptions
+) -> Planner:
     """Open a pair and pass the texts, for factors that servers of many adapters read or others."""
-    if options.get("serving"):
-        rank = options.setdefault("max_rank", _SERVED)
+    if unknown := options.keys() - PlanOptions.__annotations__:
+        raise InputError("options", f"among {', '.join(PlanOptions.__annotations__)}", min(unknown))
+    given: dict[str, Any] = {**options}
+    if _checks.flag("serving", given.get("serving", False)):
+        rank = given.setdefault("max_rank", _SERVED)
         _checks.integer("max_rank", rank, 1, _MOST_SERVED, limit="for serving")
-        if "leave" in options:
+        if "leave" in given:
             allowed = "left out for serving, where all but factors stays the base's"
-            raise InputError("leave", allowed, value=options["leave"])
-        options["leave"] = KINDS
-    pair = Pair.open(base, tuned, any_base=options.pop("any_base", False))
-    return Planner(pair, texts, **options)
+            raise InputError("leave", allowed, value=given["leave"])
+        given["leave"] = KINDS
+    pair = Pair.open(base, tuned, any_base=given.pop("any_base", False))
+    return Planner(pair, texts, **given)
 
 
 def _search(planner: Planner, aim: float, estimate: bool) -> Plan:
