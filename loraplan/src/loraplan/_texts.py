@@ -22,13 +22,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from . import _checks, _randomness
 from ._errors import InputError
-from ._limits import fewest
+from ._limits import LEAST_TEXTS, fewest
 from ._models import find, quiet, reason, tokenizer
 from .pair import COUNTED_FROM_PADDING, Pair
 
-#: Texts that each part needs, or groups of them: of 61 two may exceed what they certify, of fewer
-#: one; and fewer say little about the inputs of modules.
-LEAST_TEXTS = 61
 #: At most so many texts of each part are used, as time grows with them.
 MOST_TEXTS = 256
 # About so many tokens of each part, unless `LEAST_TEXTS` have more or all are to be used.

@@ -123,17 +123,16 @@ class Plan:
         if not math.isfinite(self.certified):
             return "Nothing is certified."
         drawn = "one text of each of these groups" if self.planner.texts.grouped else "these texts"
-        sure = f"is {1 - _limits.DOUBT / _limits.SIZES:.1%}, so that all {_limits.SIZES} sizes of "
-        sure += "the price list hold at once at 95%"
+        sure = f"{_limits.confidence(_limits.DOUBT / _limits.SIZES)}, so that all {_limits.SIZES} "
+        sure += f"sizes of the price list hold at once at {_limits.confidence()}"
         if self.aim is not None:
-            sure = "is 95%: of all first plans made this way, at most one in 20 gets a certificate "
-            sure += "that is wrong"
-        least, most = f"{_limits.SHARE:.0%}", _export.most(self.certified)
+            sure = f"{_limits.confidence()}: of all first plans made this way, {_limits.SELDOM} "
+            sure += "gets a certificate that is wrong"
+        lost = f"{_limits.PROMISE} {_export.most(self.certified)} {_limits.UNIT}"
         return (
-            f"At least {least} of texts like these lose at most {most} of what tuning typically "
-            f"changes in a text. The confidence {sure}. {self.measured.texts} texts certify it; no "
-            f"adapter was made with them. This takes {drawn} to be independent draws. Losses are "
-            "measured in float32 on texts as given; nothing is generated."
+            f"{lost[0].upper()}{lost[1:]}. The confidence is {sure}. {self.measured.texts} texts "
+            f"certify it; no adapter was made with them. This takes {drawn} to be independent "
+            "draws. Losses are measured in float32 on texts as given; nothing is generated."
         )
 
     @property
