@@ -40,7 +40,7 @@ from loraplan import (
 )
 from loraplan._folders import WRITTEN, write_folder
 from loraplan._lowrank import LowRank
-from loraplan._measuring import run_trials
+from loraplan._measuring import measure_networks
 from loraplan._streams import stream
 
 Places = tuple[str, str]
@@ -79,10 +79,10 @@ def test_errors_are_those_of_plain_code(planner: Planner) -> None:
     assert found.kl == pytest.approx(float(kl), rel=1e-3)
     variation = (g.softmax(1) - f.softmax(1)).abs().sum(1).mean() / 2
     assert found.variation == pytest.approx(float(variation), rel=1e-3)
-    (trial,) = planner.run((adapter, "test"))
-    assert trial.squares == pytest.approx(trial.compare().squares, rel=1e-3)
+    (measurement,) = planner.run((adapter, "test"))
+    assert measurement.squares == pytest.approx(measurement.compare().squares, rel=1e-3)
     ways = (stream(planner.pair, which, planner.device) for which in ("base", "tuned"))
-    base, tuned = run_trials([(way, planner.test) for way in ways])
+    base, tuned = measure_networks([(way, planner.test) for way in ways])
     assert (planner.test.error(base.squares), planner.test.error(tuned.squares)) == (1, 0)
 
 
@@ -139,13 +139,16 @@ def test_candidates_cost_no_more_than_asked(planner: Planner) -> None:
 
 def test_each_module_alone(planner: Planner) -> None:
     """A little of its change is lost as predicted, where biases make up for what they can."""
-    names, gains = [*planner.modules], torch.ones(len(planner.pool.costs), dtype=torch.float64)
+    names, gains = (
+        [*planner.modules],
+        torch.ones(len(planner.candidates.costs), dtype=torch.float64),
+    )
     nothing = planner.losses(planner.with_gains(gains))
     assert nothing.keys() == planner.modules.keys()
     assert max(nothing.values()) < 1e-5
     for name in (names[0], names[-1]):
         some = gains.clone()
-        some[planner.pool.places[name]] = 0.9
+        some[planner.candidates.places[name]] = 0.9
         adapter = planner.with_gains(some)
         lost = planner.losses(adapter)
         assert lost[name] == pytest.approx(planner.error(adapter), rel=0.1)
@@ -297,10 +300,10 @@ def test_embeddings_and_heads_get_factors(
     assert ("merge_and_unload" in (out / _export.CARD).read_text()) == tied
     loaded = _export.load(out, Pair.open(base, tuned), torch.device("cpu"))
     whole, reference = Pair.open(base, str(full)).network(), plan.planner.test
-    (trial,) = run_trials([(loaded, reference)])
+    (measurement,) = measure_networks([(loaded, reference)])
     wanted = files.distances(whole, pair.network(), reference.batches, pair.task)
     rounding = 1e-6 * reference.effect.max()
-    assert trial.squares == pytest.approx(wanted.numpy(), rel=1e-3, abs=rounding)
+    assert measurement.squares == pytest.approx(wanted.numpy(), rel=1e-3, abs=rounding)
     assert plan.measured.error == pytest.approx(reference.error(wanted.numpy()), rel=1e-4)
     # As a tuned model it has these factors, and no more.
     again = Pair.open(base, str(out))

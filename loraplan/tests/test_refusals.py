@@ -24,7 +24,7 @@ from torch import Tensor
 
 import loraplan
 from loraplan import __main__, _models, planner
-from loraplan._measuring import Reference
+from loraplan._measuring import TunedOutputs
 from loraplan._models import quiet
 
 BERT, LLAMA, GPT = "BertForSequenceClassification", "LlamaForCausalLM", "GPT2LMHeadModel"
@@ -496,7 +496,7 @@ def test_bad_input_is_one_line(
     before = contents(folder)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(_models, "_places", lambda: (tmp_path / "here", tmp_path / "cache"))
-    for place, name in ((planner, "advance"), (Reference, "record")):
+    for place, name in ((planner, "advance"), (TunedOutputs, "record")):
         monkeypatch.setattr(place, name, lambda *_: pytest.fail("texts are passed"))
     words = [word.strip("'") for word in row.command.split()]
     monkeypatch.setattr(sys, "argv", ["loraplan", *words])

@@ -178,7 +178,7 @@ def _others(folder: Path) -> list[str]:
     return [n for n in names if not (folder / n).is_file() or digest(folder / n) != known.get(n)]
 
 
-class Work:
+class StageCache:
     """Results of finished stages in a folder, from which a run that was killed goes on.
 
     They are tensors by name, each written whole or not at all; without a folder nothing. Raises

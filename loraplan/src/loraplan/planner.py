@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import _checks, _effect, _randomness
-from ._effect import Choice, Directions, Moments
+from ._effect import Directions, GreedySelection, Moments
 from ._errors import InputError
-from ._folders import Work, digest_numbers
+from ._folders import StageCache, digest_numbers
 from ._limits import are_alike, quantile
 from ._lowrank import LowRank
-from ._measuring import Measured, Readout, Reference, Trial, run_trials
+from ._measuring import Measured, Measurement, Readout, TunedOutputs, measure_networks
 from ._models import Rows, has_bfloat16, listed, require_device, require_memory
-from ._streams import Pass, advance, stream
+from ._streams import TextStates, advance, stream
 from ._texts import TOKENS, Text, count_tokens, prepare
 from .pair import KINDS, LARGE, Adapter, Module, Pair
 
@@ -138,10 +138,10 @@ class Planner:
         said = f"{require_memory(memory)}, {reading / 1e9:.1f} GB to read"
         given = (x for part in self.texts[:3] for batch in part for x in batch)
         about = {"texts": digest_numbers(given), "pair": pair.fingerprint}
-        self._work = Work(work, about | {"device": self.device.type} | self.options)
+        self._stages = StageCache(work, about | {"device": self.device.type} | self.options)
         self.readout = Readout(stream(pair, "tuned", self.device))
         # The largest size so far, and the directions for it.
-        self._choice: tuple[int, Choice] | None = None
+        self._selection: tuple[int, GreedySelection] | None = None
         self._pass_texts(f"passing texts ({said})")
         # Of other texts than those that certify, so that the losses of these are independent.
         self.test.typical = math.sqrt(self.select.effect.mean())
@@ -154,7 +154,7 @@ class Planner:
     @property
     def most(self) -> int:
         """How many numbers the highest ranks take."""
-        return max(self.parameters(self.max_rank), int(self.pool.costs.sum()))
+        return max(self.parameters(self.max_rank), int(self.candidates.costs.sum()))
 
     def parameters(self, rank: int) -> int:
         """Count the numbers that one rank for all modules, at most their smaller side, takes."""
@@ -164,7 +164,7 @@ class Planner:
         """Take `Moments` of inputs and outputs of linear modules at the tuned network."""
         found: dict[str, Moments | None] = {}
         slopes = self._slopes({name: self.modules[name] for name in names})
-        slopes.take(found.__setitem__, None, seed=self.seed)
+        slopes.collect_derivatives(found.__setitem__, None, seed=self.seed)
         return {name: about for name, about in found.items() if about is not None}
 
     @property
@@ -178,7 +178,7 @@ class Planner:
         Weighted directions of all modules' changes are taken by what they add to the effect for
         their cost, and gains are fitted to all of them at once [prop-sketch].
         """
-        choice = _effect.choose(self.pool, *self.sketches, parameters)
+        choice = _effect.choose(self.candidates, *self.sketches, parameters)
         return self.with_gains(choice.gains(parameters))
 
     def offer(self, parameters: int) -> Adapter:
@@ -191,7 +191,7 @@ class Planner:
 
     def _no_worse(self, adapter: Adapter) -> Adapter:
         """This adapter or, if that loses less, the one of rank 0 everywhere."""
-        nothing = self.with_gains(torch.zeros(len(self.pool.costs)))
+        nothing = self.with_gains(torch.zeros(len(self.candidates.costs)))
         return min(nothing, adapter, key=self.error) if adapter.factors else adapter
 
     def uniform(self, parameters: int) -> Adapter:
@@ -219,9 +219,9 @@ class Planner:
         numbers = [self.parameters(1) * 2**k // 16 for k in range(13)]
         numbers = [number for number in numbers if number < self.most] + [self.most]
         square = (_TYPICAL * error) ** 2 * float(self.select.effect.mean())
-        high = _effect.predict_least(self.pool, *sketches, square, numbers)
+        high = _effect.predict_least(self.candidates, *sketches, square, numbers)
         # The same is found whatever was asked before.
-        self._choice = None
+        self._selection = None
         low = done = 0
         while True:
             adapter = self.at(high)
@@ -242,8 +242,8 @@ class Planner:
                 break
             tried = [*map(self.at, sizes)]
             ran = self.run(*((smaller, "select") for smaller in tried))
-            for size, smaller, trial in reversed([*zip(sizes, tried, ran, strict=True)]):
-                if lost(trial.squares) > error:
+            for size, smaller, measurement in reversed([*zip(sizes, tried, ran, strict=True)]):
+                if lost(measurement.squares) > error:
                     low = size
                     break
                 adapter, high = smaller, size
@@ -261,7 +261,7 @@ class Planner:
         select = self.select
         if self._selecting != torch.float32:
             network = stream(self.pair, "tuned", self.device, self._selecting)
-            noise = select.error(run_trials([(network, select)])[0].squares)
+            noise = select.error(measure_networks([(network, select)])[0].squares)
             if noise > aim / 5:
                 given = f"bfloat16, whose rounding alone loses {noise:.1%}"
                 allowed = f"float32 for an error of {aim:.1%}, or a type that loses a fifth of it"
@@ -285,26 +285,31 @@ class Planner:
 
     def at(self, parameters: int) -> Adapter:
         """Make an adapter along the order of directions for the largest size asked for so far."""
-        if self._choice is None or parameters > self._choice[0]:
-            self._choice = parameters, _effect.choose(self.pool, *self.sketches, parameters)
-        return self.with_gains(self._choice[1].gains(parameters))
+        if self._selection is None or parameters > self._selection[0]:
+            self._selection = (
+                parameters,
+                _effect.choose(self.candidates, *self.sketches, parameters),
+            )
+        return self.with_gains(self._selection[1].gains(parameters))
 
-    def run(self, *trials: tuple[Adapter, Part]) -> list[Trial]:
+    def run(self, *adapters: tuple[Adapter, Part]) -> list[Measurement]:
         """Pass texts through the base with an adapter; all of these together, block by block."""
         names, networks = [], []
-        for adapter, part in trials:
+        for adapter, part in adapters:
             sides = (side for each in adapter.factors.values() for side in (each.left, each.right))
             names.append(f"{part}-{digest_numbers([*sides, *adapter.biases.values()])}")
             dtype = self._selecting if part == "select" else torch.float32
             network = stream(self.pair, adapter, self.device, dtype)
             networks.append((network, getattr(self, part)))
-        found = [self._work.find(name) for name in names]
+        found = [self._stages.find(name) for name in names]
         again = [i for i, states in enumerate(found) if states is None]
-        for i, trial in zip(again, run_trials([networks[i] for i in again]), strict=True):
-            found[i] = trial.states
-            self._work.save(names[i], trial.states)
+        for i, measurement in zip(
+            again, measure_networks([networks[i] for i in again]), strict=True
+        ):
+            found[i] = measurement.states
+            self._stages.save(names[i], measurement.states)
         each = zip(networks, found, strict=True)
-        return [Trial(part, network, states) for (network, part), states in each]
+        return [Measurement(part, network, states) for (network, part), states in each]
 
     @property
     def _selecting(self) -> torch.dtype:
@@ -329,7 +334,7 @@ class Planner:
             return math.nan, math.nan
         ways: tuple[Adapter | str, ...] = adapter, "tuned"
         networks = [stream(self.pair, way, self.device, torch.bfloat16) for way in ways]
-        merged, floor = run_trials([(network, self.test) for network in networks])
+        merged, floor = measure_networks([(network, self.test) for network in networks])
         return self.test.error(merged.squares), self.test.error(floor.squares)
 
     def neighbours_alike(self, squares: NDArray[np.float64]) -> bool:
@@ -349,7 +354,7 @@ class Planner:
         _, held = self.sketches
         whole = float(self.select.effect.mean())
         lost = {}
-        for name, place in self.pool.places.items():
+        for name, place in self.candidates.places.items():
             update = self.weighted[name].update
             gains = torch.zeros(update.rank, dtype=torch.float64)
             if name in adapter.factors:
@@ -373,7 +378,7 @@ class Planner:
             return self.pair.read("tuned" if name in names else "adapted", name, rows)
 
         network = stream(self.pair, Adapter({}, {}), self.device, read=read)
-        return self.test.error(run_trials([(network, self.test)])[0].squares)
+        return self.test.error(measure_networks([(network, self.test)])[0].squares)
 
     def _estimate(self) -> tuple[float, float, float]:
         """About how many bytes of memory the work takes, how many it reads, and how long it takes.
@@ -410,8 +415,10 @@ class Planner:
         """Record both networks on the texts, the base not to fit to; say how long all may take."""
         start, said = time.perf_counter(), ""
         fit, select, stated = self.texts[:3]
-        self._tuned = Pass(self.readout.network, [*fit, *select, *stated], len(fit) + len(select))
-        base = Pass(stream(self.pair, "base", self.device), [*select, *stated])
+        self._tuned = TextStates(
+            self.readout.network, [*fit, *select, *stated], len(fit) + len(select)
+        )
+        base = TextStates(stream(self.pair, "base", self.device), [*select, *stated])
 
         def report(done: int, total: int) -> None:
             nonlocal said
@@ -420,23 +427,25 @@ class Planner:
                 said = f", about {seconds * self._passes:.0f} s in all"
             self.report(stage + said, done, total)
 
-        found = self._work.find("passed")
+        found = self._stages.find("passed")
         if found is None:
             advance([self._tuned, base], report)
             found = [(each.hidden, each.kept, each.states) for each in (self._tuned, base)]
-            self._work.save("passed", found)
+            self._stages.save("passed", found)
         for each, (hidden, kept, states) in zip((self._tuned, base), found, strict=True):
             each.hidden, each.kept, each.states = hidden, kept, states
         parts = [*fit, *select], select, stated
         ends = slice(len(parts[0])), slice(len(fit), len(parts[0])), slice(len(parts[0]), None)
         states = (self._tuned.states[end] for end in ends)
-        self.planned, self.select, self.test = map(Reference, parts, 3 * [self.readout], states)
+        self.planned, self.select, self.test = map(TunedOutputs, parts, 3 * [self.readout], states)
         self.select.record(base.network, base.states[: len(select)])
         self.test.record(base.network, base.states[len(select) :])
 
     @functools.cached_property
-    def pool(self) -> _effect.Pool:
-        return _effect.Pool(self.weighted, self.modules, self.max_rank if self.serving else None)
+    def candidates(self) -> _effect.Candidates:
+        return _effect.Candidates(
+            self.weighted, self.modules, self.max_rank if self.serving else None
+        )
 
     @property
     def sketches(self) -> tuple[Tensor, Tensor]:
@@ -456,7 +465,9 @@ class Planner:
 
         slopes = self._slopes(self.modules)
         tell = functools.partial(self.report, "directions of changes and their derivatives")
-        rows = slopes.take(self._decompose, draw, seed=self.seed, work=self._work, report=tell)
+        rows = slopes.collect_derivatives(
+            self._decompose, draw, seed=self.seed, work=self._stages, report=tell
+        )
         weighted = {name: slopes.directions[name] for name in self.modules}
         # They take much memory, and a later look at moments can have them again.
         self._tuned.kept = []
@@ -466,7 +477,7 @@ class Planner:
         """Derivatives of the tuned network's outputs on the texts for planning."""
         if not self._tuned.kept:
             batches = self.planned.batches
-            self._tuned = Pass(self.readout.network, batches, len(batches))
+            self._tuned = TextStates(self.readout.network, batches, len(batches))
             advance([self._tuned])
         # Texts of all lengths, of about as many tokens as moments are taken over.
         number = len(self.texts.fit)
@@ -483,7 +494,7 @@ class Planner:
     def with_gains(self, gains: Tensor) -> Adapter:
         """The adapter that takes directions of all changes with these gains."""
         factors, biases = {}, {}
-        for name, place in self.pool.places.items():
+        for name, place in self.candidates.places.items():
             found, parts = self.weighted[name], gains[place].float()
             kept = parts != 0
             left, right = found.update.left[:, kept] * parts[kept], found.update.right[:, kept]

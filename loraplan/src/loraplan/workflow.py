@@ -16,9 +16,9 @@ import torch
 from . import _checks, _export, _limits, _texts
 from ._errors import InputError, LoraplanError, ResultsError
 from ._folders import require_apart, require_free, versions, write_folder
-from ._measuring import Measured, Readout, Reference, Trial, run_trials
+from ._measuring import Measured, Measurement, Readout, TunedOutputs, measure_networks
 from ._models import is_dequantized, reason, require_device
-from ._streams import Network, Pass, advance, stream
+from ._streams import Network, TextStates, advance, stream
 from ._texts import Batch, Text
 from .pair import KINDS, Adapter, Pair
 from .planner import DTYPES, Planner, Report
@@ -317,16 +317,16 @@ def prices(
     rows, test = [], planner.test
     for done, adapter in enumerate(adapters.values()):
         planner.report("measuring", done, len(adapters))
-        (trial,) = planner.run((adapter, "test"))
-        losses = test.losses(trial.squares)
-        size, error = _export.estimate(planner.pair, adapter)[1], test.error(trial.squares)
+        (measurement,) = planner.run((adapter, "test"))
+        losses = test.losses(measurement.squares)
+        size, error = _export.estimate(planner.pair, adapter)[1], test.error(measurement.squares)
         limit = _limits.quantile_limit(losses, _limits.DOUBT / _limits.SIZES)
         rows.append((adapter.parameters, size, error, limit))
     planner.report("measuring", len(adapters), len(adapters))
     table = pd.DataFrame(rows, columns=["parameters", "bytes", "error", "certified"])
     table.attrs["texts"] = len(losses)
-    (trial,) = planner.run((adapter, "planned"))
-    table.attrs["neighbours_alike"] = planner.neighbours_alike(trial.squares)
+    (measurement,) = planner.run((adapter, "planned"))
+    table.attrs["neighbours_alike"] = planner.neighbours_alike(measurement.squares)
     return table
 
 
@@ -381,7 +381,10 @@ def extract(
         made = stream(planner.pair, result.adapter, planner.device)
         networks = made, _export.load(partial, planner.pair, planner.device)
         # By outputs of both, as the head that is read back may be any.
-        compared = (trial.compare() for trial in run_trials([(each, some) for each in networks]))
+        compared = (
+            measurement.compare()
+            for measurement in measure_networks([(each, some) for each in networks])
+        )
         stated, again = (math.sqrt(each.squares.sum()) for each in compared)
         effect = planner.test.typical * math.sqrt(_texts.count(some.batches))
         off = _RELOADED * max(stated, 0.1 * effect) + some.rounding()
@@ -447,9 +450,9 @@ def check(
         networks.append(stream(pair, "tuned", where, torch.bfloat16))
         merged = _export.load_merged(adapter, pair, where)
         networks += [] if merged is None else [merged]
-    passes = [Pass(network, batches) for network in networks]
+    passes = [TextStates(network, batches) for network in networks]
     advance(passes, functools.partial(report or (lambda *_: None), "passing texts"))
-    reference = Reference(batches, Readout(networks[0]), passes[0].states)
+    reference = TunedOutputs(batches, Readout(networks[0]), passes[0].states)
     reference.record(networks[1], passes[1].states)
     reference.typical = planned.typical
     compared = reference.compare(adapted, passes[2].states)
@@ -469,7 +472,7 @@ def check(
 def _require_runs(adapter: str, network: Network, one: Batch) -> None:
     """Refuse an adapter that peft does not run on one text, or that lacks what the base does."""
     try:
-        passed = Pass(network, [one])
+        passed = TextStates(network, [one])
         advance([passed])
         values = passed.states
         if network.task == "language":
@@ -508,20 +511,20 @@ def _search(planner: Planner, aim: float, estimate: bool) -> Plan:
     first from there to larger ones that does not.
     """
     sizes, place = planner.sizes(aim, estimate=estimate)
-    found: tuple[Adapter, Trial] | None = None
+    found: tuple[Adapter, Measurement] | None = None
     done, climbs = 0, False
     while 0 <= place < len(sizes):
         adapter = planner.at(sizes[place])
         if found is None or adapter.parameters != found[0].parameters:
             planner.report("certifying", done, max(done + 1, 3 if estimate else 8))
-            (trial,) = planner.run((adapter, "test"))
-            lost = planner.test.error(trial.squares)
+            (measurement,) = planner.run((adapter, "test"))
+            lost = planner.test.error(measurement.squares)
             if not estimate:
-                lost = max(lost, _limits.quantile_limit(planner.test.losses(trial.squares)))
+                lost = max(lost, _limits.quantile_limit(planner.test.losses(measurement.squares)))
             passes = lost <= aim  # A loss that is no number ends the search.
             climbs = climbs or (estimate and found is None and lost > aim)
             if passes or climbs or found is None:
-                found = adapter, trial
+                found = adapter, measurement
             if passes == climbs or math.isnan(lost):
                 break
             done += 1
@@ -536,11 +539,11 @@ def _state(
     adapter: Adapter,
     aim: float | None,
     estimate: bool,
-    trial: Trial | None = None,
+    measurement: Measurement | None = None,
 ) -> Plan:
     """Measure an adapter on the texts for stating, unless they have passed it."""
-    trial = trial or planner.run((adapter, "test"))[0]
-    compared = trial.compare()._replace(squares=trial.squares)
+    measurement = measurement or planner.run((adapter, "test"))[0]
+    compared = measurement.compare()._replace(squares=measurement.squares)
     doubt = _limits.DOUBT / (_limits.SIZES if aim is None else 1)
     measured = planner.test.summarize(compared, doubt)._replace(differing=planner.pair.differing)
     return Plan(planner, adapter, measured, aim, estimate)
