@@ -13,7 +13,7 @@ import torch
 import loraplan
 import records
 from loraplan import Adapter, Pair, Planner
-from loraplan.lab import LowRank, Rows, count_tokens, run_trials, stream
+from loraplan.lab import LowRank, Rows, count_tokens, measure_networks, stream
 from lorapower import lowrank, regression
 from records import Results, Values, grid, neighbours, pairs
 
@@ -122,7 +122,7 @@ class Prepared:
 
         readers = (functools.partial(read, step) for step in (_STEP, -_STEP))
         networks = (stream(self.pair, "tuned", planner.device, read=each) for each in readers)
-        one, other = run_trials([(network, planner.select) for network in networks])
+        one, other = measure_networks([(network, planner.select) for network in networks])
         moved = torch.cat(one.states) - torch.cat(other.states)
         derivative = float(moved.square().sum()) / (2 * _STEP) ** 2
         # Metrics are means over tokens, and errors are sums over those of a text.

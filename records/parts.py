@@ -30,13 +30,13 @@ from loraplan.lab import (
     LowRank,
     Moments,
     Network,
-    Pass,
-    Reference,
     Slopes,
+    TextStates,
+    TunedOutputs,
     advance,
     choose,
     draw_rows,
-    run_trials,
+    measure_networks,
     stream,
 )
 from lorapower import lowrank, randomness
@@ -182,14 +182,14 @@ def turns(network: Any, ids: Tensor) -> Iterator[Row]:
     yield -1, "", "turn", float(torch.cosine_similarity(first, last, dim=-1).mean())
 
 
-class Unshifted(Reference):
+class Unshifted(TunedOutputs):
     """Distances without one shift of all logits: the mean over all tokens of what is missed."""
 
-    def __init__(self, whole: Reference, base: Network) -> None:
+    def __init__(self, whole: TunedOutputs, base: Network) -> None:
         """Pass the texts through the base, for the effect without its shift."""
         super().__init__(whole.batches, whole.readout, whole.states)
-        (trial,) = run_trials([(base, self)])
-        self.record(base, trial.states)
+        (measurement,) = measure_networks([(base, self)])
+        self.record(base, measurement.states)
 
     def squares(self, network: Network, states: list[Tensor]) -> NDArray[np.float64]:
         """Measure squared distances; what the shift has of them is taken off all texts alike."""
@@ -204,9 +204,9 @@ def measure(
     planner: Planner, unshifted: Unshifted, part: str, adapter: Adapter
 ) -> Iterator[Adapted]:
     """Measure errors of an adapter on the texts for stating, and equal tokens."""
-    (trial,) = planner.run((adapter, planner.test))
-    found = planner.test.summarize(trial.compare())
-    rest = unshifted.error(trial._replace(reference=unshifted).squares)
+    (measurement,) = planner.run((adapter, "test"))
+    found = planner.test.summarize(measurement.compare())
+    rest = unshifted.error(measurement._replace(reference=unshifted).squares)
     values = {"error": found.error, "unshifted": rest, "agreement": found.agreement}
     number = sum(adapter.ranks.values())
     yield from ((-1, part, quantity, value, number) for quantity, value in values.items())
@@ -222,8 +222,8 @@ def effect(planner: Planner) -> Iterator[Row | Adapted]:
         yield -1, part, "error", planner.only(part)
     yield from measured("none", Adapter({}, {}))
     changes = {name: lowrank.svd(planner.pair.change(name)) for name in planner.modules}
-    choice = choose(planner.pool, *planner.sketches, planner.parameters(MOST))
-    costs = planner.pool.costs[choice.order].cumsum(0)
+    choice = choose(planner.candidates, *planner.sketches, planner.parameters(MOST))
+    costs = planner.candidates.costs[choice.order].cumsum(0)
     # By norm each direction counts as one.
     alike = {name: module._replace(shape=(1, 0)) for name, module in planner.modules.items()}
     for number in DIRECTIONS:
@@ -263,7 +263,7 @@ def products(planner: Planner, adapter: Adapter) -> tuple[Tensor, float]:
     with random outputs [prop-sketch].
     """
     readout, modules, batches = planner.readout, planner.modules, planner.test.batches
-    passed = Pass(readout.network, batches, len(batches))
+    passed = TextStates(readout.network, batches, len(batches))
     advance([passed])
     generator = randomness.generator(0, "products")
     tuned, adapted = planner.pair.reader("tuned"), planner.pair.reader(adapter)
@@ -274,7 +274,7 @@ def products(planner: Planner, adapter: Adapter) -> tuple[Tensor, float]:
         out, into = map(torch.zeros, missing.shape)
         return Directions(LowRank(missing, torch.eye(len(into))), into, out, into)
 
-    rows = Slopes(passed, readout, modules, {}, ()).take(
+    rows = Slopes(passed, readout, modules, {}, ()).collect_derivatives(
         find, lambda i, x: draw_rows(generator, x, len(batches[i].places), PROBES), seed=0
     )
     sides = [module.shape[1] for module in modules.values()]

@@ -24,7 +24,7 @@ from loraplan._limits import (
     quantile,
     ratio,
 )
-from loraplan._measuring import Compared, Reference, Trial, _parts
+from loraplan._measuring import Compared, Measurement, TunedOutputs, _parts
 from loraplan._texts import mix, prepare, prepare_all
 
 Losses = NDArray[np.float64]
@@ -93,7 +93,7 @@ class Scaled:
         self.error, self.parameters = error, round(1000 / error)
 
 
-class Part(Reference):
+class Part(TunedOutputs):
     """As the texts of a part, which lose by their places in the file; all effects are 1."""
 
     def __init__(self, batches: Any, losses: Losses) -> None:
@@ -138,13 +138,13 @@ class Drawn:
     def report(self, *_: Any) -> None:
         """Tell nobody."""
 
-    def run(self, *trials: Any) -> list[Trial]:
-        return [Trial(part, cast("Any", adapter), []) for adapter, part in trials]
+    def run(self, *adapters: Any) -> list[Measurement]:
+        return [Measurement(getattr(self, part), cast("Any", each), []) for each, part in adapters]
 
     def parameters(self, rank: int) -> int:
         return 4 * rank
 
-    def candidate(self, number: int) -> Scaled:
+    def offer(self, number: int) -> Scaled:
         return Scaled(1 / number)
 
     def neighbours_alike(self, squares: Losses) -> bool:
@@ -291,7 +291,7 @@ def test_estimates_end_at_the_same_size_from_wherever_they_begin() -> None:
 def test_limits_of_own_effects_hold_for_any_effects(certifying: int, plans: int) -> None:
     draw, wrong = np.random.default_rng(certifying), 0
     for _ in range(plans):
-        reference = Reference([], cast("Any", None), [])
+        reference = TunedOutputs([], cast("Any", None), [])
         reference.effect = draw.pareto(0.5, certifying)
         parts = draw.lognormal(0, SPREAD, certifying)
         ones = np.ones(certifying)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import re
 import warnings
 from collections.abc import Collection
@@ -23,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import loraplan
-from loraplan import InputError, _export, _randomness, save_peft
+from loraplan import InputError, _export, _randomness, _texts, save_peft
 from loraplan._export import REPORT
 from loraplan._limits import ratio
 from loraplan._lowrank import LowRank
@@ -170,8 +169,9 @@ def test_what_is_lost_is_lost_where_it_is_served(
     change = None if entries else rows_too
     base, tuned = files.pair(tmp_path, architecture, change=change, pad_token_id=0)
     files.configure(Path(tuned), **entries)
-    out, full = tmp_path / "out", tmp_path / "full"
-    plan = loraplan.extract(base, tuned, TEXTS, out, rank=2, merged=full)
+    out = tmp_path / "out"
+    plan = loraplan.extract(base, tuned, TEXTS, out, rank=2)
+    full = files.save_merged(tmp_path / "full", plan)
     planner, texts = plan.planner, files.apart(plan.planner.texts.test)
     networks = [files.loaded(place, architecture) for place in (tuned, base, full)]
     networks.append(files.loaded(base, architecture, out))
@@ -204,30 +204,54 @@ def test_what_is_lost_is_lost_where_it_is_served(
     assert f"| numbers in all | {numbers:,} |" in card
 
 
+@pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "GPT2LMHeadModel"])
+def test_all_embeddings_are_carried_by_their_changed_rows(
+    architecture: str, tmp_path: Path
+) -> None:
+    """Positions and types too, and the network read back is the tuned one."""
+
+    def some_rows(name: str, value: Tensor) -> Tensor | None:
+        update = torch.zeros_like(value)
+        update[1:9:2] = 0.1
+        return update if "embeddings.weight" in name or "wte" in name or "wpe" in name else None
+
+    base, tuned = files.pair(tmp_path, architecture, change=some_rows)
+    plan = loraplan.extract(base, tuned, TEXTS, tmp_path / "out", rank=0, modules="attention")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    rows = [value for name, value in tensors.items() if ".token_adapter." in name]
+    assert {len(value) for value in rows} <= {1, 4}
+    written = sum(value.numel() for value in rows)
+    assert plan.planner.pair.not_low_rank == {"embedding": written}
+    assert plan.carried == sum(value.numel() for value in tensors.values())
+    assert _export.estimate(plan.planner.pair, plan.adapter)[0] == plan.carried
+    again = files.loaded(base, architecture, tmp_path / "out").merge_and_unload()
+    wanted = files.loaded(tuned, architecture).state_dict()
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, wanted[name])
+    assert plan.measured.error < 1e-6
+
+
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "BertForSequenceClassification"])
 def test_errors_in_bfloat16_are_those_of_networks_in_it(architecture: str, tmp_path: Path) -> None:
     base, tuned = files.pair(tmp_path, architecture)
-    out, full = tmp_path / "out", tmp_path / "full"
-    options: Any = {"rank": 4, "dtype": "bfloat16", "merged": full}
-    plan = loraplan.extract(base, tuned, TEXTS, out, **options)
-    found, reference, pair = plan.measured, plan.planner.test, plan.planner.pair
-    checked = loraplan.check(base, str(out), tuned, files.texts(140, 1), dtype="bfloat16")
-    for place, off, again in (
-        (full, found.bfloat16, checked.bfloat16),
-        (tuned, found.tuned_bfloat16, checked.tuned_bfloat16),
-    ):
+    out = tmp_path / "out"
+    plan = loraplan.extract(base, tuned, TEXTS, out, rank=1)
+    full = files.save_merged(tmp_path / "full", plan)
+    pair, fresh = plan.planner.pair, files.texts(140, 1)
+    checked = loraplan.check(base, str(out), tuned, fresh, dtype="bfloat16")
+    options: Any = {"tokens": 128, "seed": 0, "used": (), "certify": False}
+    batches, _ = _texts.prepare_all(pair, fresh, **options)
+    effect = files.distances(pair.network("base"), pair.network(), batches, pair.task).numpy()
+    for place, off in ((full, checked.bfloat16), (tuned, checked.tuned_bfloat16)):
         options = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
         network = files.loaded(place, architecture, **options)
-        squares = files.distances(network, pair.network(), reference.batches, pair.task).numpy()
-        assert off == pytest.approx(ratio(squares, reference.effect), rel=1e-6)
-        assert again == pytest.approx(off, rel=0.3)
-    # All else is of float32, with and without.
-    assert found.tuned_bfloat16 > 1e-3
-    plain = loraplan.plan(base, tuned, TEXTS, rank=4)
-    assert plain.measured.error == pytest.approx(found.error, rel=1e-5)
-    assert math.isnan(plain.measured.bfloat16)
-    report = json.loads((out / "report.json").read_text())
-    assert (report["bfloat16"], report["tuned_bfloat16"]) == found[-3:-1]
+        squares = files.distances(network, pair.network(), batches, pair.task).numpy()
+        assert off == pytest.approx(ratio(squares, effect), rel=1e-6)
+    assert checked.tuned_bfloat16 > 1e-3
+    # All else is of float32.
+    networks = pair.network(plan.adapter), pair.network()
+    squares = files.distances(*networks, batches, pair.task).numpy()
+    assert checked.error == pytest.approx(ratio(squares, effect), rel=1e-4)
 
 
 KINDS: list[tuple[str, Any, dict[str, Any]]] = [

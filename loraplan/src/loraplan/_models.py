@@ -411,7 +411,7 @@ def require_device(device: str) -> torch.device:
     """Find a device that holds numbers; raises `InputError` if torch has none of this name."""
     try:
         found = torch.empty(0, device=device).device
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
         raise InputError("device", "one that torch finds here", value=device) from error
     if found.type == "meta":
         raise InputError("device", "one that holds numbers", "meta, which has none")

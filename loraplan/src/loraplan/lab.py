@@ -8,7 +8,7 @@ from ._effect import Directions, Moments, Slopes, choose, draw_rows
 from ._export import estimate, measure_peft
 from ._export import load as load_adapter
 from ._lowrank import LowRank
-from ._measuring import Reference, run_trials
+from ._measuring import TunedOutputs, measure_networks
 from ._models import (
     LANGUAGE,
     PACKAGED,
@@ -21,7 +21,7 @@ from ._models import (
     quiet,
     tokenizer,
 )
-from ._streams import Network, Pass, advance, stream
+from ._streams import Network, TextStates, advance, stream
 from ._texts import count_tokens
 
 __all__ = [
@@ -31,10 +31,10 @@ __all__ = [
     "LowRank",
     "Moments",
     "Network",
-    "Pass",
-    "Reference",
     "Rows",
     "Slopes",
+    "TextStates",
+    "TunedOutputs",
     "advance",
     "choose",
     "count_tokens",
@@ -43,12 +43,12 @@ __all__ = [
     "has_bfloat16",
     "load",
     "load_adapter",
+    "measure_networks",
     "measure_peft",
     "package_folder",
     "place",
     "public_name",
     "quiet",
-    "run_trials",
     "stream",
     "tokenizer",
 ]

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from . import _checks
 from ._adapters import MergedCheckpoint
 from ._errors import InputError
 from ._folders import sample
@@ -163,7 +164,7 @@ class Pair:
     The ``task`` is ``"classification"``, ``"language"`` or ``"encoder"``. ``modules`` are linear
     and can have adapters. ``others`` are all other parameters that differ, each with a ``name``, a
     ``kind`` (``"bias"``, ``"norm"``, ``"embedding"``, or ``"head"``, which the base may lack) and a
-    ``size``; word embeddings count only the rows that differ. Adapted networks keep the base's
+    ``size``; embeddings count only the rows that differ. Adapted networks keep the base's
     values for kinds in ``leave``. Of these, ``words`` could be modules too (`with_words`): word
     embeddings and a language model's head, where what differs is more than an adapter of rank 1
     has; tied ones are one, by the embeddings' name. ``prefix`` begins names in the model without
@@ -186,7 +187,7 @@ class Pair:
     leave: frozenset[str] = field(default=frozenset())
 
     @classmethod
-    def open(cls, base: str, tuned: str | Path, *, any_base: bool = False) -> Pair:
+    def open(cls, base: str | Path, tuned: str | Path, *, any_base: bool = False) -> Pair:
         """Open a base and what was tuned from it: a checkpoint, or an adapter by LoRA.
 
         Each is a folder, a name on the hub, or ``"packaged"``, this book's encoder. The
@@ -196,9 +197,12 @@ class Pair:
         architecture, size or configuration, and for adapters that are no LoRA, do not fit, or
         change nothing.
         """
-        base_files = Checkpoint("base", base)
-        if not isinstance(tuned, str | Path) or not str(tuned):
-            raise InputError("tuned", "a checkpoint or an adapter", value=tuned)
+        for name, model in (("base", base), ("tuned", tuned)):
+            if not isinstance(model, str | Path) or not str(model):
+                allowed = "a checkpoint" + " or an adapter" * (name == "tuned")
+                raise InputError(name, f"{allowed}: a folder or a name on the hub", value=model)
+        any_base = _checks.flag("any_base", any_base)
+        base_files = Checkpoint("base", str(base))
         tuned_files: Checkpoint | MergedCheckpoint
         folder = find("tuned", str(tuned))
         if (folder / PEFT_CONFIG).is_file():
@@ -420,7 +424,7 @@ class Pair:
             owner, size = network.get_submodule(place), value.numel()
             if isinstance(owner, nn.Embedding):
                 kind = "embedding"
-                if owner is embedding and name not in new:
+                if name not in new:
                     size = len(rows) * value.shape[1]
             elif isinstance(owner, nn.Linear | Conv1D) and place not in self.modules:
                 kind = "head"
