@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -30,7 +29,6 @@ from loraplan import (
     ResultsError,
     _effect,
     _export,
-    _folders,
     _measuring,
     _models,
     _randomness,
@@ -38,7 +36,7 @@ from loraplan import (
     _texts,
     workflow,
 )
-from loraplan._folders import WRITTEN, write_folder
+from loraplan._folders import write_folder
 from loraplan._lowrank import LowRank
 from loraplan._measuring import measure_networks
 from loraplan._streams import stream
@@ -231,12 +229,11 @@ def test_plans_are_certified(places: Places, tmp_path: Path) -> None:
     assert check(FRESH, tokens=99).evidence is None
     first = check([*used, *(f"  {text} " for text in used), *FRESH[:20], *FRESH[:20]])
     assert (first.texts, first.evidence.verdict) == (40, "undecided")
-    # Others are counted once, and added; what was written is still known as such.
+    # Others are counted once, and added.
     second = check(FRESH)
     assert (second.texts, *second.evidence[:1], second.evidence.verdict) == (120, 160, "confirmed")
     with pytest.raises(InputError, match="got 0"):
         check(FRESH)
-    assert not _folders._others(out)
     kept = json.loads((out / _export.REPORT).read_text())
     assert kept.pop("evidence")["texts"] == 160
     assert kept == report
@@ -289,8 +286,9 @@ def test_embeddings_and_heads_get_factors(
 ) -> None:
     change = files.low_rank(size=0.2, words=True)
     base, tuned = files.pair(tmp_path, architecture, change=change, **options)
-    out, full = tmp_path / "out", tmp_path / "full"
-    plan = loraplan.extract(base, tuned, TEXTS, out, rank=2, merged=full)
+    out = tmp_path / "out"
+    plan = loraplan.extract(base, tuned, TEXTS, out, rank=2)
+    full = files.save_merged(tmp_path / "full", plan)
     pair = plan.planner.pair
     assert pair.words.keys() == plan.planner.modules.keys() & pair.words.keys()
     assert any(plan.ranks[name] for name in pair.words)
@@ -299,7 +297,7 @@ def test_embeddings_and_heads_get_factors(
     tied = architecture.startswith("GPT2") or options.get("tie_word_embeddings", False)
     assert ("merge_and_unload" in (out / _export.CARD).read_text()) == tied
     loaded = _export.load(out, Pair.open(base, tuned), torch.device("cpu"))
-    whole, reference = Pair.open(base, str(full)).network(), plan.planner.test
+    whole, reference = Pair.open(base, full).network(), plan.planner.test
     (measurement,) = measure_networks([(loaded, reference)])
     wanted = files.distances(whole, pair.network(), reference.batches, pair.task)
     rounding = 1e-6 * reference.effect.max()
@@ -326,59 +324,48 @@ def test_embeddings_and_heads_get_factors(
 
 
 def test_what_was_written_is_replaced(places: Places, tmp_path: Path, monkeypatch: Patch) -> None:
-    folders = out, full = tmp_path / "out", tmp_path / "full"
+    out = tmp_path / "out"
     out.mkdir()  # An empty one is as good as none.
-    loraplan.extract(*places, TEXTS, out, rank=1, merged=full)
-    before = (out / _export.CARD).read_text()
-    for folder in folders:
-        lines, there = (folder / WRITTEN).read_text().splitlines(), [*folder.iterdir()]
-        assert {WRITTEN, *(line.split("  ")[1] for line in lines)} == {file.name for file in there}
-        assert {file.stat().st_mode & 0o777 for file in there} == {0o644}
-        # Of an earlier run, which wrote more.
-        (folder / "stale").write_text("")
-        with (folder / WRITTEN).open("a") as listing:
-            listing.write(f"{hashlib.sha256().hexdigest()}  stale\n")
-    loraplan.extract(*places, TEXTS, out, rank=2, merged=full, overwrite=True)
+    loraplan.extract(*places, TEXTS, out, rank=1)
+    there, before = [*out.iterdir()], (out / _export.CARD).read_text()
+    assert {file.name for file in there} == {*_export.FILES}
+    assert {file.stat().st_mode & 0o777 for file in there} == {0o644}
+    loraplan.extract(*places, TEXTS, out, rank=2, overwrite=True)
     assert (out / _export.CARD).read_text() != before
-    assert not any((folder / "stale").exists() for folder in folders)
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "full"}
-    # What its reader has changed or put there is theirs, also while a plan is made.
+    assert [*tmp_path.iterdir()] == [out]
+    # What its reader has put there is theirs, also while a plan is made.
     monkeypatch.setattr(workflow, "plan", lambda *_, **__: pytest.fail("work is done"))
-    for name in ("notes", _export.CARD):
-        (out / name).write_text("mine")
-        with pytest.raises(InputError, match=rf"out must be .*{name} is another"):
-            loraplan.extract(*places, TEXTS, out, rank=1, overwrite=True)
-        with pytest.raises(ResultsError, match="this command has not written"), write_folder(out):
-            pass
-        (out / "notes").unlink(missing_ok=True)
-    assert (out / _export.CARD).read_text() == "mine"
+    with pytest.raises(InputError, match="or replace it with --overwrite"):
+        loraplan.extract(*places, TEXTS, out, rank=1)
+    (out / "notes").write_text("mine")
+    with pytest.raises(InputError, match=r"out must be .*, with notes"):
+        loraplan.extract(*places, TEXTS, out, rank=1, overwrite=True)
+    with (
+        pytest.raises(ResultsError, match="this command has not written"),
+        write_folder(out, own=_export.FILES),
+    ):
+        pass
+    assert (out / "notes").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("where", "error"),
-    [("save", SafetensorError("No space left")), ("save_merged", OSError(28, "No space left"))],
-)
 def test_nothing_half_written_looks_finished(
-    where: str, error: Exception, planned: Plan, tmp_path: Path, monkeypatch: Patch
+    planned: Plan, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     def full(folder: Path, *_: object) -> None:
         (folder / "begun").write_text("begun")
-        raise error
+        raise SafetensorError("No space left")
 
     monkeypatch.setattr(workflow, "plan", lambda *_, **__: planned)
-    monkeypatch.setattr(_export, where, full)
-    out, merged = tmp_path / "out", tmp_path / "merged"
+    monkeypatch.setattr(_export, "save", full)
     with pytest.raises(ResultsError, match=r"cannot be written \(No space left") as told:
-        loraplan.extract("base", "tuned", TEXTS, out, merged=merged)
-    assert told.value.path == (merged if where == "save_merged" else out)
-    # An adapter that is finished stays.
-    assert [*tmp_path.iterdir()] == [out] * (where == "save_merged")
-    assert (out / _export.REPORT).is_file() == (where == "save_merged")
+        loraplan.extract("base", "tuned", TEXTS, tmp_path / "out")
+    assert told.value.path == tmp_path / "out"
+    assert not [*tmp_path.iterdir()]
 
 
 def test_what_was_there_comes_back(tmp_path: Path, monkeypatch: Patch) -> None:
     out, rename = tmp_path / "out", Path.rename
-    with write_folder(out, listed=True) as partial:
+    with write_folder(out) as partial:
         (partial / "old").write_text("old")
 
     def refused(self: Path, target: Path) -> Path:
@@ -387,7 +374,7 @@ def test_what_was_there_comes_back(tmp_path: Path, monkeypatch: Patch) -> None:
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refused)
-    with pytest.raises(KeyboardInterrupt), write_folder(out) as partial:
+    with pytest.raises(KeyboardInterrupt), write_folder(out, own=["old"]) as partial:
         (partial / "new").write_text("new")
     assert (out / "old").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -20,7 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import loraplan
-from loraplan import LoraplanError, Pair, Planner, __main__, _command, extract, workflow
+from loraplan import LoraplanError, Planner, __main__, _command, extract, workflow
 from loraplan._limits import SHARE, confidence
 
 TEXTS = files.texts(140)
@@ -238,17 +238,10 @@ def test_adapters_shrink_for_their_own_base(own: Path, call: Call) -> None:
     call(f"{shrink} --any-base --overwrite")
 
 
-def test_formats_for_serving_and_in_full(own: Path, call: Call) -> None:
-    said = call(f"extract {PAIR} --rank 8 --format serving --out out --merged full")[0]
+def test_formats_for_serving(own: Path, call: Call) -> None:
+    said = call(f"extract {PAIR} --rank 8 --format serving --out out")[0]
     assert "Left as in the base, and counted in the loss: bias, head, norm" in said
     assert json.loads((own / "out" / "report.json").read_text())["options"]["max_rank"] == 8
-    # The model in full is the base with the adapter.
-    given, whole = Pair.open("base", "tuned"), Pair.open("base", "full")
-    adapted = files.loaded("base", "BertForSequenceClassification", "out").merge_and_unload()
-    for name, value in adapted.named_parameters():
-        assert torch.equal(whole.tuned.read(name), value)
-    assert whole.tokenizer("w1 w2")["input_ids"] == given.tokenizer("w1 w2")["input_ids"]
-    assert whole.tuned.config.use_cache
 
 
 def test_progress_is_in_lines_without_a_terminal(call: Call) -> None:

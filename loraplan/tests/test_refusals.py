@@ -431,19 +431,12 @@ ADAPTERS = [
 
 # Inputs, and the options that name outputs.
 APART = [
-    ("extract ./base ./tuned", "--out ./new --merged ./tuned"),
-    ("extract ./base ./tuned", "--out ./new --merged ./base"),
-    ("extract ./base ./tuned", "--out ./new --merged ./link"),
     ("extract ./base ./link", "--out ./tuned"),
     ("extract ./base ./tuned", "--out ./tuned/adapter"),
     ("extract ./base ./tuned", "--out ."),
     ("extract ./base ./tuned", "--out ./texts"),
-    ("extract ./base ./tuned", "--out ./new --merged ./texts"),
     ("extract ./base ./tuned --held-out ./texts/lines.txt", "--out ./texts/lines.txt"),
     ("shrink ./base ./adapter", "--out ./adapter"),
-    ("shrink ./base ./adapter", "--out ./new --merged ./adapter"),
-    ("extract ./base ./tuned", "--out ./new --merged ./new/full"),
-    ("extract ./base ./tuned", "--out ./new --merged ./new"),
 ]
 EXTRACT, FILE = f"extract base tuned {LINES} --out", put("file", "")
 FOLDERS = [
@@ -451,10 +444,9 @@ FOLDERS = [
     Row(f"{EXTRACT} adapter", "or replace it with --overwrite"),
     Row(f"{EXTRACT} lora", "out must be a new folder"),
     Row(f"{EXTRACT} lora --overwrite", "out must be a new folder"),
-    Row(f"{EXTRACT} new --merged lora --overwrite", "merged must be a new folder"),
     Row(f"{EXTRACT} file", "out must be a new folder", FILE),
     Row(f"{EXTRACT} file/new", "out must be in a folder that can be written to", FILE),
-    Row(f"{EXTRACT} adapter --overwrite", "README.md is another", put("adapter/README.md", "mine")),
+    Row(f"{EXTRACT} adapter --overwrite", "adapter, with notes", put("adapter/notes", "mine")),
     Row("example texts", "DIR must be a new folder, or an empty one; got texts"),
     Row("example file", "DIR must be a new folder, or an empty one; got file", FILE),
     Row("example file/new", "DIR must be in a folder that can be written to", FILE),

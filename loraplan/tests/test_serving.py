@@ -170,8 +170,9 @@ def test_what_is_lost_is_lost_where_it_is_served(
     change = None if entries else rows_too
     base, tuned = files.pair(tmp_path, architecture, change=change, pad_token_id=0)
     files.configure(Path(tuned), **entries)
-    out, full = tmp_path / "out", tmp_path / "full"
-    plan = loraplan.extract(base, tuned, TEXTS, out, rank=2, merged=full)
+    out = tmp_path / "out"
+    plan = loraplan.extract(base, tuned, TEXTS, out, rank=2)
+    full = files.save_merged(tmp_path / "full", plan)
     planner, texts = plan.planner, files.apart(plan.planner.texts.test)
     networks = [files.loaded(place, architecture) for place in (tuned, base, full)]
     networks.append(files.loaded(base, architecture, out))
@@ -234,9 +235,9 @@ def test_all_embeddings_are_carried_by_their_changed_rows(
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "BertForSequenceClassification"])
 def test_errors_in_bfloat16_are_those_of_networks_in_it(architecture: str, tmp_path: Path) -> None:
     base, tuned = files.pair(tmp_path, architecture)
-    out, full = tmp_path / "out", tmp_path / "full"
-    options: Any = {"rank": 4, "dtype": "bfloat16", "merged": full}
+    out, options = tmp_path / "out", dict[str, Any](rank=4, dtype="bfloat16")
     plan = loraplan.extract(base, tuned, TEXTS, out, **options)
+    full = files.save_merged(tmp_path / "full", plan)
     found, reference, pair = plan.measured, plan.planner.test, plan.planner.pair
     checked = loraplan.check(base, str(out), tuned, files.texts(140, 1), dtype="bfloat16")
     for place, off, again in (

@@ -142,12 +142,8 @@ class _ExtractOptions(_PlanOptions):
     """What `extract` and `shrink` take."""
 
     out: Path = _flag("Folder for the adapter.", ...)
-    merged: Path | None = _flag("Folder for the adapted model in full, in float32, too.")
     overwrite: bool = _flag(
-        "Replace what an earlier run has written to these folders, unless files were changed or "
-        "added since.",
-        False,
-        "--overwrite",
+        "Replace an adapter there. A folder with other files is refused.", False, "--overwrite"
     )
 
 
@@ -267,8 +263,8 @@ def _call(function: Callable[..., Any], options: _Options) -> Any:
     if isinstance(options, _PlanOptions):
         given["serving"] = given.pop("form") == "serving"
     files = {name: given[name] for name in ("texts", "held_out") if name in given}
-    for name in given.keys() & {"out", "merged"}:
-        require_apart(name, given[name], files.values())
+    if "out" in given:
+        require_apart("out", given["out"], files.values())
     about = {"models": (given["tuned"], given["base"]), "group": given.pop("group", None)}
     given |= {name: read_texts(file, **about) for name, file in files.items()}
     if options.quiet or options.as_json:

@@ -1,4 +1,4 @@
-"""Adapters in folders: written by peft with a report and a card, merged, and read back."""
+"""Adapters in folders: written by peft with a report and a card, and read back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ._errors import InputError, ResultsError
 from ._folders import rewrite
 from ._limits import Evidence
 from ._lowrank import LowRank
-from ._models import PEFT_CONFIG, Rows, public_name, quiet, tokenizer
+from ._models import PEFT_CONFIG, Rows, public_name, quiet
 from ._streams import Network
 from ._texts import TOKENS
 from .pair import Adapter, Pair
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _DEQUANTIZED = "The base's weights were dequantized; with weights of full precision errors differ."
 _TIED = (
     "Do not merge it with `merge_and_unload` of peft: embeddings and head share their weight, to "
-    "which that adds the factors twice. `loraplan extract --merged DIR` writes the merged model."
+    "which that adds the factors twice. With `--leave embedding` there are none of these."
 )
 _UNEQUAL = (
     "Its modules have different ranks. The converter of llama.cpp takes one `lora_alpha` for all "
@@ -40,6 +40,8 @@ _UNEQUAL = (
     "`loraplan extract --format serving` writes one rank for all."
 )
 REPORT, CARD = "report.json", "README.md"
+#: Names of all files of an adapter.
+FILES = PEFT_CONFIG, "adapter_model.safetensors", REPORT, CARD
 # What peft adds to the names of parameters within an adapter.
 _WRAPPED = re.compile(
     r"\.(base_layer|original_module|token_adapter|modules_to_save\.default)(?=\.)"
@@ -221,16 +223,6 @@ def save(folder: Path, pair: Pair, adapter: Adapter) -> None:
 def plain_name(name: str) -> str:
     """The name that a parameter has without the adapter into which peft has wrapped it."""
     return _WRAPPED.sub("", name)
-
-
-def save_merged(folder: Path, pair: Pair, adapter: Adapter) -> None:
-    """Write the base with an adapter merged into it, and the tokenizer."""
-    # peft would add what embeddings and a tied head share twice.
-    merged = pair.network(adapter)
-    with quiet():
-        merged.config.use_cache = True
-        merged.save_pretrained(folder)
-        tokenizer(str(pair.tuned.folder)).save_pretrained(folder)
 
 
 def load(folder: Path | str, pair: Pair, device: torch.device) -> Network:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import torch
 
 from . import _checks, _export, _limits, _texts
-from ._errors import InputError, LoraplanError, ResultsError
+from ._errors import InputError, LoraplanError
 from ._folders import require_apart, require_free, versions, write_folder
 from ._measuring import Measured, Measurement, Readout, TunedOutputs, measure_networks
 from ._models import is_dequantized, reason, require_device
@@ -337,7 +337,6 @@ def extract(
     texts: Sequence[str | Text],
     out: Path | str,
     *,
-    merged: Path | str | None = None,
     overwrite: bool = False,
     **options: Unpack[_ExtractOptions],
 ) -> Plan:
@@ -352,21 +351,16 @@ def extract(
     ----------
     base, tuned, texts, **options
         See `plan`.
-    out, merged : Path or str
-        Folders for the adapter, ``report.json`` and a model card, and, if wanted, for the base with
-        the adapter merged into it, in float32, and its tokenizer.
+    out : Path or str
+        The folder for the adapter, ``report.json`` and a model card.
     overwrite : bool
-        Whether what an earlier call has written to these folders is replaced; what was changed or
-        added since is refused.
+        Whether an adapter there is replaced; a folder with other files is refused.
     """
     overwrite = _checks.flag("overwrite", overwrite)
     require_apart("out", out, [base, tuned])
-    folder, whole = require_free("out", out, overwrite=overwrite), None
-    if merged is not None:
-        require_apart("merged", merged, [base, tuned, folder])
-        whole = require_free("merged", merged, overwrite=overwrite)
+    folder = require_free("out", out, overwrite=overwrite, own=_export.FILES)
     if (work := options.get("work")) is not None:
-        require_apart("work", work, [base, tuned, folder, *([whole] if whole else [])])
+        require_apart("work", work, [base, tuned, folder])
     start = time.perf_counter()
     result = plan(base, tuned, texts, **options)
     if not result.reached:
@@ -375,7 +369,7 @@ def extract(
     some = planner.test.longest(_SOME)
     tell = functools.partial(planner.report, "writing")
     tell(0, 2)
-    with write_folder(folder, listed=True) as partial:
+    with write_folder(folder, own=_export.FILES) as partial:
         _export.save(partial, planner.pair, result.adapter)
         tell(1, 2)
         made = stream(planner.pair, result.adapter, planner.device)
@@ -396,13 +390,6 @@ def extract(
         seconds = time.perf_counter() - start
         result = replace(result, carried=carried, size=size, seconds=seconds)
         _export.describe(partial, result.report(), result.table())
-    if whole is not None:
-        try:
-            with write_folder(whole, listed=True) as full:
-                _export.save_merged(full, planner.pair, result.adapter)
-        except ResultsError as error:
-            problem = f"{error.problem}, but {folder} is complete"
-            raise ResultsError(whole, problem, remedy=error.remedy) from error
     tell(2, 2)
     return result
 
