@@ -453,19 +453,6 @@ def test_an_interrupted_run_goes_on(architecture: str, tmp_path: Path, monkeypat
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["about.json"]
 
 
-def test_bfloat16_selects_where_it_is_fine_enough(tmp_path: Path, monkeypatch: Patch) -> None:
-    places = files.pair(tmp_path, "LlamaForCausalLM")
-    monkeypatch.setattr("loraplan.planner.has_bfloat16", lambda _: True)
-    with pytest.raises(InputError, match=r"^dtype must be float32 for an error of 1.0%, .* loses"):
-        loraplan.plan(*places, TEXTS, error=0.01, dtype="bfloat16")
-    plan = loraplan.plan(*places, TEXTS, error=0.5, dtype="bfloat16")
-    assert plan.reached
-    (one,) = plan.planner.run((plan.adapter, "select"))
-    assert one.network.dtype == torch.bfloat16
-    (stated,) = plan.planner.run((plan.adapter, "test"))
-    assert stated.network.dtype == torch.float32
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 @pytest.mark.parametrize("architecture", [BERT, "LlamaForCausalLM"])
 def test_another_device_plans_the_same(architecture: str, tmp_path: Path) -> None:

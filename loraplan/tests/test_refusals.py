@@ -172,7 +172,7 @@ FLAGS = {
     "error must be above 0": [f"--error {x}" for x in ("0", "-0.1", "1.1", "nan", "inf")],
     "Invalid value for '--error'": [f"--error {x}" for x in ("abc", "10%", "0,1")],
     "Invalid value for '--rank'": ["--rank 1.5", "--rank many"],
-    "Invalid value for '--dtype'": ["--rank 1 --dtype float16"],
+    "No such option: --dtype": ["--rank 1 --dtype bfloat16"],
     "Invalid value for '--format'": ["--rank 1 --format gguf"],
     "rank must be an integer from 0": ["--rank -1"],
     "parameters must be an integer from 0": ["--parameters -1"],
@@ -186,7 +186,6 @@ FLAGS = {
         *("--error 0.1 --rank 2", "--rank 2 --parameters 9", "--error 1 --parameters 9")
     ],
     "estimate must be used with": ["--estimate --rank 9", "--estimate --parameters 9"],
-    "dtype must be used with": ["--dtype bfloat16"],
     "device must be one that": [f"--rank 1 --device {x}" for x in ("cuda:99", "meta", "x", "''")],
     "leave must be left out for serving": ["--rank 1 --format serving --leave norm"],
     "leave must be among bias, norm": ["--rank 1 --leave weights", "--rank 1 --leave all"],

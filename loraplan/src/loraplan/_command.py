@@ -77,11 +77,6 @@ class _Options:
     tokens: int | None = _flag("Each text is cut to this many tokens; 128, or as in the plan.")
     any_base: bool = _flag("Take adapters that name another base.", False, "--any-base")
     seed: int = _flag("Draws texts and probes.", 0)
-    dtype: Literal["float32", "bfloat16"] = _flag(
-        "bfloat16: say too what is lost with weights and values of that, and select in it where "
-        "the device has it. Certificates are for float32.",
-        "float32",
-    )
     device: str = _flag("Where networks run: cpu, cuda, cuda:1, mps.", "cpu")
     as_json: bool = _flag("Print the report as JSON and nothing else.", False, "--json")
     quiet: bool = _flag("Report no progress.", False, "--quiet")
@@ -153,6 +148,11 @@ class _CheckOptions(_Options):
 
     adapter: str = typer.Argument(help="Folder of an adapter that peft reads.", metavar="ADAPTER")
     tuned: str = typer.Argument(help="What it stands in for, as in `plan`.", metavar="TUNED")
+    dtype: Literal["float32", "bfloat16"] = _flag(
+        "bfloat16: say too what is lost with weights and values of that. Certificates are for "
+        "float32.",
+        "float32",
+    )
 
 
 def _command(options: type[_Options], **about: Any) -> Callable[[Callable[[Any], None]], Any]:

@@ -67,7 +67,7 @@ class Measured(NamedTuple):
         Whether that file has the evidence now, so that the next check goes on from there.
     bfloat16 : float
         The error of the adapter, merged, with weights and values in bfloat16, against the tuned
-        outputs in float32; NaN unless asked for, and where peft cannot merge the adapter.
+        outputs in float32; NaN unless a check asks for it, and where peft cannot merge the adapter.
     tuned_bfloat16 : float
         The same of the tuned network.
     differing : dict

@@ -24,13 +24,11 @@ from ._folders import StageCache, digest_numbers
 from ._limits import are_alike, quantile
 from ._lowrank import LowRank
 from ._measuring import Measured, Measurement, Readout, TunedOutputs, measure_networks
-from ._models import Rows, has_bfloat16, listed, require_device, require_memory
+from ._models import Rows, listed, require_device, require_memory
 from ._streams import TextStates, advance, stream
 from ._texts import TOKENS, Text, count_tokens, prepare
 from .pair import KINDS, LARGE, Adapter, Module, Pair
 
-#: Types of weights in which errors can be stated.
-DTYPES = "float32", "bfloat16"
 #: Receives progress: the stage in words, the steps done, and their number.
 Report: TypeAlias = Callable[[str, int, int], None]
 # Texts that pass adapted networks, by their names in a `Planner`.
@@ -81,10 +79,6 @@ class Planner:
     serving : bool
         Whether all factors of `candidate` have the rank ``max_rank``, where need be by zeros, and
         modules that servers compute as one (`Module.fused`) get them together.
-    dtype : str
-        ``"bfloat16"`` for errors with weights in that too (`rounded`), or ``"float32"``. On a
-        device that multiplies it candidates are then selected in bfloat16 as well, unless its
-        rounding alone loses more than a fifth of the error that is asked for.
     device, report
         Where texts pass, and what receives progress: the stage, the steps done, their number.
     work : Path or str, optional
@@ -113,13 +107,11 @@ class Planner:
         max_rank: int = 64,
         serving: bool = False,
         seed: int = 0,
-        dtype: str = "float32",
         device: str = "cpu",
         work: Path | str | None = None,
         report: Report | None = None,
     ) -> None:
         """Pass texts through both networks."""
-        _checks.choice("dtype", dtype, DTYPES)
         thorough, self.serving = (
             _checks.flag(name, value)
             for name, value in {"thorough": thorough, "serving": serving}.items()
@@ -130,7 +122,7 @@ class Planner:
         self.modules = _choose_modules(pair, modules, leave, self.serving)
         self.options = {"modules": modules, "leave": sorted(leave), "tokens": tokens}
         self.options |= {"thorough": thorough, "max_rank": max_rank, "serving": serving}
-        self.options |= {"seed": seed, "dtype": dtype}
+        self.options |= {"seed": seed}
         self.pair = pair = replace(pair, leave=frozenset(leave)).with_words(self.modules)
         self.texts = prepare(pair, texts, held_out, tokens=tokens, thorough=thorough, seed=seed)
         self.probes = _THOROUGH if thorough else _effect.PROBES
@@ -259,13 +251,6 @@ class Planner:
         parameters each, and the last none. None of this looks at the texts for stating.
         """
         select = self.select
-        if self._selecting != torch.float32:
-            network = stream(self.pair, "tuned", self.device, self._selecting)
-            noise = select.error(measure_networks([(network, select)])[0].squares)
-            if noise > aim / 5:
-                given = f"bfloat16, whose rounding alone loses {noise:.1%}"
-                allowed = f"float32 for an error of {aim:.1%}, or a type that loses a fifth of it"
-                raise InputError("dtype", allowed, given, "leave --dtype out")
 
         def lost(squares: NDArray[np.float64]) -> float:
             """The error, or what nine of ten texts lose at most if that is more."""
@@ -298,8 +283,7 @@ class Planner:
         for adapter, part in adapters:
             sides = (side for each in adapter.factors.values() for side in (each.left, each.right))
             names.append(f"{part}-{digest_numbers([*sides, *adapter.biases.values()])}")
-            dtype = self._selecting if part == "select" else torch.float32
-            network = stream(self.pair, adapter, self.device, dtype)
+            network = stream(self.pair, adapter, self.device)
             networks.append((network, getattr(self, part)))
         found = [self._stages.find(name) for name in names]
         again = [i for i, states in enumerate(found) if states is None]
@@ -311,12 +295,6 @@ class Planner:
         each = zip(networks, found, strict=True)
         return [Measurement(part, network, states) for (network, part), states in each]
 
-    @property
-    def _selecting(self) -> torch.dtype:
-        """The type in which candidates are selected: bfloat16 where the device multiplies that."""
-        rounds = self.options["dtype"] == "bfloat16" and has_bfloat16(self.device.type)
-        return torch.bfloat16 if rounds else torch.float32
-
     def error(self, adapter: Adapter) -> float:
         """Measure ``η`` on the texts for selection."""
         return self.select.error(self.run((adapter, "select"))[0].squares)
@@ -324,18 +302,6 @@ class Planner:
     def measure(self, adapter: Adapter) -> Measured:
         """Measure what an adapter loses on the texts for stating."""
         return self.test.summarize(self.run((adapter, "test"))[0].compare())
-
-    def rounded(self, adapter: Adapter) -> tuple[float, float]:
-        """Measure ``η`` in bfloat16 on the texts for stating, merged, and of the tuned network.
-
-        NaN unless the planner has this ``dtype``.
-        """
-        if self.options["dtype"] == "float32":
-            return math.nan, math.nan
-        ways: tuple[Adapter | str, ...] = adapter, "tuned"
-        networks = [stream(self.pair, way, self.device, torch.bfloat16) for way in ways]
-        merged, floor = measure_networks([(network, self.test) for network in networks])
-        return self.test.error(merged.squares), self.test.error(floor.squares)
 
     def neighbours_alike(self, squares: NDArray[np.float64]) -> bool:
         """Whether neighbouring texts for planning lose so alike that they may be of one group.

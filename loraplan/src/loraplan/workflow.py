@@ -21,7 +21,7 @@ from ._models import is_dequantized, reason, require_device
 from ._streams import Network, TextStates, advance, stream
 from ._texts import Batch, Text
 from .pair import KINDS, Adapter, Pair
-from .planner import DTYPES, Planner, Report
+from .planner import Planner, Report
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +52,6 @@ class PlanOptions(TypedDict, total=False):
     max_rank: int
     serving: bool
     seed: int
-    dtype: str
     device: str
     work: Path | str | None
     report: Report | None
@@ -167,7 +166,8 @@ class Plan:
         tied = pair.task == "language" and bool(pair.tuned.config.tie_word_embeddings)
         lost = self.measured._asdict()
         held_out = lost.pop("texts")
-        del lost["evidence"], lost["kept"]  # of fresh texts
+        for name in ("evidence", "kept", "bfloat16", "tuned_bfloat16"):
+            del lost[name]  # of checks
         return _export.without_nan(
             {
                 "base": pair.base.source,
@@ -270,9 +270,6 @@ def plan(
         found = _state(planner, planner.offer(number), aim, estimate)
     else:
         found = _search(planner, aim, estimate)
-    off, floor = planner.rounded(found.adapter)
-    measured = found.measured._replace(bfloat16=off, tuned_bfloat16=floor)
-    found = replace(found, measured=measured)
     if not planner.equal:
         planner.report("comparing", 0, 1)
         alike = planner.uniform(found.adapter.parameters)
@@ -308,8 +305,6 @@ def prices(
     """
     import pandas as pd
 
-    if options.get("dtype", DTYPES[0]) != DTYPES[0]:
-        raise InputError("dtype", "used with an error, a size or a rank", "neither")
     planner = _prepare(base, tuned, texts, options)
     ranks = range(_limits.SIZES)
     numbers = {min(planner.parameters(1) * 2**k // 4, planner.most) for k in ranks}
@@ -416,12 +411,14 @@ def check(
     themselves. Texts that the plan or earlier checks have used are left out, with their groups, so
     that evidence is of other texts than those; at most 256 are drawn by ``seed``, one of each
     group. They are counted in random order, and cut off after ``tokens``: by default as in
-    ``report.json``, without whose certificate all else is measured, or else after 128. Other
-    arguments are those of `plan` and `Planner`. Raises `InputError` for unusable arguments, for an
-    adapter that peft does not read into the base, and for evidence that no check has written.
+    ``report.json``, without whose certificate all else is measured, or else after 128. With the
+    ``dtype`` "bfloat16" it is measured too what the adapter, merged, and the tuned model lose in
+    that. Other arguments are those of `plan` and `Planner`. Raises `InputError` for unusable
+    arguments, for an adapter that peft does not read into the base, and for evidence that no check
+    has written.
     """
     where = require_device(device)
-    _checks.choice("dtype", dtype, DTYPES)
+    _checks.choice("dtype", dtype, ["float32", "bfloat16"])
     pair = Pair.open(base, tuned, any_base=any_base)
     planned = _export.read_report(adapter)
     if tokens not in (None, planned.tokens) or planned.fingerprint not in ("", pair.fingerprint):
