@@ -82,24 +82,27 @@ def require_apart(name: str, place: Path | str, inputs: Iterable[Path | str]) ->
 def require_free(
     name: str, place: Path | str, *, overwrite: bool, own: Collection[str] = ()
 ) -> Path:
-    """Find the folder to write to: a new or empty one or, to overwrite, one of ``own`` files."""
+    """Find the folder to write to: new, empty or, to overwrite, with all ``own`` files alone."""
     folder = Path(place).expanduser()
     above = nearest(folder.absolute().parent)
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(name, "in a folder that can be written to", f"{folder}, in {above}")
-    others = _others(folder, own)
-    if others or (not overwrite and folder.is_dir() and any(folder.iterdir())):
-        remedy = "name another" + ", or replace it with --overwrite (overwrite=True)" * (not others)
-        given = f"{folder}, with {others[0]}" if others else folder
+    names = _names(folder)
+    if names and not (overwrite and names == {*own}):
+        others = sorted(names - {*own})
+        given = f"{folder}, with {others[0]}" if others and folder.is_dir() else folder
+        remedy = "name another"
+        if names == {*own}:
+            remedy += ", or replace it with --overwrite (overwrite=True)"
         raise InputError(name, "a new folder, or one that this command has written", given, remedy)
     return folder
 
 
-def _others(folder: Path, own: Collection[str]) -> list[str]:
-    """Name what a folder has beside ``own`` files, of which one is enough; or what is no folder."""
+def _names(folder: Path) -> set[str]:
+    """Name what is in a folder; a file names itself."""
     if not folder.is_dir():
-        return [folder.name] if folder.exists() else []
-    return sorted(path.name for path in folder.iterdir() if path.name not in own)
+        return {folder.name} if folder.exists() else set()
+    return {path.name for path in folder.iterdir()}
 
 
 @contextlib.contextmanager
@@ -131,7 +134,7 @@ def _replacing(file: Path) -> Iterator[Path]:
 def write_folder(folder: Path, *, own: Collection[str] = ()) -> Iterator[Path]:
     """Give a folder to fill, which takes its name when complete and is gone if anything fails.
 
-    It takes the place of one with nothing but ``own`` files.
+    It takes the place of one with all ``own`` files and nothing else.
     """
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -142,8 +145,8 @@ def write_folder(folder: Path, *, own: Collection[str] = ()) -> Iterator[Path]:
             for file in new.rglob("*"):
                 file.chmod(0o755 if file.is_dir() else 0o644)
             if folder.exists():
-                if others := _others(folder, own):
-                    problem = f"has {others[0]}, which this command has not written"
+                if (names := _names(folder)) and names != {*own}:
+                    problem = f"has {', '.join(sorted(names))}, which this command has not written"
                     raise ResultsError(folder, problem, remedy="move it, or name another folder")
                 folder.rename(old)
             try:

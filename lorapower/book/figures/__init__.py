@@ -3,7 +3,7 @@
 from ...errors import needs
 
 with needs("book"):
-    from ._style import COLORS
+    from ._style import COLORS, use_style
     from .choices import Choices, show_at
     from .curves import curves, error_against_rank, intervals, tidy
 
@@ -15,4 +15,5 @@ __all__ = [
     "intervals",
     "show_at",
     "tidy",
+    "use_style",
 ]
