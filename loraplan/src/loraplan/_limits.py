@@ -110,7 +110,7 @@ class Evidence(NamedTuple):
     def verdict(self) -> str:
         """``"failed"``, ``"confirmed"`` or ``"undecided"``.
 
-        A certificate that is wrong is ever confirmed in at most a share `DOUBT` of cases, however
+        A certificate that is wrong is ever confirmed in at most a share ``DOUBT`` of cases, however
         often one checks, and a true one ever fails in at most as many.
         """
         if self.contradicting >= _ENOUGH:
