@@ -103,7 +103,7 @@ def plain_loop(
     chosen = tuning.biases
     if isinstance(chosen, bool):
         # Beside layers that are tuned in full no other bias moves; W_out has none.
-        start = len(biases) if isinstance(frozen, Transformer) else first
+        start = len(biases) if isinstance(frozen, Transformer) else min(first, len(biases))
         start = start if tuning.final and first else 0
         chosen = (False,) * start + (chosen,) * (len(biases) - start)
     biases = [bias.clone() for bias in biases]
