@@ -17,7 +17,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar
 
 from IPython import get_ipython
 
@@ -34,7 +34,7 @@ _PACKAGES = "lorapower", "loraplan", "records"
 
 
 class Row(NamedTuple):
-    """Hold what is kept of a run: its results as JSON has them, and their origin."""
+    """Hold what is kept of a run: its results, and their origin."""
 
     results: dict[str, Any]
     version: str
@@ -42,16 +42,11 @@ class Row(NamedTuple):
     seconds: float
 
 
-def as_json(values: Values) -> Any:
-    """Give values as JSON has them."""
-    return json.loads(values.model_dump_json())
-
-
 def read_record(file: Path, kind: type[S]) -> dict[S | str, Row]:
     """Read the runs of a record; none of a file that is not there."""
     if not file.is_file():
         return {}
-    return _read(gzip.decompress(file.read_bytes()).decode().splitlines()[1:], kind)
+    return _read(gzip.decompress(file.read_bytes()).splitlines()[1:], kind)
 
 
 def write_record(
@@ -75,7 +70,7 @@ def read_partial(file: Path, kind: type[S]) -> dict[S | str, Row]:
     written = file.read_bytes()
     complete = written[: written.rfind(b"\n") + 1]
     os.truncate(file, len(complete))
-    return _read(complete.decode().splitlines(), kind)
+    return _read(complete.splitlines(), kind)
 
 
 def append(file: Path, rows: Mapping[S, Row]) -> None:
@@ -86,47 +81,25 @@ def append(file: Path, rows: Mapping[S, Row]) -> None:
 
 def _write(setting: Values, row: Row) -> str:
     """Write a run as a line of a file."""
-    return json.dumps({"setting": as_json(setting), **row._asdict()})
+    return json.dumps({"setting": setting.model_dump(), **row._asdict()})
 
 
-def _read(lines: Iterable[str], kind: type[S]) -> dict[S | str, Row]:
+def _read(lines: Iterable[bytes], kind: type[S]) -> dict[S | str, Row]:
     """Read runs by setting; those of which no settings of this kind can be made, by their text."""
     rows: dict[S | str, Row] = {}
-    for line in map(json.loads, lines):
-        setting = line.pop("setting")
+    for line in lines:
+        run = json.loads(line, object_hook=_with_tuples)
+        setting = run.pop("setting")
         try:
-            key: S | str = _restore(kind, setting)
+            key: S | str = kind(**setting)
         except InputError:
             key = json.dumps(setting)
-        rows[key] = Row(**line)
+        rows[key] = Row(**run)
     return rows
 
 
-def _restore(kind: type[S], values: Mapping[str, Any]) -> S:
-    """Make settings from JSON; fields that it lacks have their defaults."""
-    restored = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and (inner := kind_of(kind, name, value.get("kind"))):
-            value = _restore(inner, value)
-        restored[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**restored)
-
-
-def kind_of(kind: type[Values], field: str, label: Any) -> type[Values] | None:
-    """Find the class of the values in a field, of several the one with this label as its ``kind``.
-
-    None if the field does not hold values.
-    """
-    annotation = kind.model_fields[field].annotation if field in kind.model_fields else None
-    among = annotation, *get_args(annotation)
-    kinds = [one for one in among if isinstance(one, type) and issubclass(one, Values)]
-    labels = {
-        text: one
-        for one in kinds
-        if "kind" in one.model_fields
-        for text in get_args(one.model_fields["kind"].annotation)
-    }
-    return labels.get(label, kinds[0] if kinds else None)
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
 
 
 def digest_code(work: Callable[..., Any]) -> str:
@@ -150,7 +123,7 @@ def _libraries() -> list[metadata.Distribution]:
 
 def equal(before: Any, now: Any) -> bool:
     """Say whether two results are equal but for rounding."""
-    if isinstance(before, list) and isinstance(now, list):
+    if isinstance(before, tuple) and isinstance(now, tuple):
         return len(before) == len(now) and all(map(equal, before, now))
     if isinstance(before, float) and isinstance(now, float):
         near = math.isclose(before, now, rel_tol=_RTOL, abs_tol=_ATOL)

@@ -124,10 +124,6 @@ def failing(batch: list[Setting]) -> list[Found]:
     return work(batch)
 
 
-def quiet(*arguments: Any, **options: Any) -> pd.DataFrame:
-    return run(*arguments, progress=False, **options)
-
-
 def kept(path: Path) -> Path:
     """The file of the only code that keeps runs."""
     (file,) = path.parent.glob(f"{path.name}.*.partial")
@@ -192,7 +188,7 @@ def test_a_grid_is_the_product_with_the_last_axis_fastest() -> None:
 
 
 def test_a_table_has_columns_for_settings_results_and_origin() -> None:
-    table = quiet(GRID, work, size=3)
+    table = run(GRID, work, size=3)
     settings = ["width", "scale", "note", "method", "ranks", "biases", "rate"]
     results = ["loss", "steps", "exact", "device", "shape"]
     assert [*table.columns] == [*settings, *results, "version", "revision"]
@@ -219,8 +215,8 @@ def test_a_table_is_what_was_given_bit_by_bit(runs: dict[Setting, Found], size: 
 
     with TemporaryDirectory() as folder:
         path = Path(folder, "runs")
-        table = quiet(wanted, given_results, path, size=size)
-        same(quiet(wanted, given_results, path), table)
+        table = run(wanted, given_results, path, size=size)
+        same(run(wanted, given_results, path), table)
         assert count(path) == len(wanted)
     # Zero's sign, each bit of a float, and the types of all count, but for what pandas makes of
     # columns in which values are missing.
@@ -251,12 +247,12 @@ def test_a_table_is_the_same_after_interruptions(data: st.DataObject) -> None:
         for failure in data.draw(st.lists(st.integers(0, 4), max_size=4)):
             left = iter(range(failure))
             with suppress(KeyboardInterrupt):
-                quiet(wanted, interrupted, path, size=size)
+                run(wanted, interrupted, path, size=size)
             if done:
                 with kept(path).open("a") as file:  # a crash in the middle of a line
                     file.write(data.draw(cut))
         left = iter(range(100))
-        same(quiet(wanted, interrupted, path, size=size), quiet(wanted, work, size=size))
+        same(run(wanted, interrupted, path, size=size), run(wanted, work, size=size))
     assert sorted(done, key=repr) == sorted(wanted, key=repr)
 
 
@@ -267,7 +263,7 @@ def test_batches_are_of_one_problem() -> None:
         seen.append([s.problem.width for s in batch])
         return work(batch)
 
-    quiet(GRID, watched, size=3)
+    run(GRID, watched, size=3)
     assert seen == [[width] * size for width in range(6) for size in (3, 1)]
 
 
@@ -275,10 +271,9 @@ def test_a_file_keeps_what_is_not_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "runs"
-    quiet(GRID, work, path, size=2)
-    table = quiet([*GRID[5:2:-1], GRID[5]], work, path)
+    run(GRID, work, path, size=2)
+    table = run([*GRID[5:2:-1], GRID[5]], work, path)
     assert table.width.tolist() == [s.problem.width for s in (*GRID[5:2:-1], GRID[5])]
-    assert capsys.readouterr() == ("", "")
     run([*GRID, Setting(problem=Problem(width=100))], work, path)
     assert "25/25" in capsys.readouterr().err
     assert count(path) == len(GRID) + 1
@@ -302,7 +297,7 @@ def test_what_makes_no_table_is_refused(
     settings: Any, function: Any, complaint: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=complaint):
-        quiet(settings, function, tmp_path / "runs")
+        run(settings, function, tmp_path / "runs")
     assert not [*tmp_path.iterdir()]
     with pytest.raises(InputError, match="width must be a value or a list of at least one"):
         grid(Problem, width=[])
@@ -378,17 +373,17 @@ def test_a_sweep_goes_on_with_the_same_code_alone(
 
 def test_what_was_kept_survives_a_full_disc(tmp_path: Path) -> None:
     path = tmp_path / "runs"
-    table = quiet(GRID, work, path)
+    table = run(GRID, work, path)
     more = grid(Setting, method=grid(Plain, ranks=range(100, 600)))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (kept(path).stat().st_size + 100, hard))
     try:
         with pytest.raises(OSError, match="File too large"):
-            quiet(more, work, path)
+            run(more, work, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    same(quiet(GRID, never, path), table)
-    assert len(quiet(more, work, path)) == len(more)
+    same(run(GRID, never, path), table)
+    assert len(run(more, work, path)) == len(more)
 
 
 @contextmanager
@@ -406,10 +401,10 @@ def test_side_by_side_or_on_a_cluster_the_table_is_the_same(
 ) -> None:
     path = tmp_path / "runs"
     with side_by_side():
-        same(quiet(GRID, work, path, size=3), quiet(GRID, work))
+        same(run(GRID, work, path, size=3), run(GRID, work))
         assert count(path) == len(GRID)
         with pytest.raises(InputError, match="width must be less than 4; got 4"):
-            quiet(GRID, failing, path=None, size=2)
+            run(GRID, failing, path=None, size=2)
 
 
 def test_sweeps_spread_over_the_cluster_of_the_environment(
@@ -417,7 +412,7 @@ def test_sweeps_spread_over_the_cluster_of_the_environment(
 ) -> None:
     with dask() as client:
         monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", client.scheduler.address)
-        same(swept(profile="paper"), quiet(GRID, work))
+        same(swept(profile="paper"), run(GRID, work))
 
 
 REPEATED: list[Setting] = []
@@ -438,7 +433,7 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A record of all runs, the only file in its folder."""
     monkeypatch.setattr(runs, "SWEEPS", tmp_path)
     monkeypatch.setattr("lorapower.book.THREADS", 1)
-    same(swept(profile="paper"), quiet(GRID, work))
+    same(swept(profile="paper"), run(GRID, work))
     REPEATED.clear()
     assert [*tmp_path.iterdir()] == [tmp_path / "widths.jsonl.gz"]
     return tmp_path / "widths.jsonl.gz"
@@ -448,11 +443,11 @@ def test_of_a_record_some_runs_are_repeated(
     record: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    same(swept(repeat=[5, -1]), quiet(GRID, work))
+    same(swept(repeat=[5, -1]), run(GRID, work))
     assert REPEATED == [GRID[5], GRID[-1]]
-    same(swept(repeat=()), quiet(GRID, work))
+    same(swept(repeat=()), run(GRID, work))
     # Of a part nothing is repeated, as another run may stand where the page chose one.
-    same(swept(GRID[7:2:-2]), quiet(GRID[7:2:-2], work))
+    same(swept(GRID[7:2:-2]), run(GRID[7:2:-2], work))
     assert len(REPEATED) == 2
     ends = ["2 of them, repeated now, are equal.", "none can be repeated here."]
     ends.append("21 others are left out, and nothing was repeated.")
@@ -479,7 +474,7 @@ def test_settings_without_a_record_all_run(
 ) -> None:
     more = [Setting(problem=Problem(width=7)), *GRID]
     before = record.read_bytes()
-    same(swept(more), quiet(more, work))
+    same(swept(more), run(more, work))
     assert len(REPEATED) == len(more)
     assert [*record.parent.iterdir()] == [record]
     assert record.read_bytes() == before
@@ -506,7 +501,7 @@ def test_a_record_is_found_by_what_differs_from_defaults(record: Path) -> None:
     method = grid(with_field(Plain), ranks=[2, (2, 4, 8)])
     method += grid(with_field(Fast), rate=[0.5, 0.25])
     table = swept(grid(newer, problem=problem, method=method), repeat=())
-    same(table.drop(columns="added"), quiet(GRID, work))
+    same(table.drop(columns="added"), run(GRID, work))
     # Runs with another value, also of a default that has changed, are not those of the record.
     first = newer(problem=problem[0], method=method[0])
     found = store.read_record(record, newer)
