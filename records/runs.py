@@ -72,8 +72,8 @@ def run(
     """Run ``work`` on all settings and return a table with a row for each, in their order.
 
     ``work`` takes a list of at most ``size`` settings, of one ``problem`` if they have the field,
-    and returns as many `Results`. What it raises ends the run. Raises `InputError` for no settings,
-    results that do not fit and columns of one name.
+    and returns as many `Results`. What it raises ends the run. Raises `InputError` for no settings
+    and for columns of one name.
 
     With a ``path``, each finished batch is appended to ``PATH.CODE.partial``, and what is there is
     not run again. ``CODE`` digests the notebook's cells so far, or the file of ``work``, the
@@ -165,7 +165,8 @@ def _run(
     parallel = joblib.Parallel(return_as="generator_unordered", pre_dispatch="2 * n_jobs")
     finished = parallel(joblib.delayed(_time)(work, batch) for batch in batches)
     total = len({*settings})
-    with tqdm(total=total, initial=total - sum(map(len, batches)), unit="run") as bar:
+    done = total - sum(map(len, batches))
+    with tqdm(total=total, initial=done, unit="run", delay=5) as bar:  # short runs say nothing
         for batch, results, seconds in finished:
             new = dict(zip(batch, _rows(batch, results, seconds / len(batch)), strict=True))
             if partial:
@@ -189,12 +190,8 @@ def _time(work: Work[S], batch: list[S]) -> tuple[list[S], Any, float]:
     return batch, work(batch), time.process_time() - start
 
 
-def _rows(batch: Sequence[Values], results: Any, seconds: float) -> list[Row]:
-    """Make the rows of a batch; refuse what makes no table with its settings."""
-    fits = isinstance(results, Sequence) and all(isinstance(one, Values) for one in results)
-    if not fits or len(results) != len(batch):
-        allowed = f"a function that returns a list of records.Results, here {len(batch)}"
-        raise InputError("work", allowed=allowed, value=results)
+def _rows(batch: Sequence[Values], results: Sequence[Results], seconds: float) -> list[Row]:
+    """Make the rows of a batch; refuse columns of one name."""
     origin = metadata.version("lorapower"), _revision()
     rows = [Row(one.model_dump(), *origin, float(f"{seconds:.2g}")) for one in results]
     names = _tabulate(batch, rows).columns
