@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
 import inspect
 import json
 import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,7 +28,7 @@ S = TypeVar("S", bound=Values)
 # rounding; a change of one of Adam's constants by a thousandth shows as 10⁻⁴ after twenty steps.
 _RTOL, _ATOL = 1e-5, 1e-20
 # Distributions whose versions, and packages whose code, can change a result.
-_LIBRARIES = {"numpy", "peft", "scikit-learn", "scipy", "torch", "transformers"}
+_LIBRARIES = "numpy", "peft", "scikit-learn", "scipy", "torch", "transformers"
 _PACKAGES = "lorapower", "loraplan", "records"
 
 
@@ -53,8 +52,7 @@ def write_record(
     file: Path, settings: Sequence[Values], rows: Sequence[Row], protocol: str
 ) -> None:
     """Write what made runs and the runs, whole or not at all; partial files are then done with."""
-    libraries = {one.name: one.version for one in _libraries()}
-    origin = {"protocol": protocol, "processor": platform.machine(), "libraries": libraries}
+    origin = {"protocol": protocol, "processor": platform.machine(), "libraries": _libraries()}
     lines = [json.dumps(origin, sort_keys=True), *map(_write, settings, rows)]
     temporary = file.with_name(f"{file.name}.{os.getpid()}")
     temporary.write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))
@@ -110,15 +108,15 @@ def digest_code(work: Callable[..., Any]) -> str:
     """
     shell = get_ipython()
     code = [*shell.user_ns["In"]] if shell else [Path(inspect.getfile(work)).read_text("utf-8")]
-    code += sorted(f"{library.name} {library.version}" for library in _libraries())
-    for package in filter(None, map(importlib.util.find_spec, _PACKAGES)):
-        for folder in package.submodule_search_locations or ():
-            code += [path.read_text("utf-8") for path in sorted(Path(folder).rglob("*.py"))]
-    return hashlib.blake2b(json.dumps(code).encode(), digest_size=8).hexdigest()
+    for package in _PACKAGES:
+        folder = Path(str(resources.files(package)))
+        code += [path.read_text("utf-8") for path in sorted(folder.rglob("*.py"))]
+    text = json.dumps([code, _libraries()])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _libraries() -> list[metadata.Distribution]:
-    return [one for one in metadata.distributions() if one.name in _LIBRARIES]
+def _libraries() -> dict[str, str]:
+    return {name: metadata.version(name) for name in _LIBRARIES}
 
 
 def equal(before: Any, now: Any) -> bool:
