@@ -51,13 +51,6 @@ def reached(problem: Any, *methods: Any) -> list[Any]:
         ("ranks", lambda: synthetic.Run(problem=Synthetic(), method=Trained(ranks=17))),
         ("ranks", lambda: digits.Run(problem=Digits(), method=Trained(ranks=65))),
         ("inputs", lambda: digits.Run(problem=Digits(), method=Fitted(inputs=9))),
-        ("settings", lambda: synthetic.measure([])),
-        (
-            "settings",
-            lambda: synthetic.measure(
-                [synthetic.Run(problem=problem, method=UNTUNED) for problem in SMALL.values()]
-            ),
-        ),
     ],
 )
 def test_what_has_no_meaning_is_refused(field: str, make: Any) -> None:

@@ -30,7 +30,7 @@ def test_adapters_for_tunings_are_measured(tmp_path: Path, monkeypatch: Patch) -
     assert all(pair.change(name).any() for name in pair.modules)
     plans.tune("movies", 3, plans.other(AdapterRun(tuning="a", method="mergekit", asked=1)))
     chosen = [s for s in plans.every("a") if s.asked <= 1 and s.method != "least uniform"]
-    table = records.run(chosen, plans.work, size=1, progress=False)
+    table = records.run(chosen, plans.work, size=1)
     table = records.complete(table).set_index("method")
     others = ["mergekit", *neighbours.RULES]
     assert {*table.index} == {*others, "effect of blocks", "effect", "least effect"}
