@@ -196,6 +196,16 @@ def common_shape(name: str, shapes: Sequence[tuple[int, ...]]) -> torch.Size:
         raise InputError(name, allowed="of shapes that broadcast", given=given) from error
 
 
+def one_batch(parts: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    """Expand weights and biases of one type, each with its own dimensions, to one batch shape."""
+    name = "weights and biases"
+    if len({part.dtype for part, _ in parts}) > 1:
+        allowed = "all float32 or all float64"
+        raise InputError(name, allowed=allowed, given="both", remedy="convert one")
+    batch = common_shape(name, [tuple(part.shape[:-dims]) for part, dims in parts])
+    return [part.expand(*batch, *part.shape[-dims:]) for part, dims in parts]
+
+
 @contextmanager
 def flushing() -> Iterator[None]:
     """Treat subnormal numbers as zeros in this thread and those it starts, not in torch's own."""

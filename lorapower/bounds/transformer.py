@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args, overload
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -12,23 +12,11 @@ from .. import _checks
 from ..errors import InputError
 from ..networks.decoder import Decoder, DecoderSettings, Norm
 from ..networks.gap import Gap
-from ..networks.segmentation import (
-    ADAPTED,
-    DecoderSegments,
-    PlainSegments,
-    Segments,
-    parts_of,
-    segments,
-)
-from ..networks.transformer import Transformer
+from ..networks.segmentation import ADAPTED, AnyTransformer, Segments, segments
 from .narrow_heads import narrow_head_ranks
 
 
-@overload
-def transformer_ranks(frozen: Transformer, target: Transformer) -> PlainSegments[Tensor]: ...
-@overload
-def transformer_ranks(frozen: Decoder, target: Decoder) -> DecoderSegments[Tensor]: ...
-def transformer_ranks(frozen: Any, target: Any) -> Segments[Tensor]:
+def transformer_ranks(frozen: AnyTransformer, target: AnyTransformer) -> Segments[Tensor]:
     """Find the least ranks that make segments exact [thm-transformer], [thm-residual].
 
     Where a segment differs by ``E``: ``⌈rank(E)/2⌉`` for two weights, more for heads narrower than
@@ -53,8 +41,7 @@ def transformer_ranks(frozen: Any, target: Any) -> Segments[Tensor]:
         inner, outer, together = narrow_head_ranks(gap)[:3]
         return torch.stack([inner, outer, -(-together // 2)]).amax(0)
 
-    cut = segments(frozen, target)
-    return type(cut)(**{name: least(name, gap) for name, gap in parts_of(cut).items()})
+    return Segments({name: least(name, gap) for name, gap in segments(frozen, target).items()})
 
 
 def savable_ranks(settings: DecoderSettings) -> tuple[list[str], int]:

@@ -306,16 +306,8 @@ def _usable_layers(weights: Any, biases: Any = None) -> tuple[list[Tensor], list
             allowed = f"of {weight.shape[-2]} entries, the outputs of its weight"
             given = f"shape {tuple(bias.shape)}"
             raise InputError(f"bias of layer {l}", allowed=allowed, given=given)
-    name = "weights and biases" if vectors else "weights"
-    if len({part.dtype for part in (*matrices, *vectors)}) > 1:
-        allowed = "all float32 or all float64"
-        raise InputError(name, allowed=allowed, given="both", remedy="convert one")
-    shapes = [*(w.shape[:-2] for w in matrices), *(b.shape[:-1] for b in vectors)]
-    batch = _checks.common_shape(name, shapes)
-    return (
-        [w.expand(*batch, *w.shape[-2:]) for w in matrices],
-        [b.expand(*batch, b.shape[-1]) for b in vectors],
-    )
+    expanded = _checks.one_batch([*((w, 2) for w in matrices), *((b, 1) for b in vectors)])
+    return expanded[: len(matrices)], expanded[len(matrices) :]
 
 
 def _per_layer(name: Literal["weight", "bias"], values: Any, *, min_dims: int) -> list[Tensor]:

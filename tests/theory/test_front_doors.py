@@ -70,6 +70,7 @@ UNLIKE = [{"b_1": torch.ones(1, 3)}, {f"b_{n}": torch.ones(n + 1, 1, 3).double()
 RANKS: list[Any] = [4, -1, "all", [1, 2, 3]]
 RATES: list[Any] = [0.0, -1e-3, np.nan, True, "0"]
 MANY = Transformer.random(1, 3, 1, batch_shape=(2,))
+BIAS = {"b_Q": ONE.W_Q[..., 0]}
 NARROW = both(*residual_pair(0, 1, 6, 2, head_size=3))
 PRENORM = both(*residual_pair(0, 1, 6, 1, hidden=8))
 FEW, FINAL_NORM = PRENORM["frozen"], residual_pair(0, 1, 6, 1, hidden=8, final_norm=True)[1]
@@ -109,14 +110,14 @@ DOORS = [
     ),
     Door(
         Transformer.random,
-        {"depth": 1, "width": 2, "heads": 1, "scale": 1.0, "head_size": 2, "activation": "relu"},
-        {"heads": [0], "scale": [-1.0, np.nan], "head_size": [0], "activation": ["tanh"]},
+        {"depth": 1, "width": 2, "heads": 1, "activation": "relu"},
+        {"activation": ["tanh"]},
     ),
     Door(
         Decoder.random,
         {"depth": 1, "width": 2, "heads": 2, "head_size": 2, "residual": True, "gated": True}
         | {"groups": 1, "rotary": 100.0},
-        {"heads": [0], "groups": [0, 3], "rotary": [0.0], "residual": [False]},
+        {"groups": [3], "rotary": [0.0]},
     ),
     Door(RELU["frozen"].__call__, {"x": X}, {"x": [X[:2], X[0], NAN]}),
     Door(as_network, {"value": [X], "name": "value"}, {"value": ["text", torch.nn.ReLU()]}),
@@ -127,9 +128,9 @@ DOORS = [
     Door(
         ONE.replace,
         {},
-        {"W_O": [ONE.W_O * torch.nan], "W_1": [ONE.W_1[..., :2]], "b_Q": [ONE.W_Q[..., 0]]}
-        | {"W_K": [ONE.W_K[:, :0]]},
+        {"W_O": [ONE.W_O * torch.nan], "W_1": [ONE.W_1[..., :2]], "W_K": [ONE.W_K[:, :0]]},
     ),
+    Door(lambda parameters: ONE.replace(**parameters), {"parameters": {}}, {"parameters": [BIAS]}),
     Door(lambda biases: ONE.replace(**biases), {"biases": {}}, {"biases": UNLIKE}),
     Door(
         Adapters((LowRank(X, X[:, :4]),) * 2, (X[:, 0],) * 2).merge,
@@ -139,7 +140,7 @@ DOORS = [
     Door(
         MANY.__call__,
         {"x": torch.ones(3, 4)},
-        {"x": [torch.ones(3, 3, 4), torch.ones(4, 4), torch.ones(3, 0)]},
+        {"x": [torch.ones(4, 4), torch.ones(3, 0)]},
     ),
     Door(
         segments,

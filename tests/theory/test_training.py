@@ -104,7 +104,7 @@ def plain_loop(
     if isinstance(chosen, bool):
         # Beside layers that are tuned in full no other bias moves; W_out has none.
         start = len(biases) if isinstance(frozen, Transformer) else first
-        start = start if tuning.final and first else 0
+        start = min(start, len(biases)) if tuning.final and first else 0
         chosen = (False,) * start + (chosen,) * (len(biases) - start)
     biases = [bias.clone() for bias in biases]
     # One that no loss feels, where there is no other.
