@@ -235,7 +235,7 @@ DOORS = [
     Door(
         Fresh,
         {"label": RELU["target"], "shape": (3,), "samples": 2},
-        {"label": [nn.Sequential(nn.Linear(3, 3))], "shape": [(1, 2, 3)], "samples": [0]},
+        {"label": [nn.Sequential(nn.Linear(3, 3))]},
     ),
     Door(
         Fixed,
@@ -245,7 +245,7 @@ DOORS = [
     Door(
         train,
         {"frozen": RELU["frozen"], "tunings": [Tuning(1)], "data": DATA, "steps": 1, "every": 1},
-        {"frozen": ["text"], "tunings": [[]], "steps": [-1]},
+        {"frozen": ["text"], "steps": [-1]},
     ),
     Door(
         lambda ranks: train(RELU["frozen"], [Tuning(ranks)], DATA, steps=1),

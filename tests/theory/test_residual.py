@@ -17,7 +17,7 @@ from lorapower.adapters import Adapters, Tuned
 from lorapower.constructions import adapt_attention, adapt_transformer
 from lorapower.networks import Decoder, DecoderSettings, Transformer, from_decoder, to_decoder
 from lorapower.networks.attention import ACTIVATIONS, PARTS
-from lorapower.training import descend
+from lorapower.training.descent import descend
 from records.models import DoublePrecision
 
 activations = st.sampled_from(sorted(ACTIVATIONS))
