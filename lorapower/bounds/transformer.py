@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..networks.decoder import Decoder, DecoderSettings, Norm
 from ..networks.gap import Gap
 from ..networks.segmentation import ADAPTED, AnyTransformer, Segments, segments
-from .narrow_heads import narrow_head_ranks
+from ._narrow_heads import narrow_head_ranks
 
 
 def transformer_ranks(frozen: AnyTransformer, target: AnyTransformer) -> Segments[Tensor]:
@@ -198,7 +198,8 @@ def packed_rank(
     counts as 0, and ``2 R ≥ min(2 d, m)``. The sides ``p`` are ``H d`` of ``W_Q`` and ``W_O`` and
     ``d`` for each group of ``W_K`` and ``W_V``; ``q`` is the width for ``W_O``, otherwise the
     dimension ``m`` of normalized tokens; ``γ`` is ``d²`` for each group, ``d`` for rotary scores.
-    Raises `InputError` for numbers out of range, and for values of heads larger than ``m``.
+    Raises `InputError` for groups that do not divide the heads, and for values of heads larger than
+    ``m``.
 
     Examples
     --------
@@ -208,11 +209,9 @@ def packed_rank(
     >>> packed_rank(768, heads=12, head_size=64, norm="layer")
     611
     """
-    width, heads = _checks.integer("width", width, 1), _checks.integer("heads", heads, 1)
-    d = _checks.integer("head_size", head_size, 1)
-    groups = heads if groups is None else _checks.integer("groups", groups, 1, heads)
+    groups, d = heads if groups is None else groups, head_size
     if heads % groups:
-        raise InputError("heads", allowed=f"a multiple of {groups}, the groups", given=heads)
+        raise InputError("groups", allowed=f"a divisor of {heads}, the heads", given=groups)
     _checks.choice("part", part, ("scores", "values"))
     _checks.choice("norm", norm, get_args(Norm))
     m = width - 1 if norm == "layer" else width

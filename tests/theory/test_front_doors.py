@@ -102,7 +102,6 @@ class Door(NamedTuple):
 DOORS = [
     # Networks, adapters and gaps
     Door(LinearNetwork, {"weights": [X]}, {"weights": UNUSABLE}),
-    Door(LinearNetwork.random, {"depth": 1, "width": 2}, {"depth": [0], "width": [2.5]}),
     Door(
         FNN,
         {"weights": [X], "biases": [X[:, 0]]},
@@ -124,7 +123,6 @@ DOORS = [
     Door(Gap, LINEAR, {"frozen": [RELU["frozen"]], "target": [X, RELU["target"], SINGLE]}),
     Door(Partition, {"sizes": [1]}, {"sizes": [[], [2, 0], [1.5]]}),
     Door(Partition.uniform, {"depth": 2, "blocks": 2}, {"blocks": [0, 3]}),
-    Door(Adapters, {"updates": (LowRank(X, X),)}, {"updates": [()]}),
     Door(
         ONE.replace,
         {},
@@ -292,11 +290,9 @@ DOORS = [
     Door(
         regression.reduced_rank,
         {"outputs": X, "inputs": X, "rank": 1, "shrinkage": 0.1},
-        {"outputs": [X[:, :2], X.float()], "rank": [4], "shrinkage": [-1]},
+        {"rank": [4], "shrinkage": [-1]},
     ),
     Door(lowrank.truncated_svd, {"matrix": X, "rank": 1}, {"matrix": [X[0], NAN], "rank": [4]}),
-    Door(lowrank.solve, {"matrix": X, "right": X}, {"matrix": [X.T]}),
-    Door(LowRank, {"left": X, "right": X}, {"right": [X[:, 1:]]}),
     Door(Ball, {"radius": 1.0, "centre": 0.0}, {"radius": [-1.0, np.inf]}),
     Door(Ball.about, {"x": X, "margin": 1.0}, {"margin": [0.0]}),
     Door(Box, {"low": [0.0, 0.0], "high": 1.0}, {"low": [2.0, -np.inf]}),
