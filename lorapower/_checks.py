@@ -38,16 +38,6 @@ def integer(
     raise InputError(name, allowed=f"{allowed} ({limit})" if limit else allowed, value=value)
 
 
-def seed(value: Any) -> int:
-    """Read a seed, which may be of any size."""
-    return integer("seed", value, 0, None)
-
-
-def positive(name: str, value: Any) -> float:
-    """Read a finite number above 0."""
-    return _number(name, value, "a finite number above 0", lambda x: 0 < x < inf)
-
-
 def tolerance(name: str, value: Any) -> float:
     """Read a number of at least 0; infinity is allowed."""
     return _number(name, value, "a number of at least 0", lambda x: x >= 0)
@@ -65,11 +55,11 @@ def _number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) 
     raise InputError(name, allowed=allowed, value=value)
 
 
-def choice(name: str, value: Any, options: Sequence[Any], remedy: str = "") -> None:
+def choice(name: str, value: Any, options: Sequence[Any]) -> None:
     """Refuse a value that is not one of the options."""
     if value not in options:
         allowed = f"one of {', '.join(map(repr, options))}"
-        raise InputError(name, allowed=allowed, value=value, remedy=remedy)
+        raise InputError(name, allowed=allowed, value=value)
 
 
 def ranks_per_layer(ranks: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:

@@ -37,7 +37,6 @@ def colliding_inputs(
     most ``reach`` away; it is ``x`` where there is no such direction. Source: [lem-final-layers].
     """
     x = frozen.as_inputs(x).double()
-    reach = _checks.positive("reach", reach)
     lines = _Lines(frozen, x)
     generator = randomness.generator(seed, "colliding inputs")
     direction = lines.direction(generator)

@@ -73,12 +73,8 @@ def _region(network: Decoder) -> _Region:
     if settings.norm is None or not settings.residual:
         raise InputError("network", allowed="with residual connections and norms", given=network)
     if settings.activation == "gelu_tanh":
-        raise InputError(
-            "network",
-            allowed="of ReLUs, GELUs or SiLUs",
-            given="the tanh form of GELU",
-            remedy="of which nothing is proved; transformer_ranks counts for a pair of networks",
-        )
+        allowed, given = "of ReLUs, GELUs or SiLUs", "the tanh form of GELU"
+        raise InputError("network", allowed=allowed, given=given, remedy="nothing is proved of it")
     # On a circle or two points kinks of different units meet.
     m = _checks.integer("dimension of normalized tokens", network.dimension, 3)
     # A final LayerNorm hides one direction of what is written.
@@ -92,8 +88,7 @@ def _region(network: Decoder) -> _Region:
     kinds, count = savable_ranks(settings)
     least, units = max(written, 1 + sum(full[kind] - 1 for kind in kinds)), sizes["hidden"]
     if units < least:
-        allowed, remedy = f"at least {least}", "with fewer, less than these ranks may be enough"
-        raise InputError("network's hidden units", allowed=allowed, given=units, remedy=remedy)
+        raise InputError("network's hidden units", allowed=f"at least {least}", given=units)
     return _Region(pairs, full, (kinds, count))
 
 
@@ -121,8 +116,7 @@ def ranks_suffice(network: Decoder, ranks: Mapping[str, int]) -> bool:
     region = _region(network)
     if network.settings.rotary is not None or network.groups < network.heads:
         allowed = "without rotary positions and grouped heads"
-        remedy = "necessary_ranks has the ranks that are needed"
-        raise InputError("network", allowed=allowed, given=network, remedy=remedy)
+        raise InputError("network", allowed=allowed, given=network)
     if not isinstance(ranks, Mapping) or set(ranks) != set(network.weight_kinds):
         allowed = f"one rank for each of {', '.join(network.weight_kinds)}"
         raise InputError("ranks", allowed=allowed, given=ranks)

@@ -47,13 +47,8 @@ VECTORS: dict[str, tuple[str, ...]] = {
     "b_O": ("blocks", "width"),
     "b_1": ("blocks", "hidden"),
     "b_3": ("blocks", "hidden"),
-    "b_2": ("blocks", "width"),
-    "g_1": ("blocks", "width"),
-    "s_1": ("blocks", "width"),
-    "g_2": ("blocks", "width"),
-    "s_2": ("blocks", "width"),
-    "g_f": ("width",),
-    "s_f": ("width",),
+    **dict.fromkeys(("b_2", "g_1", "s_1", "g_2", "s_2"), ("blocks", "width")),
+    **dict.fromkeys(("g_f", "s_f"), ("width",)),
 }
 SHAPES = WEIGHTS | VECTORS
 Tokens = Float[Tensor, "*#batch width n"]

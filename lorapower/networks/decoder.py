@@ -68,7 +68,7 @@ class DecoderSettings(Settings):
         elif self.final_norm:
             raise InputError("final_norm", allowed="False without a norm", given=True)
         if self.rotary is not None:
-            _checks.positive("rotary", self.rotary)
+            _checks.finite("rotary", self.rotary, 1)
         _checks.finite("eps", self.eps, 0)
 
     @property

@@ -287,12 +287,9 @@ def _from_sequential(module: nn.Module, name: str) -> Network:
     if not any(relus) and all(layer.bias is None for layer in layers):
         return LinearNetwork(weights)
     if not all(relus[:-1]):
-        raise InputError(
-            name,
-            allowed="a Sequential with a ReLU between any two Linear layers",
-            given=f"none after its layer {relus.index(False) + 1}",
-            remedy="multiply the two into one",
-        )
+        allowed = "a Sequential with a ReLU between any two Linear layers"
+        given = f"none after its layer {relus.index(False) + 1}"
+        raise InputError(name, allowed=allowed, given=given, remedy="multiply the two into one")
     biases = [
         W.new_zeros(len(W)) if layer.bias is None else layer.bias
         for W, layer in zip(weights, layers, strict=True)

@@ -170,9 +170,6 @@ def _require_alike(frozen: AnyTransformer, target: AnyTransformer) -> None:
         names.remove("eps")
     target.require_like(frozen, names, tuple(frozen.sizes))
     if isinstance(frozen, Transformer) and frozen.sizes["hidden"] != frozen.width:
-        raise InputError(
-            "W_1",
-            allowed=f"square, with as many units as a token has coordinates ({frozen.width})",
-            given=f"{frozen.sizes['hidden']} units",
-            remedy="only then can adapters of the attention reach everything that the ReLU sees",
-        )
+        # Only then can adapters of the attention reach everything that the activation sees.
+        allowed = f"square, with as many units as a token has coordinates ({frozen.width})"
+        raise InputError("W_1", allowed=allowed, given=f"{frozen.sizes['hidden']} units")

@@ -169,7 +169,7 @@ class _Runs:
         # [runs, weights], −1 where a weight is tuned in full, and [runs, biases].
         self.ranks = self.each(self._ranks)
         self.tuned_biases = self.each(self._tuned_biases).bool()
-        self._start([*map(_checks.seed, seeds)])
+        self._start(seeds)
 
     def each(self, value: Callable[[Tuning], Any]) -> Tensor:
         """Compute a value of each run's tuning."""

@@ -71,8 +71,6 @@ class Tuning:
             raise InputError("final", allowed="0 where adapters have a rank", given=given)
         _checks.choice("schedule", self.schedule, get_args(Schedule))
         _checks.choice("loss", self.loss, get_args(Loss))
-        _checks.positive("learning_rate", self.learning_rate)
-        _checks.finite("weight_decay", self.weight_decay, 0.0)
 
 
 def _one_or_each(value: Any, read: Callable[[Any], T]) -> T | tuple[T, ...]:
