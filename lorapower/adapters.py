@@ -35,16 +35,12 @@ class Adapters:
     ``updates`` are in the order of the network's ``weights``, of rank 0 for a weight without an
     adapter. ``bias_updates`` are vectors ``[..., out]``, added to the network's ``biases``; empty
     where none is tuned. ``tuned`` says what each member of a batch tunes, as in training runs;
-    ``None`` where all columns and biases are. Raises `InputError` for no updates.
+    ``None`` where all columns and biases are.
     """
 
     updates: tuple[LowRank, ...]
     bias_updates: tuple[Float[Tensor, "*batch _"], ...] = ()
     tuned: Tuned | None = None
-
-    def __post_init__(self) -> None:
-        if not self.updates:
-            raise InputError("updates", allowed="one LowRank for each weight", given="none")
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -10,24 +10,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import _checks
-from .errors import InputError
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
     """Hold a matrix as factors: ``ΔW = A Bᵀ``.
 
-    ``left`` is ``A``, ``[..., out, rank]``, and ``right`` is ``B``, ``[..., in, rank]``. Raises
-    `InputError` for different numbers of columns.
+    ``left`` is ``A``, ``[..., out, rank]``, and ``right`` is ``B``, ``[..., in, rank]``.
     """
 
     left: Float[Tensor, "*#batch out rank"]
     right: Float[Tensor, "*#batch in rank"]
-
-    def __post_init__(self) -> None:
-        left, right = self.left.shape[-1], self.right.shape[-1]
-        if left != right:
-            raise InputError("right", allowed=f"of {left} columns, like left", given=right)
 
     @property
     def rank(self) -> int:
@@ -171,11 +164,8 @@ def solve(
 ) -> Float[Tensor, "*batch cols k"]:
     """Find the smallest ``X`` with ``M X = Y``, by a QR factorization of ``Mᵀ``.
 
-    ``M`` has full row rank, ``rows ≤ cols``; otherwise `InputError` is raised. Where ``M`` is
-    singular the result is not finite: check `condition_number` first.
+    ``M`` has full row rank, ``rows ≤ cols``. Where it is singular the result is not finite: check
+    `condition_number` first.
     """
-    rows, cols = matrix.shape[-2:]
-    if rows > cols:
-        raise InputError("matrix", allowed="at least as wide as high", given=f"{rows}×{cols}")
     Q, R = torch.linalg.qr(matrix.mT)
     return Q @ torch.linalg.solve_triangular(R.mT, right, upper=False)

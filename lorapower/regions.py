@@ -128,7 +128,6 @@ class Ball(Region):
     @classmethod
     def about(cls, x: Float[Tensor, "*batch width samples"], margin: float = 1.0) -> Ball:
         """Find the ball about the mean of inputs that holds them; ``margin`` scales its radius."""
-        margin = _checks.positive("margin", margin)
         centre = x.mean(-1, keepdim=True)
         radius = torch.linalg.vector_norm(x - centre, dim=-2).amax(-1)
         return cls(margin * radius, centre[..., 0])
@@ -241,14 +240,13 @@ class Samples(Region):
         return self.centre + (1 + self.margin) * (self.inputs - self.centre)
 
 
-def as_region(value: Region | Any, width: int, dtype: torch.dtype, name: str = "on") -> Region:
+def as_region(value: Region | Any, width: int, dtype: torch.dtype) -> Region:
     """Read a region of inputs of this width and type; columns ``[..., width, samples]`` are one.
 
-    Raises `InputError`, which calls the value ``name``, for anything else.
+    Raises `InputError` for anything else.
     """
     if value is None:
         allowed = "given for networks with ReLUs: a region, or columns [..., width, samples]"
-        remedy = "their biases are tuned for these inputs; regions.Ball(3.0) is a region"
-        raise InputError(name, allowed=allowed, given="none", remedy=remedy)
-    region = value if isinstance(value, Region) else Samples(_checks.columns(name, value, width))
+        raise InputError("on", allowed=allowed, given="none")
+    region = value if isinstance(value, Region) else Samples(_checks.columns("on", value, width))
     return region.fit(width, dtype)

@@ -52,7 +52,7 @@ def reduced_rank(
     variance of a coordinate of ``z``: ``K = R⁺ U_r U_rᵀ R B`` with the coefficients ``B`` of the
     fit of any rank and the leading left singular vectors ``U_r`` of ``R B C^{1/2}``, ``C`` the
     covariance of ``z``. Without ``intercept``, ``a = 0`` and second moments replace covariances.
-    Raises `InputError` for data that are not finite, or of different types or numbers of samples.
+    Raises `InputError` for data that are not finite, and ranks out of range.
 
     Parameters
     ----------
@@ -79,10 +79,6 @@ def reduced_rank(
     """
     y = _checks.real_tensor("outputs", outputs, min_dims=2)
     z = _checks.real_tensor("inputs", inputs, min_dims=2)
-    if y.dtype != z.dtype:
-        raise InputError("outputs", allowed=f"{z.dtype}, like the inputs", given=y.dtype)
-    if y.shape[-1] != z.shape[-1]:
-        raise InputError("outputs", allowed=f"{z.shape[-1]} columns", given=y.shape[-1])
     out, into = y.shape[-2], z.shape[-2]
     rank = _checks.integer("rank", rank, 0, min(out, into), limit="the smaller side")
     shrinkage = _checks.tolerance("shrinkage", shrinkage)

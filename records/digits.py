@@ -134,7 +134,7 @@ def _train(network: FNN, task: list[Labelled], seed: int, steps: int, purpose: s
     """Train all weights of a network."""
     data = Fixed(*task[:2], samples=BATCH, seed=seed, purpose=(purpose,))
     tuning = Tuning(final=network.depth, learning_rate=3e-3)
-    options: Any = {"steps": steps, "every": EVERY, "classes": range(CLASSES)}
+    options: Any = {"steps": steps, "every": EVERY}
     return train(network, [tuning], data, **options).network[0].to(torch.float64)
 
 
@@ -169,7 +169,7 @@ def measure(runs: Sequence[Run]) -> list[Readings]:
 
     methods = [run.method for run in runs]
     data = Fixed(images, validation, samples=BATCH, seed=problem.seed)
-    options: Any = {"steps": problem.steps, "every": EVERY, "classes": range(CLASSES)}
+    options: Any = {"steps": problem.steps, "every": EVERY}
     options |= {"seed": problem.seed, "region": region, "fit": fit}
     return [
         Readings(

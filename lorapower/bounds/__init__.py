@@ -6,27 +6,11 @@ and the errors of deep linear networks.
 
 from . import samples
 from .final_layers import colliding_inputs, final_layers_floor
-from .floors import (
-    attention_floor,
-    directions,
-    far_error,
-    feed_forward_floor,
-)
-from .layers import (
-    fnn_error,
-    fnn_error_on,
-    fnn_threshold,
-)
-from .narrow_heads import NarrowHeadRanks, narrow_head_ranks
-from .transformer import (
-    necessary_ranks,
-    packed_rank,
-    ranks_suffice,
-    transformer_ranks,
-)
+from .floors import attention_floor, directions, far_error, feed_forward_floor
+from .layers import fnn_error, fnn_error_on, fnn_threshold
+from .transformer import necessary_ranks, packed_rank, ranks_suffice, transformer_ranks
 
 __all__ = [
-    "NarrowHeadRanks",
     "attention_floor",
     "colliding_inputs",
     "directions",
@@ -36,7 +20,6 @@ __all__ = [
     "fnn_error",
     "fnn_error_on",
     "fnn_threshold",
-    "narrow_head_ranks",
     "necessary_ranks",
     "packed_rank",
     "ranks_suffice",

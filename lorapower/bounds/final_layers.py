@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks, randomness
-from ..errors import InputError
 from ..networks.layers import FNN
 
 # Steps of hit-and-run from one input to the other.
@@ -38,7 +37,6 @@ def colliding_inputs(
     most ``reach`` away; it is ``x`` where there is no such direction. Source: [lem-final-layers].
     """
     x = frozen.as_inputs(x).double()
-    reach = _checks.positive("reach", reach)
     lines = _Lines(frozen, x)
     generator = randomness.generator(seed, "colliding inputs")
     direction = lines.direction(generator)
@@ -67,9 +65,6 @@ def final_layers_floor(frozen: FNN, target: FNN, *, samples: int = 4096, seed: i
     """
     samples = _checks.integer("samples", samples, 2)
     _checks.like_frozen(target, frozen)
-    if target.widths[0] != frozen.widths[0]:
-        allowed = f"of {frozen.widths[0]} inputs, like the frozen network"
-        raise InputError("target", allowed=allowed, given=f"{target.widths[0]} inputs")
     generator = randomness.generator(seed, "floor for the final layers")
     shape = (*frozen.batch_shape, frozen.widths[0], samples)
     start = randomness.normal(generator, *shape, device=frozen.device)

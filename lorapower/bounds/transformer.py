@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args, overload
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -12,23 +12,11 @@ from .. import _checks
 from ..errors import InputError
 from ..networks.decoder import Decoder, DecoderSettings, Norm
 from ..networks.gap import Gap
-from ..networks.segmentation import (
-    ADAPTED,
-    DecoderSegments,
-    PlainSegments,
-    Segments,
-    parts_of,
-    segments,
-)
-from ..networks.transformer import Transformer
-from .narrow_heads import narrow_head_ranks
+from ..networks.segmentation import ADAPTED, AnyTransformer, Segments, segments
+from ._narrow_heads import narrow_head_ranks
 
 
-@overload
-def transformer_ranks(frozen: Transformer, target: Transformer) -> PlainSegments[Tensor]: ...
-@overload
-def transformer_ranks(frozen: Decoder, target: Decoder) -> DecoderSegments[Tensor]: ...
-def transformer_ranks(frozen: Any, target: Any) -> Segments[Tensor]:
+def transformer_ranks(frozen: AnyTransformer, target: AnyTransformer) -> Segments[Tensor]:
     """Find the least ranks that make segments exact [thm-transformer], [thm-residual].
 
     Where a segment differs by ``E``: ``⌈rank(E)/2⌉`` for two weights, more for heads narrower than
@@ -53,8 +41,7 @@ def transformer_ranks(frozen: Any, target: Any) -> Segments[Tensor]:
         inner, outer, together = narrow_head_ranks(gap)[:3]
         return torch.stack([inner, outer, -(-together // 2)]).amax(0)
 
-    cut = segments(frozen, target)
-    return type(cut)(**{name: least(name, gap) for name, gap in parts_of(cut).items()})
+    return Segments({name: least(name, gap) for name, gap in segments(frozen, target).items()})
 
 
 def savable_ranks(settings: DecoderSettings) -> tuple[list[str], int]:
@@ -86,12 +73,8 @@ def _region(network: Decoder) -> _Region:
     if settings.norm is None or not settings.residual:
         raise InputError("network", allowed="with residual connections and norms", given=network)
     if settings.activation == "gelu_tanh":
-        raise InputError(
-            "network",
-            allowed="of ReLUs, GELUs or SiLUs",
-            given="the tanh form of GELU",
-            remedy="of which nothing is proved; transformer_ranks counts for a pair of networks",
-        )
+        allowed, given = "of ReLUs, GELUs or SiLUs", "the tanh form of GELU"
+        raise InputError("network", allowed=allowed, given=given, remedy="nothing is proved of it")
     # On a circle or two points kinks of different units meet.
     m = _checks.integer("dimension of normalized tokens", network.dimension, 3)
     # A final LayerNorm hides one direction of what is written.
@@ -105,8 +88,7 @@ def _region(network: Decoder) -> _Region:
     kinds, count = savable_ranks(settings)
     least, units = max(written, 1 + sum(full[kind] - 1 for kind in kinds)), sizes["hidden"]
     if units < least:
-        allowed, remedy = f"at least {least}", "with fewer, less than these ranks may be enough"
-        raise InputError("network's hidden units", allowed=allowed, given=units, remedy=remedy)
+        raise InputError("network's hidden units", allowed=f"at least {least}", given=units)
     return _Region(pairs, full, (kinds, count))
 
 
@@ -134,8 +116,7 @@ def ranks_suffice(network: Decoder, ranks: Mapping[str, int]) -> bool:
     region = _region(network)
     if network.settings.rotary is not None or network.groups < network.heads:
         allowed = "without rotary positions and grouped heads"
-        remedy = "necessary_ranks has the ranks that are needed"
-        raise InputError("network", allowed=allowed, given=network, remedy=remedy)
+        raise InputError("network", allowed=allowed, given=network)
     if not isinstance(ranks, Mapping) or set(ranks) != set(network.weight_kinds):
         allowed = f"one rank for each of {', '.join(network.weight_kinds)}"
         raise InputError("ranks", allowed=allowed, given=ranks)
@@ -211,7 +192,8 @@ def packed_rank(
     counts as 0, and ``2 R ≥ min(2 d, m)``. The sides ``p`` are ``H d`` of ``W_Q`` and ``W_O`` and
     ``d`` for each group of ``W_K`` and ``W_V``; ``q`` is the width for ``W_O``, otherwise the
     dimension ``m`` of normalized tokens; ``γ`` is ``d²`` for each group, ``d`` for rotary scores.
-    Raises `InputError` for numbers out of range, and for values of heads larger than ``m``.
+    Raises `InputError` for groups that do not divide the heads, and for values of heads larger than
+    ``m``.
 
     Examples
     --------
@@ -221,11 +203,9 @@ def packed_rank(
     >>> packed_rank(768, heads=12, head_size=64, norm="layer")
     611
     """
-    width, heads = _checks.integer("width", width, 1), _checks.integer("heads", heads, 1)
-    d = _checks.integer("head_size", head_size, 1)
-    groups = heads if groups is None else _checks.integer("groups", groups, 1, heads)
+    groups, d = heads if groups is None else groups, head_size
     if heads % groups:
-        raise InputError("heads", allowed=f"a multiple of {groups}, the groups", given=heads)
+        raise InputError("groups", allowed=f"a divisor of {heads}, the heads", given=groups)
     _checks.choice("part", part, ("scores", "values"))
     _checks.choice("norm", norm, get_args(Norm))
     m = width - 1 if norm == "layer" else width

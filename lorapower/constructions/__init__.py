@@ -9,7 +9,7 @@ from .fitted import FittedAdaptation, adapt_fitted
 from .fnn import FNNAdaptation, adapt_relu
 from .fused import fuse
 from .general import Adapted, adapt, rank_for_error
-from .linear import Adaptation, LinearAdaptation, adapt_gap, adapt_linear
+from .linear import Adaptation, LinearAdaptation, adapt_linear
 from .transformer import TransformerAdaptation, adapt_transformer
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "adapt",
     "adapt_attention",
     "adapt_fitted",
-    "adapt_gap",
     "adapt_linear",
     "adapt_relu",
     "adapt_transformer",

@@ -40,26 +40,19 @@ def adapt_attention(
     >>> from lorapower.bounds import attention_floor, far_error
     >>> from lorapower.constructions import adapt_attention
     >>> from lorapower.networks import Decoder
-    >>> frozen, target = (
-    ...     Decoder.random(1, 6, 2, residual=True, norm="layer", seed=s) for s in (0, 1)
-    ... )
+    >>> kind = {"residual": True, "norm": "layer"}
+    >>> frozen, target = (Decoder.random(1, 6, 2, seed=s, **kind) for s in (0, 1))
     >>> tokens = torch.randn(6, 500, dtype=torch.float64)
     >>> adapted = adapt_attention(frozen, target, tokens).merge(frozen)
-    >>> floor, (error, _) = attention_floor(frozen, target, tokens), far_error(
-    ...     adapted, target, tokens, 1e4
-    ... )
-    >>> 1 <= float(error / floor.value) < 1.01
+    >>> error, _ = far_error(adapted, target, tokens, 1e4)
+    >>> 1 <= float(error / attention_floor(frozen, target, tokens).value) < 1.01
     True
     """
     best, given = attention_floor(frozen, target, tokens, ranks), frozen.value_ranks(ranks)
     _checks.single(frozen=frozen, target=target)
-    if frozen.sizes["value size"] < frozen.width:
-        raise InputError(
-            "frozen",
-            allowed="with heads as wide as the tokens",
-            given=frozen.sizes["value size"],
-            remedy="narrower ones cannot add every linear map",
-        )
+    if (size := frozen.sizes["value size"]) < frozen.width:
+        # Narrower ones cannot add every linear map.
+        raise InputError("frozen", allowed="with heads as wide as the tokens", given=size)
     V, values = frozen.basis(), frozen.W_V.clone()
     # Heads of a group share their values.
     outputs = frozen.W_O.unflatten(1, (frozen.groups, -1)).sum(2)
@@ -99,10 +92,6 @@ def _solve(matrix: Tensor, columns: Tensor, name: str) -> Tensor:
     eps = torch.finfo(matrix.dtype).eps
     solution = torch.linalg.pinv(matrix, rtol=eps ** (2 / 3)) @ columns
     if (matrix @ solution - columns).norm() > eps**0.5 * columns.norm():
-        raise InputError(
-            f"frozen's {name}",
-            allowed="of full rank",
-            given="one that hides directions",
-            remedy="perturb it",
-        )
+        given = "one that hides directions"
+        raise InputError(f"frozen's {name}", allowed="of full rank", given=given)
     return solution

@@ -22,7 +22,7 @@ from .fused import Fused, _Split, fuse
 from .linear import Adaptation
 
 # The package offers the rest.
-__all__ = ["fit", "nearest"]
+__all__ = ["nearest"]
 
 # Shrinkages towards the error matrix, in mean variances of an input.
 _SHRINKAGES = (0.0, 0.01, 0.1, 1.0, inf)
@@ -134,12 +134,11 @@ def adapt_fitted(
         region = as_region(on, data.fit.shape[-2], data.fit.dtype)
     elif on is not None:
         raise InputError("on", allowed="left out but for ReLU networks", given=f"one for {frozen}")
-    adapters = fit(fused, data.fit, data.select)
+    adapters = _fit(fused, data.fit, data.select)
     return FittedAdaptation.measure(fused, adapters, region, data, throw=throw)
 
 
-@torch.no_grad()
-def fit(fused: Fused, inputs: Tensor, select: Tensor) -> Adapters:
+def _fit(fused: Fused, inputs: Tensor, select: Tensor) -> Adapters:
     """Find the adapters of the fused network that err least on ``select``; see `adapt_fitted`."""
     network, target = fused.network, fused.fused_target
     pairs = zip(network.weights, target.weights, fused.fused_ranks, strict=True)

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from .. import _checks
 from ..adapters import Adapters
-from ..errors import PrecisionError, SingularError
+from ..errors import PrecisionError
 from ..lowrank import LowRank
 from ..networks.gap import Gap
 from ..networks.layers import FNN, product
 from ..networks.partition import Partition, blocks
 from ..regions import Ball, Region, as_region
-from .linear import Adaptation, LinearAdaptation, adapt_gap
+from .linear import Adaptation, adapt_gap
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -134,13 +134,14 @@ def adapt_relu(
     updates, bias_updates, solutions, digits_lost = [], [], [], []
     for i, (gap, layers) in enumerate(zip(gaps, partition.slices, strict=True)):
         block, layer = frozen.layers(layers), target.layers(slice(i, i + 1))
-        solution = _adapt_weights(gap, per_layer[layers], layers.start, throw)
+        solution = adapt_gap(gap, per_layer[layers], throw=throw, first=layers.start)
         own, biases, lost, image = _adapt_block(
             block, layer, gap, solution.adapters, regions[-1], typical
         )
         digits_lost.append(lost.expand(batch))
-        if throw:
-            _require_digits(digits_lost[-1], limit, i + 1, frozen.dtype)
+        if throw and (failed := digits_lost[-1] > limit).any():
+            worst, member = float(digits_lost[-1][failed][0]), _checks.failed_members(failed)
+            raise PrecisionError(i + 1, worst, limit=limit, dtype=frozen.dtype, member=member)
         updates += own
         bias_updates += biases
         solutions.append(solution)
@@ -160,21 +161,6 @@ def adapt_relu(
         rounding_errors=stack(solution.rounding_error for solution in solutions),
         digits_lost=stack(digits_lost),
     )
-
-
-def _adapt_weights(gap: Gap, ranks: Sequence[int], first: int, throw: bool) -> LinearAdaptation:
-    """Adapt a block as a deep linear network; errors count layers in the whole network."""
-    try:
-        return adapt_gap(gap, ranks, throw=throw)
-    except SingularError as error:
-        raise error.at_layer(first + error.layer) from None
-
-
-def _require_digits(lost: Tensor, limit: float, block: int, dtype: torch.dtype) -> None:
-    failed = lost > limit
-    if failed.any():
-        worst, member = float(lost[failed][0]), _checks.failed_members(failed)
-        raise PrecisionError(block, worst, limit=limit, dtype=dtype, member=member)
 
 
 def _adapt_block(

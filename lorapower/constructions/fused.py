@@ -82,12 +82,8 @@ class Fused:
         # A few inputs may well be drawn twice.
         shared = len(columns[0] & columns[1])
         if 10 * shared > len(columns[1]):
-            raise InputError(
-                "held_out",
-                allowed="other inputs than those of the fit",
-                given=f"{shared} that are among them",
-                remedy="the inputs of a fit cannot judge it; split the inputs first",
-            )
+            allowed = "other inputs than those of the fit, which cannot judge it"
+            raise InputError("held_out", allowed=allowed, given=f"{shared} that are among them")
         return _Split(parts[0], *parts[1].tensor_split(2, -1))
 
 

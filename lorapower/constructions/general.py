@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,11 +103,9 @@ def adapt(
     if isinstance(network, FNN):
         found: Adaptation = adapt_relu(network, goal, ranks, on, partition, throw=throw)
     elif on is not None or partition is not None:
-        name = "on" if partition is None else "partition"
+        name, given = ("partition", partition) if partition is not None else ("on", on)
         allowed = "left out for linear networks and transformers, adapted for all inputs"
-        raise InputError(
-            name, allowed=allowed, given=type(partition if on is None else on).__name__
-        )
+        raise InputError(name, allowed=allowed, given=type(given).__name__)
     else:
         construct: Any = adapt_linear if isinstance(network, LinearNetwork) else adapt_transformer
         found = construct(network, goal, ranks, throw=throw)
@@ -116,14 +113,12 @@ def adapt(
 
 
 @torch.no_grad()
-def rank_for_error(
-    frozen: Any, target: Any, error: float, on: Any, *, ranks: Sequence[int] | None = None
-) -> int:
+def rank_for_error(frozen: Any, target: Any, error: float, on: Any) -> int:
     """Find the least rank at which constructed adapters leave at most an error on given inputs.
 
     The error is `regression.relative_error`, the mean square over the variance of the target's
-    outputs. Adapters of each of the ``ranks``, by default all from 0 on, are made for single
-    networks and measured on columns ``[width, samples]`` or sequences ``[..., width, tokens]``.
+    outputs. Adapters of one rank after the other, from 0 on, are made for single networks and
+    measured on columns ``[width, samples]`` or sequences ``[..., width, tokens]``.
     Raises `InputError` where no rank is enough. [def-needed-rank] has the mean square, not the
     variance, of the outputs.
 
@@ -141,15 +136,11 @@ def rank_for_error(
     _checks.single(frozen=frozen, target=target)
     error, x = _checks.tolerance("error", error), target.as_inputs(on, "on")
     wanted, region = target(x), x if isinstance(frozen, FNN) else None
-    largest = max(min(weight.shape) for weight in frozen.weights)
-    tried = range(largest + 1) if ranks is None else sorted(ranks)
-    if not tried:
-        raise InputError("ranks", allowed="at least one rank to try", given="none")
-    for rank in tried:
+    for rank in range(max(min(weight.shape) for weight in frozen.weights) + 1):
         adapted = adapt(frozen, target, rank, region, throw=False).network
         if relative_error(adapted(frozen.fill(x)), wanted) <= error:
             return rank
-    raise InputError("error", allowed="met by a rank that is tried", given=f"{error:.3g}")
+    raise InputError("error", allowed="met by some rank", given=f"{error:.3g}")
 
 
 def _one_kind(frozen: Any, target: Any) -> tuple[Any, Any]:

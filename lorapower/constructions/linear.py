@@ -113,12 +113,15 @@ def adapt_linear(
 
 
 @torch.no_grad()
-def adapt_gap(gap: Gap, ranks: Sequence[int], *, throw: bool = True) -> LinearAdaptation:
+def adapt_gap(
+    gap: Gap, ranks: Sequence[int], *, throw: bool = True, first: int = 0
+) -> LinearAdaptation:
     """Adapt the frozen layers of a `Gap`, one rank per layer, as `adapt_linear` does.
 
     The gap may be a batch of any shape, such as the blocks of ReLU networks ``[...]`` or the heads
     of transformers ``[..., L, H]``; all parts of the result have this shape. Decompositions that
-    the gap holds are used again. Raises what `adapt_linear` raises.
+    the gap holds are used again. Raises what `adapt_linear` raises, with ``first`` layers before
+    those of the gap.
     """
     eps = torch.finfo(gap.frozen.dtype).eps
     ranks = gap.ranks(ranks)
@@ -139,7 +142,7 @@ def adapt_gap(gap: Gap, ranks: Sequence[int], *, throw: bool = True) -> LinearAd
         member = int(relative.argmax())
         layer = int(best.conditions[member].argmax())
         raise SingularError(
-            layer + 1,
+            first + layer + 1,
             float(best.conditions[member, layer]),
             float(relative[member]),
             1 / last_place,

@@ -21,15 +21,12 @@ from ..networks.segmentation import (
     ADAPTED,
     DIMENSIONS,
     AnyTransformer,
-    DecoderSegments,
-    PlainSegments,
     Segments,
-    is_regular,
-    parts_of,
+    inverted,
     segments,
 )
 from ..networks.transformer import Transformer
-from . import narrow_heads, unit_symmetry
+from . import _narrow_heads, _unit_symmetry
 from .linear import Adaptation, LinearAdaptation, adapt_gap
 
 A = TypeVar("A", Transformer, Decoder)
@@ -45,7 +42,7 @@ class TransformerAdaptation(Adaptation):
 
     Attributes
     ----------
-    solutions : PlainSegments or DecoderSegments
+    solutions : Segments
         A `LinearAdaptation` for each segment with two adapted weights: of four layers,
         ``[..., L, H]``; ``output`` of two, ``[...]``. A decoder may have none.
     shift_condition_numbers : Tensor
@@ -63,10 +60,10 @@ class TransformerAdaptation(Adaptation):
         Errors of outputs, relative to the terms summed, seldom much exceed ``eps`` times this.
         """
         shifts = self.shift_condition_numbers
-        if not parts_of(self.solutions):
+        if not self.solutions:
             return shifts.new_ones(shifts.shape[:-1])
-        worst = {k: v.condition_numbers.amax(-1) for k, v in parts_of(self.solutions).items()}
-        largest: Tensor = type(self.solutions)(**worst).largest()
+        worst = {name: found.condition_numbers.amax(-1) for name, found in self.solutions.items()}
+        largest = Segments(worst).largest()
         if not shifts.shape[-1]:
             return largest
         between, last = shifts.tensor_split([-1], dim=-1)
@@ -91,8 +88,8 @@ def adapt_transformer(
     a `Decoder` gains and shifts become the target's (`Decoder.with_norms` writes it with the frozen
     ones, but for those of a final norm), and biases complete what segments leave. Where ranks of
     feed-forward weights lack one that scales of units can save, the target's units are aligned
-    first (`unit_symmetry.save_ranks`), so that every vertex of [thm-needed] is exact; updates can
-    then be much larger than differences.
+    first, so that every vertex of [thm-needed] is exact; updates can then be much larger than
+    differences.
 
     Raises `SingularError` where a segment is reached with less than half of the digits, relative to
     the product of its factors' norms plus the target's, and `InputError` for
@@ -124,10 +121,10 @@ def adapt_transformer(
     >>> adapted(tokens).allclose(target(tokens))
     True
     """
-    gaps: Any = segments(frozen, target, throw=throw)
+    gaps = segments(frozen, target, throw=throw)
     by_kind = _ranks_by_kind(ranks, frozen)
     if isinstance(frozen, Decoder) and isinstance(target, Decoder):
-        target, gaps = unit_symmetry.save_ranks(frozen, target, gaps, by_kind)
+        target, gaps = _unit_symmetry.save_ranks(frozen, target, gaps, by_kind)
     solutions, of_kind = _adapt_segments(gaps, by_kind, throw)
     updates = [
         next(of_kind[kind]) if adapts else LowRank(w[..., :0], w.mT[..., :0])
@@ -140,30 +137,33 @@ def adapt_transformer(
     if isinstance(adapted, Transformer) and isinstance(target, Transformer):
         vectors, conditions = _plain_vectors(adapted, target, gaps, solutions["value_output"])
     else:
-        vectors, conditions = _vectors(adapted, target, paired=gaps.query_key is not None), None
-        if gaps.query_key is not None:
+        vectors, conditions = _vectors(adapted, target, paired="query_key" in gaps), None
+        if "query_key" in gaps:
             vectors["b_Q"], solutions["query_key"] = _query_bias(
-                adapted, target, gaps.query_key, solutions["query_key"], throw
+                adapted, target, gaps["query_key"], solutions["query_key"], throw
             )
     reached = frozen.one_by_one(frozen.bias_kinds, vectors)
     changes = tuple(new - old for new, old in zip(reached, frozen.biases, strict=True))
-    success = is_regular(frozen, target)
+    batch = torch.broadcast_shapes(frozen.batch_shape, target.batch_shape)
+    success = torch.ones(batch, dtype=torch.bool).to(frozen.device)
+    for relative in inverted(frozen, target).values():
+        success = success & (relative <= 1).all(-1)
     if solutions:
-        failed = type(gaps)(**{name: ~solution.success for name, solution in solutions.items()})
+        failed = Segments({name: ~found.success for name, found in solutions.items()})
         success = success & ~failed.largest()
     if conditions is None:
         conditions = frozen.weights[0].new_zeros(*success.shape, 0)
     adapters = Adapters(tuple(updates), changes)
-    return TransformerAdaptation(adapters, success, type(gaps)(**solutions), conditions)
+    return TransformerAdaptation(adapters, success, solutions, conditions)
 
 
 def _adapt_segments(
     gaps: Segments[Gap], ranks: Mapping[str, int], throw: bool
-) -> tuple[dict[str, LinearAdaptation], dict[str, Iterator[LowRank]]]:
+) -> tuple[Segments[LinearAdaptation], dict[str, Iterator[LowRank]]]:
     """Adapt each segment; return solutions of two weights, and the updates of each kind."""
-    solutions: dict[str, LinearAdaptation] = {}
+    solutions = Segments[LinearAdaptation]()
     of_kind: dict[str, Iterator[LowRank]] = {}
-    for name, gap in parts_of(gaps).items():
+    for name, gap in gaps.items():
         own = {kind: ranks[kind] for kind in ADAPTED[name]}
         if len(own) == 1:
             updates: tuple[LowRank, ...] = (_adapt_single(name, gap, *own.values()),)
@@ -188,8 +188,8 @@ def _adapt_segments(
 def _ranks_by_kind(ranks: Any, network: AnyTransformer) -> dict[str, int]:
     """Read the rank of each kind of adapted weight, from one for all or one for each kind."""
     shapes = {kind: network.parameters[kind].shape[-2:] for kind in network.adapted_kinds}
-    if isinstance(ranks, PlainSegments | DecoderSegments):
-        largest = {name: int(part.max()) for name, part in parts_of(ranks).items()}
+    if isinstance(ranks, Segments):
+        largest = {name: int(part.max()) for name, part in ranks.items()}
         ranks = {kind: R for name, R in largest.items() for kind in ADAPTED[name]}
     allowed = f"one integer, or one for each of {', '.join(shapes)}"
     if isinstance(ranks, list | tuple | Tensor):
@@ -207,10 +207,10 @@ def _ranks_by_kind(ranks: Any, network: AnyTransformer) -> dict[str, int]:
 def _adapt_pair(name: str, gap: Gap, ranks: Mapping[str, int], throw: bool) -> LinearAdaptation:
     """Adapt a segment's two factors: the middle ones of four layers, or both of two."""
     inner, outer = ranks.values()
-    if narrow_heads.is_narrow(gap):
+    if _narrow_heads.is_narrow(gap):
         if throw:
-            narrow_heads.require_ranks(gap, ranks)
-        solution = narrow_heads.adapt_narrow_heads(gap, inner, outer)
+            _narrow_heads.require_ranks(gap, ranks)
+        solution = _narrow_heads.adapt_narrow_heads(gap, inner, outer)
     else:
         each = (inner, outer) if gap.frozen.depth == 2 else (0, inner, outer, 0)
         solution = adapt_gap(gap, each, throw=False)
@@ -246,7 +246,7 @@ def _adapt_single(name: str, gap: Gap, rank: int) -> LowRank:
 def _plain_vectors(
     adapted: Transformer,
     target: Transformer,
-    gaps: PlainSegments[Gap],
+    gaps: Segments[Gap],
     values: LinearAdaptation,
 ) -> tuple[dict[str, Tensor], Float[Tensor, "*batch _"]]:
     """Find biases of a plain transformer, and the condition numbers of their systems."""
@@ -257,8 +257,9 @@ def _plain_vectors(
     last = lowrank.solve(adapted.W_out, wanted)[..., 0].nan_to_num(0, 0, 0)
     between = lowrank.times(adapted.W_2[..., :-1, :, :], shift)
     # Columns of a softmax sum to 1: what inexact segments make of the shift is constant.
-    reached = values.adapters.merge(gaps.value_output.frozen).product()
-    missed = (gaps.value_output.target.product() - reached).sum(-3)[..., 1:, :, :]
+    gap = gaps["value_output"]
+    reached = values.adapters.merge(gap.frozen).product()
+    missed = (gap.target.product() - reached).sum(-3)[..., 1:, :, :]
     b_1 = target.b_1 + pad(lowrank.times(missed, shift), (0, 0, 1, 0))
     conditions = lowrank.condition_number(target.W_2)[..., :-1].expand(shift.shape[:-1])
     of_out = lowrank.condition_number(adapted.W_out)[..., None]

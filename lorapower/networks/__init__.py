@@ -7,25 +7,23 @@ from .gap import Gap
 from .layers import FNN, LinearNetwork, as_network, product
 from .partition import Partition, blocks
 from .pretrained import from_decoder, to_decoder
-from .segmentation import DecoderSegments, PlainSegments, is_regular, segments
+from .segmentation import Segments, segments
 from .transformer import Transformer
 
 __all__ = [
     "FNN",
     "Decoder",
-    "DecoderSegments",
     "DecoderSettings",
     "Gap",
     "LinearNetwork",
     "Network",
     "Partition",
-    "PlainSegments",
+    "Segments",
     "Settings",
     "Transformer",
     "as_network",
     "blocks",
     "from_decoder",
-    "is_regular",
     "product",
     "segments",
     "to_decoder",

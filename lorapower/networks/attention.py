@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -48,13 +47,8 @@ VECTORS: dict[str, tuple[str, ...]] = {
     "b_O": ("blocks", "width"),
     "b_1": ("blocks", "hidden"),
     "b_3": ("blocks", "hidden"),
-    "b_2": ("blocks", "width"),
-    "g_1": ("blocks", "width"),
-    "s_1": ("blocks", "width"),
-    "g_2": ("blocks", "width"),
-    "s_2": ("blocks", "width"),
-    "g_f": ("width",),
-    "s_f": ("width",),
+    **dict.fromkeys(("b_2", "g_1", "s_1", "g_2", "s_2"), ("blocks", "width")),
+    **dict.fromkeys(("g_f", "s_f"), ("width",)),
 }
 SHAPES = WEIGHTS | VECTORS
 Tokens = Float[Tensor, "*#batch width n"]
@@ -103,8 +97,7 @@ class Attention(Network):
     """A network of blocks of attention and feed-forward layers, of the kinds of its `settings`.
 
     Each parameter is also an attribute, such as ``network.W_Q``. Raises `InputError` for sizes that
-    do not fit, other or mixed types, non-finite entries, and parameters that the settings exclude
-    or lack.
+    do not fit, other or mixed types, non-finite entries, and parameters that the settings exclude.
     """
 
     parameters: Mapping[str, Any]
@@ -284,11 +277,6 @@ class Attention(Network):
 
     # Evaluation.
 
-    def as_inputs(self, x: Any, name: str = "x") -> Tokens:
-        x = super().as_inputs(x, name)
-        _checks.common_shape(f"{name} and network", [tuple(x.shape[:-2]), tuple(self.batch_shape)])
-        return x
-
     def __call__(self, x: Tokens) -> Float[Tensor, "*batch out n"]:
         """Compute the output; leading dimensions of ``x`` broadcast with the batch."""
         z = self.as_inputs(x)
@@ -310,9 +298,10 @@ class Attention(Network):
         hidden = self.hidden(l, u)
         return _BlockTrace(patterns, hidden, self.feed_forward(l, u, hidden))
 
-    @abstractmethod
     def scores(self, l: int, z: Tokens) -> Scores:
-        """Compute the scores of block ``l``, counted from 0: a row per key, a column per query."""
+        """Compute ``Zᵀ W_Kᵀ W_Q Z`` of block ``l``, from 0: a row per key, a column per query."""
+        queries, keys = (by_heads(w[..., l, :, :, :], z) for w in (self.W_Q, self.W_K))
+        return keys.mT @ queries
 
     def patterns(self, scores: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
         """Compute the softmax of each column; if ``causal``, over the token and earlier ones."""
@@ -321,9 +310,9 @@ class Attention(Network):
             scores = scores.masked_fill(later, -torch.inf)
         return scores.softmax(-2)
 
-    @abstractmethod
     def attend(self, l: int, z: Tokens, patterns: Scores) -> Tokens:
         """Compute ``U`` of block ``l`` from tokens and attention patterns."""
+        return self.mix(l, z, patterns)
 
     def mix(self, l: int, z: Tokens, patterns: Scores) -> Tokens:
         """Compute ``Σ_h W_O^h W_V^h Z P_h`` of block ``l``."""
@@ -331,21 +320,21 @@ class Attention(Network):
         mixed = (self.each_head(values) @ patterns).flatten(-3, -2)
         return times(self.W_O[..., l, :, :, :].transpose(-3, -2).flatten(-2), mixed)
 
-    @abstractmethod
     def hidden(self, l: int, u: Tokens) -> Hidden:
         """Compute the argument of block ``l``'s activation from ``U``."""
+        return times(self.W_1[..., l, :, :], u) + self.b_1[..., l, :, None]
 
     def activate(self, p: Hidden) -> Hidden:
         """Compute ``σ(p)``."""
         return ACTIVATIONS[self.settings.activation](p)
 
-    @abstractmethod
     def feed_forward(self, l: int, u: Tokens, hidden: Hidden) -> Tokens:
         """Compute ``Y`` of block ``l``, which the next block reads, from ``U`` and `hidden`."""
+        return times(self.W_2[..., l, :, :], self.activate(hidden)) + self.b_2[..., l, :, None]
 
-    @abstractmethod
     def output(self, z: Tokens) -> Float[Tensor, "*batch out n"]:
         """Compute the outputs for the tokens that leave the last block."""
+        return times(self.W_out, z)
 
     def each_head(self, stack: Tensor, dim: int = -3) -> Tensor:
         """Repeat the members of a stack, one for each group, for each head of the group."""
@@ -355,41 +344,25 @@ class Attention(Network):
     def _usable(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """Complete parameters as the settings ask, all of one type and batch shape."""
         for kind in given:
-            _checks.choice("parameters", kind, tuple(SHAPES))
-            if kind not in self.kinds:
-                raise InputError(kind, allowed="left out with these settings", given="one")
-        for kind in self.weight_kinds:
-            if kind != "W_out" and kind not in given:
-                raise InputError(kind, allowed="given with these settings", given="none")
+            _checks.choice("parameters", kind, self.kinds)
+        needed = {kind for kind in self.weight_kinds if kind != "W_out"} | {*given}
         tensors = {
             kind: _checks.real_tensor(kind, given[kind], min_dims=len(SHAPES[kind]), copy=True)
             for kind in self.kinds
-            if kind in given
+            if kind in needed
         }
         sizes = _sizes(tensors)
-        if len({tensor.dtype for tensor in tensors.values()}) > 1:
-            allowed = "all float32 or all float64"
-            raise InputError(
-                "weights and biases", allowed=allowed, given="both", remedy="convert one"
-            )
-        self._check_sizes(sizes)
-        shapes = [tuple(tensor.shape[: -len(SHAPES[kind])]) for kind, tensor in tensors.items()]
-        batch = _checks.common_shape("weights and biases", shapes)
-        parameters = {}
-        for kind in self.kinds:
-            if kind in tensors:
-                part = tensors[kind]
-            elif kind == "W_out":
-                part = torch.eye(sizes["width"]).to(tensors["W_Q"])
-            else:
-                shape = [sizes[side] for side in SHAPES[kind]]
-                part = tensors["W_Q"].new_full(shape, 1.0 if kind.startswith("g") else 0.0)
-            parameters[kind] = part.expand(*batch, *part.shape[-len(SHAPES[kind]) :])
-        return parameters
-
-    @abstractmethod
-    def _check_sizes(self, sizes: Mapping[str, int]) -> None:
-        """Refuse sizes that do not fit the settings."""
+        sizes.setdefault("outputs", sizes["width"])
+        if sizes["heads"] % sizes["groups"]:
+            allowed = f"as many as heads, {sizes['heads']}, or a part of these that divides them"
+            raise InputError("groups of W_K and W_V", allowed=allowed, given=sizes["groups"])
+        like = tensors["W_Q"]
+        for kind in {*self.kinds} - needed:
+            shape, value = [sizes[side] for side in SHAPES[kind]], float(kind.startswith("g"))
+            default = torch.eye(sizes["width"]) if kind == "W_out" else torch.full(shape, value)
+            tensors[kind] = default.to(like)
+        parts = [(tensors[kind], len(SHAPES[kind])) for kind in self.kinds]
+        return dict(zip(self.kinds, _checks.one_batch(parts), strict=True))
 
 
 def times(W: Float[Tensor, "*#batch out in"], x: Float[Tensor, "*#batch in n"]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -34,8 +34,7 @@ _COLUMNS = {"W_O": "value size", "W_2": "hidden", "b_2": "hidden"}
 class DecoderSettings(Settings):
     """What a `Decoder` does with its parameters [def-residual], [def-decoder].
 
-    Raises `InputError` where there are neither residual connections nor norms, as a `Transformer`
-    has it, for unknown norms and activations, and for numbers out of range.
+    Raises `InputError` for unknown norms and activations, and for numbers out of range.
 
     Parameters
     ----------
@@ -68,11 +67,8 @@ class DecoderSettings(Settings):
             _checks.choice("norm", self.norm, get_args(Norm))
         elif self.final_norm:
             raise InputError("final_norm", allowed="False without a norm", given=True)
-        elif not self.residual:
-            allowed, remedy = "True without norms", "a Transformer has neither"
-            raise InputError("residual", allowed=allowed, given=False, remedy=remedy)
         if self.rotary is not None:
-            _checks.positive("rotary", self.rotary)
+            _checks.finite("rotary", self.rotary, 1)
         _checks.finite("eps", self.eps, 0)
 
     @property
@@ -119,6 +115,12 @@ class Decoder(Attention):
 
     settings: DecoderSettings
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.settings.rotary is not None and self.W_Q.shape[-2] % 2:
+            allowed = "with an even query size, rotated in pairs"
+            raise InputError("W_Q", allowed=allowed, given=self.W_Q.shape[-2])
+
     @classmethod
     def random(
         cls,
@@ -150,16 +152,13 @@ class Decoder(Attention):
         >>> network.W_Q.shape, network.W_K.shape, network.W_3.shape
         (torch.Size([2, 4, 2, 8]), torch.Size([2, 2, 2, 8]), torch.Size([2, 16, 8]))
         """
-        chosen = DecoderSettings(**settings)
-        given = {
-            "blocks": _checks.integer("depth", depth, 1),
-            "width": _checks.integer("width", width, 1),
-            "heads": _checks.integer("heads", heads, 1),
-            "groups": _checks.integer("groups", heads if groups is None else groups, 1),
-            "hidden": _checks.integer("hidden", 2 * width if hidden is None else hidden, 1),
+        chosen, d = DecoderSettings(**settings), width if head_size is None else head_size
+        sizes = {
+            **{"blocks": depth, "width": width, "heads": heads},
+            "groups": heads if groups is None else groups,
+            "hidden": 2 * width if hidden is None else hidden,
+            **{"query size": d, "value size": d},
         }
-        d = _checks.integer("head_size", width if head_size is None else head_size, 1)
-        sizes = given | {"query size": d, "value size": d}
         generator = randomness.generator(seed, "residual transformer", purpose)
 
         def draw(kind: str, shape: tuple[int, ...]) -> Tensor:
@@ -284,7 +283,7 @@ class Decoder(Attention):
 
     def hidden(self, l: int, u: Tokens) -> Hidden:
         """Compute ``W_1 N_2(U) + b_1`` of block ``l``."""
-        return times(self.W_1[..., l, :, :], self._norm(2, l, u)) + self.b_1[..., l, :, None]
+        return super().hidden(l, self._norm(2, l, u))
 
     def up(self, l: int, u: Tokens) -> Hidden:
         """Compute ``W_3 N_2(U) + b_3``, by which a gated block multiplies activations."""
@@ -303,12 +302,3 @@ class Decoder(Attention):
         if not self.settings.final_norm:
             return z
         return self.g_f[..., None] * self.normalize(z) + self.s_f[..., None]
-
-    def _check_sizes(self, sizes: Mapping[str, int]) -> None:
-        heads, groups = sizes["heads"], sizes["groups"]
-        if groups < 1 or heads % groups:
-            allowed = f"as many as heads, {heads}, or a part of these that divides them"
-            raise InputError("groups of W_K and W_V", allowed=allowed, given=groups)
-        if self.settings.rotary is not None and sizes["query size"] % 2:
-            allowed = "with an even query size, rotated in pairs"
-            raise InputError("W_Q", allowed=allowed, given=sizes["query size"])

@@ -31,13 +31,10 @@ class Gap:
 
     def __init__(self, frozen: LinearNetwork | Any, target: LinearNetwork | Any) -> None:
         frozen, target = LinearNetwork.of(frozen, "frozen"), LinearNetwork.of(target, "target")
-        ends = [(network.widths[0], network.widths[-1]) for network in (frozen, target)]
-        if ends[0] != ends[1]:
-            raise InputError(
-                "target",
-                given="{} inputs and {} outputs".format(*ends[1]),
-                allowed="of {} inputs and {} outputs, like the frozen network".format(*ends[0]),
-            )
+        needed, given = ((n.widths[0], n.widths[-1]) for n in (frozen, target))
+        if given != needed:
+            allowed = f"of {needed} inputs and outputs, like the frozen network"
+            raise InputError("target", allowed=allowed, given=given)
         _checks.like_frozen(target, frozen)
         _checks.common_shape("frozen and target", [frozen.batch_shape, target.batch_shape])
         object.__setattr__(self, "frozen", frozen)
@@ -54,12 +51,8 @@ class Gap:
         difference = self.target.product() - self.frozen.product()
         overflows = ~difference.isfinite().all((-2, -1))
         if overflows.any():
-            raise InputError(
-                f"frozen and target{_checks.failed_members(overflows)}",
-                allowed="of finite products",
-                given="a product that overflows",
-                remedy="scale the weights down",
-            )
+            name = f"frozen and target{_checks.failed_members(overflows)}"
+            raise InputError(name, allowed="of finite products", given="a product that overflows")
         return difference
 
     @cached_property
@@ -140,8 +133,7 @@ class Gap:
                     allowed=f"at least {outputs} (the outputs) after each layer of a rank above 0 "
                     f"and at least {inputs} (the inputs) before it",
                     given=hidden,
-                    remedy="a narrower layer hides part of the target from the adapters; give rank "
-                    "0 to the layers that it cuts off",
+                    remedy="give rank 0 to the layers that narrower ones cut off",
                 )
             usable.append(0 if cut_off else min(rank, *weight.shape[-2:]))
         return usable

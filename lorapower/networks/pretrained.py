@@ -68,11 +68,8 @@ class _Layer(NamedTuple):
         if self.bias is not None:
             self.bias.copy_(bias)
         elif bias.any():
-            raise InputError(
-                f"network's {name}",
-                allowed="0, as the module has no such vector",
-                given=f"one of norm {float(torch.linalg.vector_norm(bias)):.2g}",
-            )
+            allowed, norm = "0, as the module has no such vector", float(bias.norm())
+            raise InputError(f"network's {name}", allowed=allowed, given=f"one of norm {norm:.2g}")
 
 
 @torch.no_grad()
@@ -146,21 +143,12 @@ def _parts(module: Any) -> tuple[_Family, Any, _Layer]:
     family = _FAMILIES.get(getattr(config, "model_type", ""))
     base: Any = getattr(module, "base_model", module)
     if family is None or not hasattr(base, family.blocks):
-        raise InputError(
-            "module",
-            allowed="GPT2Model, LlamaModel, MistralModel or Qwen2Model of transformers, or one "
-            "with a head",
-            given=type(module).__name__,
-            remedy="other families differ: they norm what they have added (post-norm), read side "
-            "by side, rotate a part of queries and keys, scale gains otherwise, or choose experts",
-        )
+        allowed = "a GPT-2, Llama, Mistral or Qwen2 of transformers, perhaps with a head"
+        raise InputError("module", allowed=allowed, given=type(module).__name__)
     if any(hasattr(part, "base_layer") for part in module.modules()):
-        raise InputError(
-            "module",
-            allowed="without adapters beside its weights",
-            given=f"{type(module).__name__} with some",
-            remedy="model.merge_and_unload() of peft adds them to the weights",
-        )
+        allowed = "without adapters beside its weights"
+        remedy = "model.merge_and_unload() of peft adds them to the weights"
+        raise InputError("module", allowed=allowed, given="some", remedy=remedy)
     # Where a model has these settings, they change what blocks compute.
     _require("scale_attn_weights", getattr(config, "scale_attn_weights", True), True)
     for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
@@ -168,8 +156,7 @@ def _parts(module: Any) -> tuple[_Family, Any, _Layer]:
     window, longest = getattr(config, "sliding_window", None), config.max_position_embeddings
     if window is not None and window < longest:
         allowed = f"with a sliding_window of None, or at least the longest sequence, {longest}"
-        remedy = "setting None changes nothing for sequences that are shorter than the window"
-        raise InputError("module", allowed=allowed, given=window, remedy=remedy)
+        raise InputError("module", allowed=allowed, given=window)
     final = getattr(base, family.final_norm)
     return family, getattr(base, family.blocks), _Layer(final.weight, getattr(final, "bias", None))
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, Generic, NamedTuple, TypeVar, overload
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks, lowrank
@@ -36,179 +36,109 @@ ADAPTED: dict[str, tuple[str, ...]] = {
 DIMENSIONS = dict.fromkeys(ADAPTED, 2) | {"inner": 1, "up": 1, "outer": 1, "output": 0}
 
 
-def parts_of(segments: tuple[Any, ...]) -> dict[str, Any]:
-    """Return what there is of some `PlainSegments` or `DecoderSegments`, by the segment's name."""
-    named: Any = segments
-    return {name: part for name, part in named._asdict().items() if part is not None}
+class Segments(dict[str, T]):
+    """Something for each segment of a transformer, by the segment's name.
 
+    In a `Transformer` segments multiply ``y``, where the tokens of block ``l`` are
+    ``z = W_{2,l−1} y``, ``y = a + c``, with ``a`` the activations before and
+    ``W_{2,l−1} c = b_{2,l−1}``; in the first block ``y`` is the input and ``W_2 = I``.
 
-def _largest(segments: tuple[Any, ...]) -> Tensor:
-    flat = []
-    for name, part in parts_of(segments).items():
-        dims = DIMENSIONS[name]
-        flat.append(part.flatten(-dims).amax(-1) if dims else part)
-    return torch.stack(torch.broadcast_tensors(*flat)).amax(0)
+    - ``query_key``: scores are ``yᵀ M y``, ``M = W_2ᵀ W_Kᵀ W_Q W_2``; ``[..., L, H]``.
+    - ``value_output``: the activation receives ``Σ_h M_h y``, ``M = W_1 W_O W_V W_2``;
+      ``[..., L, H]``.
+    - ``output``: ``W_out W_{2,L}``; ``[...]``.
 
+    In a `Decoder` let ``B = diag(g) V``: ``V`` is an orthonormal basis of the space of normalized
+    tokens, ``g`` the gains of the norm before; without norms ``B = I``. ``S = Vᵀ`` under a final
+    LayerNorm, which ignores means; otherwise ``S = I``. Weights that several heads share, or that
+    rotations separate, have a segment each.
 
-class PlainSegments(NamedTuple, Generic[T]):
-    """Something for each segment of a `Transformer`.
+    - ``query_key``: scores are ``Bᵀ W_Kᵀ W_Q B``; ``[..., L, H]``. With rotary positions or grouped
+      heads instead ``query`` and ``key``: ``W_Q B`` and ``W_K B``, ``[..., L, groups]`` of keys.
+    - ``value_output``: tokens receive ``S W_O W_V B``; ``[..., L, H]``. With grouped heads instead
+      ``value``, ``W_V B``, ``[..., L, groups]``, and ``sent``, ``S W_O``.
+    - ``inner``: the activation receives ``W_1 B``; ``[..., L]``. If gated, it is multiplied by
+      ``up``, ``W_3 B``.
+    - ``outer``: tokens receive ``S W_2``; ``[..., L]``.
 
-    Segments multiply ``y``, where the tokens of block ``l`` are ``z = W_{2,l−1} y``,
-    ``y = a + c``, with ``a`` the activations before and ``W_{2,l−1} c = b_{2,l−1}``; in the first
-    block ``y`` is the input and ``W_2 = I``. Networks with equal segments and equal ``c`` are
-    equal.
-
-    Attributes
-    ----------
-    query_key
-        Scores are ``yᵀ M y``, ``M = W_2ᵀ W_Kᵀ W_Q W_2``; ``[..., L, H]``.
-    value_output
-        The activation receives ``Σ_h M_h y``, ``M = W_1 W_O W_V W_2``; ``[..., L, H]``.
-    output
-        ``W_out W_{2,L}``; ``[...]``.
+    Networks with equal segments, and equal ``c`` or vectors, are equal.
     """
 
-    query_key: T
-    value_output: T
-    output: T
-
-    def largest(self) -> Tensor:
+    def largest(self: Segments[Tensor]) -> Tensor:
         """Find the largest of a network's numbers, where each part is numbers; ``[...]``."""
-        return _largest(self)
+        flat = (
+            part.flatten(-DIMENSIONS[name]).amax(-1) if DIMENSIONS[name] else part
+            for name, part in self.items()
+        )
+        return torch.stack(torch.broadcast_tensors(*flat)).amax(0)
 
 
-class DecoderSegments(NamedTuple, Generic[T]):
-    """Something for each segment of a `Decoder`; ``None`` for those that it does not have.
-
-    Let ``B = diag(g) V``: ``V`` is an orthonormal basis of the space of normalized tokens, ``g``
-    the gains of the norm before; without norms ``B = I``. ``S = Vᵀ`` under a final LayerNorm, which
-    ignores means; otherwise ``S = I``. Weights that several heads share, or that rotations
-    separate, have a segment each. Networks with equal segments and equal vectors are equal.
-
-    Attributes
-    ----------
-    query_key
-        Scores are ``Bᵀ W_Kᵀ W_Q B``; ``[..., L, H]``.
-    query, key
-        With rotary positions or grouped heads instead: ``W_Q B`` and ``W_K B``; ``[..., L, H]`` and
-        ``[..., L, groups]``.
-    value_output
-        Tokens receive ``S W_O W_V B``; ``[..., L, H]``.
-    value, sent
-        With grouped heads instead: ``W_V B`` and ``S W_O``; ``[..., L, groups]`` and
-        ``[..., L, H]``.
-    inner
-        The activation receives ``W_1 B``; ``[..., L]``.
-    up
-        If gated, the activation is multiplied by ``W_3 B``; ``[..., L]``.
-    outer
-        Tokens receive ``S W_2``; ``[..., L]``.
-    """
-
-    query_key: T | None = None
-    query: T | None = None
-    key: T | None = None
-    value_output: T | None = None
-    value: T | None = None
-    sent: T | None = None
-    inner: T | None = None
-    up: T | None = None
-    outer: T | None = None
-
-    def largest(self) -> Tensor:
-        """Find the largest of a network's numbers, where each part is numbers; ``[...]``."""
-        return _largest(self)
-
-
-Segments = PlainSegments[T] | DecoderSegments[T]
-
-
-@overload
 def segments(
-    frozen: Transformer, target: Transformer, *, throw: bool = True
-) -> PlainSegments[Gap]: ...
-@overload
-def segments(frozen: Decoder, target: Decoder, *, throw: bool = True) -> DecoderSegments[Gap]: ...
-def segments(frozen: Any, target: Any, *, throw: bool = True) -> Segments[Gap]:
+    frozen: AnyTransformer, target: AnyTransformer, *, throw: bool = True
+) -> Segments[Gap]:
     """Cut two transformers into the linear maps between non-linearities [lem-segments].
 
     Segments of a `Decoder` use the target's gains, which the adapted network takes on.
 
     Raises `InputError` for transformers of different kinds, sizes, types or settings; for a
     `Transformer` also where the feed-forward layer is not as wide as the tokens and, unless
-    ``throw`` is false, where `is_regular` fails.
+    ``throw`` is false, where a weight that the theorem inverts is singular [ass-regular].
     """
     _checks.kind(Transformer, Decoder, frozen=frozen)
     _checks.kind(type(frozen), target=target)
     _require_alike(frozen, target)
     batch = torch.broadcast_shapes(frozen.batch_shape, target.batch_shape)
-    if throw:
-        for name, conditions in _inverted(frozen, target).items():
-            bad = conditions > _largest_condition(frozen)
-            if bad.any():
-                block = int(bad.reshape(-1, bad.shape[-1]).any(0).nonzero()[0])
-                raise InputError(
-                    f"{name} of block {block + 1}{_checks.failed_members(bad[..., block])}",
-                    allowed="non-singular",
-                    given=f"condition number {float(conditions[..., block].max()):.1e}",
-                    remedy="the theorem inverts it; perturb it",
-                )
-    if isinstance(target, Transformer):
-        sides: list[Any] = [_cut_plain(network, batch) for network in (frozen, target)]
-    else:
-        first, second = target.readings
-        ignores_means = target.settings.final_norm and target.settings.norm == "layer"
-        written = target.basis().mT if ignores_means else torch.eye(target.width).to(first)
-        sides = [_cut(network, first, second, written, batch) for network in (frozen, target)]
-    gaps = {name: Gap(part, getattr(sides[1], name)) for name, part in parts_of(sides[0]).items()}
-    return type(sides[0])(**gaps)
+    for name, conditions in inverted(frozen, target).items() if throw else ():
+        if (bad := conditions > 1).any():
+            block = int(bad.reshape(-1, bad.shape[-1]).any(0).nonzero()[0])
+            raise InputError(
+                f"{name} of block {block + 1}{_checks.failed_members(bad[..., block])}",
+                allowed="non-singular",
+                given="one that is singular up to rounding",
+                remedy="the theorem inverts it; perturb it",
+            )
+    cut: Any = _cut if isinstance(target, Decoder) else _cut_plain
+    ours, theirs = (cut(network, target, batch) for network in (frozen, target))
+    return Segments({name: Gap(ours[name], theirs[name]) for name in ours})
 
 
-def is_regular(frozen: AnyTransformer, target: AnyTransformer) -> Bool[Tensor, "*batch"]:
-    """Say whether the weights that the theorem inverts are non-singular [ass-regular].
-
-    In a `Transformer` ``W_1``, ``W_2`` and the target's ``W_2`` of all blocks but the last.
-    """
-    limit, batch = _largest_condition(frozen), (frozen.batch_shape, target.batch_shape)
-    good = torch.ones(torch.broadcast_shapes(*batch), dtype=torch.bool).to(frozen.device)
-    for conditions in _inverted(frozen, target).values():
-        good = good & (conditions <= limit).all(-1)
-    return good
-
-
-def _largest_condition(network: AnyTransformer) -> float:
-    return 1 / (network.width * torch.finfo(network.dtype).eps)
-
-
-def _inverted(
+def inverted(
     frozen: AnyTransformer, target: AnyTransformer
-) -> dict[str, Float[Tensor, "*batch _"]]:
-    """Compute condition numbers of each kind of weight that is inverted."""
-    if isinstance(frozen, Decoder):
+) -> dict[str, Float[Tensor, "*batch blocks"]]:
+    """Compute condition numbers of weights that the theorem inverts [ass-regular].
+
+    They are parts of the least that counts as singular. A `Decoder` has no such weights.
+    """
+    if not (isinstance(frozen, Transformer) and isinstance(target, Transformer)):
         return {}
-    return {
-        "W_1": lowrank.condition_number(frozen.W_1),
-        "W_2": lowrank.condition_number(frozen.W_2)[..., :-1],
-        "target's W_2": lowrank.condition_number(target.W_2)[..., :-1],
+    weights = {
+        "W_1": frozen.W_1,
+        "W_2": frozen.W_2[..., :-1, :, :],
+        "target's W_2": target.W_2[..., :-1, :, :],
     }
+    least = 1 / (frozen.width * torch.finfo(frozen.dtype).eps)
+    return {name: lowrank.condition_number(W) / least for name, W in weights.items()}
 
 
-def _cut_plain(network: Transformer, batch: torch.Size) -> PlainSegments[LinearNetwork]:
+def _cut_plain(
+    network: Transformer, target: Transformer, batch: torch.Size
+) -> dict[str, LinearNetwork]:
     identity = torch.eye(network.width).to(network.W_2).expand(*network.batch_shape, 1, -1, -1)
     before = torch.cat([identity, network.W_2[..., :-1, :, :]], dim=-3)[..., None, :, :]
     after = network.W_1[..., None, :, :]
     of_heads = (*batch, network.depth, network.heads)
-    return PlainSegments(
-        query_key=_chain(of_heads, before, network.W_Q, network.W_K.mT, before.mT),
-        value_output=_chain(of_heads, before, network.W_V, network.W_O, after),
-        output=_chain(batch, network.W_2[..., -1, :, :], network.W_out),
-    )
+    return {
+        "query_key": _chain(of_heads, before, network.W_Q, network.W_K.mT, before.mT),
+        "value_output": _chain(of_heads, before, network.W_V, network.W_O, after),
+        "output": _chain(batch, network.W_2[..., -1, :, :], network.W_out),
+    }
 
 
-def _cut(
-    network: Decoder, first: Tensor, second: Tensor, written: Tensor, batch: torch.Size
-) -> DecoderSegments[LinearNetwork]:
-    """Make segments that read through both norms' matrices and write through ``written``."""
+def _cut(network: Decoder, target: Decoder, batch: torch.Size) -> dict[str, LinearNetwork]:
+    """Cut a network that reads through the target's norms."""
+    first, second = target.readings
+    ignores_means = target.settings.final_norm and target.settings.norm == "layer"
+    written = target.basis().mT if ignores_means else torch.eye(target.width).to(first)
     of_blocks = (*batch, network.depth)
     of_heads, of_groups = (*of_blocks, network.heads), (*of_blocks, network.groups)
     grouped = network.groups < network.heads
@@ -226,8 +156,7 @@ def _cut(
     parts["inner"] = _chain(of_blocks, second, network.W_1)
     if network.settings.gated:
         parts["up"] = _chain(of_blocks, second, network.W_3)
-    parts["outer"] = _chain(of_blocks, network.W_2, written)
-    return DecoderSegments(**parts)
+    return parts | {"outer": _chain(of_blocks, network.W_2, written)}
 
 
 def _chain(batch: tuple[int, ...], *weights: Tensor) -> LinearNetwork:
@@ -239,19 +168,8 @@ def _require_alike(frozen: AnyTransformer, target: AnyTransformer) -> None:
     names = [field.name for field in fields(frozen.settings)]
     if isinstance(frozen, Decoder) and frozen.settings.norm is None:
         names.remove("eps")
-    target.require_like(frozen, names)
-    for side, size in frozen.sizes.items():
-        if target.sizes[side] != size:
-            raise InputError(
-                f"target's {side}",
-                allowed=f"{size}, as in the frozen network",
-                given=target.sizes[side],
-                remedy="segments are matched one to one, and adapters leave all sizes as they are",
-            )
+    target.require_like(frozen, names, tuple(frozen.sizes))
     if isinstance(frozen, Transformer) and frozen.sizes["hidden"] != frozen.width:
-        raise InputError(
-            "W_1",
-            allowed=f"square, with as many units as a token has coordinates ({frozen.width})",
-            given=f"{frozen.sizes['hidden']} units",
-            remedy="only then can adapters of the attention reach everything that the ReLU sees",
-        )
+        # Only then can adapters of the attention reach everything that the activation sees.
+        allowed = f"square, with as many units as a token has coordinates ({frozen.width})"
+        raise InputError("W_1", allowed=allowed, given=f"{frozen.sizes['hidden']} units")

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import _checks, lowrank, randomness
+from .. import lowrank, randomness
 from ..errors import InputError
-from .attention import (
-    PARTS,
-    Activation,
-    Attention,
-    Hidden,
-    Scores,
-    Settings,
-    Tokens,
-    by_heads,
-    random_stacks,
-    times,
-)
+from .attention import PARTS, Activation, Attention, Settings, random_stacks
 
 _RELU = Settings()
 # Random parameters are drawn in this order.
@@ -49,6 +37,12 @@ class Transformer(Attention):
     """
 
     settings: Settings = _RELU
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.groups != self.heads:
+            allowed, remedy = f"{self.heads}, one for each head", "a Decoder may have groups"
+            raise InputError("heads of W_K and W_V", allowed, self.groups, remedy)
 
     @classmethod
     def random(
@@ -80,15 +74,11 @@ class Transformer(Attention):
         >>> network.W_Q.shape, network.depth, network.heads
         (torch.Size([2, 2, 4, 8]), 2, 2)
         """
-        scale = _checks.positive("scale", scale)
-        given = {
-            "blocks": _checks.integer("depth", depth, 1),
-            "width": _checks.integer("width", width, 1),
-            "heads": _checks.integer("heads", heads, 1),
-            "hidden": _checks.integer("hidden", width if hidden is None else hidden, 1),
+        d, F = (width if size is None else size for size in (head_size, hidden))
+        sizes = {
+            **{"blocks": depth, "width": width, "hidden": F, "outputs": width},
+            **{"heads": heads, "groups": heads, "query size": d, "value size": d},
         }
-        d = _checks.integer("head_size", width if head_size is None else head_size, 1)
-        sizes = given | {"groups": heads, "query size": d, "value size": d, "outputs": width}
         generator = randomness.generator(seed, "transformer", purpose)
 
         def draw(kind: str, shape: tuple[int, ...]) -> Tensor:
@@ -116,28 +106,3 @@ class Transformer(Attention):
         """``c`` with ``W_{2,l} c = b_{2,l}`` for all blocks but the last; ``[..., L − 1, D]``."""
         W_2, b_2 = self.W_2[..., :-1, :, :], self.b_2[..., :-1, :, None]
         return lowrank.solve(W_2, b_2)[..., 0]
-
-    def scores(self, l: int, z: Tokens) -> Scores:
-        """Compute ``Zᵀ W_Kᵀ W_Q Z`` of block ``l``: a row per key, a column per query."""
-        queries, keys = (by_heads(w[..., l, :, :, :], z) for w in (self.W_Q, self.W_K))
-        return keys.mT @ queries
-
-    def attend(self, l: int, z: Tokens, patterns: Scores) -> Tokens:
-        return self.mix(l, z, patterns)
-
-    def hidden(self, l: int, u: Tokens) -> Hidden:
-        """Compute ``W_1 U + b_1`` of block ``l``."""
-        return times(self.W_1[..., l, :, :], u) + self.b_1[..., l, :, None]
-
-    def feed_forward(self, l: int, u: Tokens, hidden: Hidden) -> Tokens:
-        """Compute ``Y = W_2 σ(p) + b_2`` of block ``l`` from ``p``, its `hidden`."""
-        return times(self.W_2[..., l, :, :], self.activate(hidden)) + self.b_2[..., l, :, None]
-
-    def output(self, z: Tokens) -> Float[Tensor, "*batch out n"]:
-        """Compute ``W_out Y``."""
-        return times(self.W_out, z)
-
-    def _check_sizes(self, sizes: Mapping[str, int]) -> None:
-        if sizes["groups"] != sizes["heads"]:
-            allowed, remedy = f"{sizes['heads']}, one for each head", "a Decoder may have groups"
-            raise InputError("heads of W_K and W_V", allowed, sizes["groups"], remedy)

@@ -35,7 +35,6 @@ def train(
     *,
     steps: int = 5000,
     every: int = 1,
-    classes: Sequence[int] = (),
     until: float = 0.0,
     seed: int | Sequence[int] = 0,
 ) -> Training[N]:
@@ -45,18 +44,15 @@ def train(
     the other runs. All see the same inputs, and runs of one network share their first factors, of
     which a run of rank ``R`` has the first ``R`` columns. ``seed`` draws the first factors: one
     seed for the whole batch, or one for each member. The validation loss is taken every ``every``
-    steps. All is computed on the frozen network's device.
+    steps. All is computed on the frozen network's device. The loss is the mean squared error over
+    outputs, tokens and samples or, where labels are classes, the cross-entropy.
 
-    Raises `InputError` where there are no tunings, for ranks or layers out of range, for data that
-    does not fit the network or the loss, and for a loss that the network does not have.
-    Source: the protocol of the study's experiments.
+    Raises `InputError` for ranks or layers out of range, for data that does not fit the network or
+    the loss, and for a loss that the network does not have. Source: the protocol of the study's
+    experiments.
 
     Parameters
     ----------
-    classes : sequence of int
-        The class, counted from 0, for which each output votes. The softmax of the votes, summed
-        over outputs and tokens, is compared with the label by cross-entropy. Without classes the
-        loss is the mean squared error over outputs, tokens and samples.
     until : float
         A run ends when its validation loss is at most this part of the one before the first step.
 
@@ -77,9 +73,9 @@ def train(
     until = _checks.tolerance("until", until)
     runs = _Runs(frozen, tunings, seed)
     one_sided = runs.each(lambda tuning: tuning.loss == "one-sided")
-    objective = Objective(runs.frozen, data, classes, one_sided)
+    objective = Objective(runs.frozen, data, one_sided)
     optimizer = _Optimizer(runs, steps)
-    curve = TrainingCurve(runs.start, steps, every, until)
+    curve = _Curve(runs.start, steps, every, until)
     # glibc keeps freed memory for reuse up to twice the largest block freed so far; beyond that
     # every step would ask the system for its pages, in a third of its time.
     torch.empty(KEPT, dtype=torch.uint8)
@@ -120,11 +116,11 @@ class _Optimizer:
             groups.append({"params": [leaf], "lr": rate, "weight_decay": decay})
         self.optimizer = torch.optim.Adam(groups, fused=True)
 
-        schedules: dict[str, Callable[[int], float]] = {
-            "constant": lambda step: 1.0,
-            "cosine": lambda step: (1 + cos(pi * step / steps)) / 2,
-        }
-        self.schedule = LambdaLR(self.optimizer, [schedules[name] for _, _, name in rows])
+        def falling(step: int) -> float:
+            return (1 + cos(pi * step / steps)) / 2
+
+        paces = [falling if schedule == "cosine" else lambda step: 1.0 for _, _, schedule in rows]
+        self.schedule = LambdaLR(self.optimizer, paces)
 
     def values(self) -> Float[Tensor, "runs parameters"]:
         if len(self.leaves) == 1:
@@ -162,13 +158,7 @@ class _Runs:
         self, frozen: Network, tunings: Sequence[Tuning], seed: int | Sequence[int]
     ) -> None:
         _checks.kind(Network, frozen=frozen)
-        if isinstance(tunings, Tuning) or not tunings:
-            allowed = "a list of Tuning, such as [Tuning(ranks=4)]"
-            raise InputError("tunings", allowed=allowed, value=tunings)
         self.members = frozen.batch_shape.numel()
-        if not self.members:
-            given = f"batch shape {tuple(frozen.batch_shape)}"
-            raise InputError("frozen", allowed="at least one network", given=given)
         seeds = seed if isinstance(seed, Sequence) else [seed] * self.members
         if len(seeds) != self.members:
             allowed = f"one, or one for each of {self.members} networks"
@@ -179,7 +169,7 @@ class _Runs:
         # [runs, weights], −1 where a weight is tuned in full, and [runs, biases].
         self.ranks = self.each(self._ranks)
         self.tuned_biases = self.each(self._tuned_biases).bool()
-        self._start([*map(_checks.seed, seeds)])
+        self._start(seeds)
 
     def each(self, value: Callable[[Tuning], Any]) -> Tensor:
         """Compute a value of each run's tuning."""
@@ -206,11 +196,10 @@ class _Runs:
                 allowed = f"True, False, or one of them for each of {count}"
                 raise InputError("biases", allowed=allowed, given=f"{len(biases)} of them")
             return list(biases)
-        if not tuning.final or tuning.final == len(self.frozen.weights):
-            return [biases] * count
+        whole = not tuning.final or tuning.final == len(self.frozen.weights)
         # In a transformer the last weight is W_out, which has no bias beside it.
-        first = count if self.frozen.sequences else count - tuning.final
-        return [biases and l >= first for l in range(count)]
+        beside = 0 if self.frozen.sequences else tuning.final
+        return [biases and (whole or l >= count - beside) for l in range(count)]
 
     def _start(self, seeds: Sequence[int]) -> None:
         """Put all runs at their starts."""
@@ -264,7 +253,7 @@ class _Runs:
         biases = [b + change for b, change in zip(self.biases, changes, strict=True)]
         return self.frozen.with_parameters(weights, biases, checked=False)
 
-    def results(self, curve: TrainingCurve) -> Training[Any]:
+    def results(self, curve: _Curve) -> Training[Any]:
         """Collect networks and adapters at the least validation loss of each run."""
         shape, (tuned, _) = self._shape, self._split(curve.best)
         updates = [LowRank(shape(weight.A), shape(weight.B).mT) for weight in tuned]
@@ -286,7 +275,7 @@ class _Runs:
         return values.reshape(len(self.tunings), *self.frozen.batch_shape, *values.shape[1:])
 
 
-class TrainingCurve:
+class _Curve:
     """Losses of all runs, and the parameters at the least validation loss of each."""
 
     def __init__(self, start: Tensor, steps: int, every: int, until: float) -> None:

@@ -336,15 +336,14 @@ def test_what_leaves_the_rank_open_is_refused() -> None:
         ("noise", frozen, x[:, :4], x[:, :4]),
         ("frozen", narrow, x, x),
         ("frozen", singular, x, x),
-        ("inputs", frozen, 0 * x, x),
+        ("span", frozen, 0 * x, x),
         ("outputs", frozen, x, x[:, 1:]),
-        ("outputs", frozen, x, 1e200 * x),
     ):
         with pytest.raises(InputError, match=f"^{name}"):
             samples.fit(network, inputs, outputs)
     with pytest.raises(InputError, match=r"^spectrum"):
         samples.Design(9, 2, 3, 1.0).sure(torch.ones(3))
-    for noise in (-1.0, torch.inf, 1e200):
+    for noise in (-1.0, torch.inf):
         with pytest.raises(InputError, match=r"^noise"):
             samples.Design(9, 2, 3, noise)
 

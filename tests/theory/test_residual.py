@@ -17,8 +17,7 @@ from lorapower.adapters import Adapters, Tuned
 from lorapower.constructions import adapt_attention, adapt_transformer
 from lorapower.networks import Decoder, DecoderSettings, Transformer, from_decoder, to_decoder
 from lorapower.networks.attention import ACTIVATIONS, PARTS
-from lorapower.networks.segmentation import parts_of
-from lorapower.training import descend
+from lorapower.training.descent import descend
 from records.models import DoublePrecision
 
 activations = st.sampled_from(sorted(ACTIVATIONS))
@@ -200,7 +199,7 @@ def test_what_is_called_a_success_is_one(head_size: int, rank: int, seed: int) -
     ranks = dict.fromkeys(frozen.weight_kinds, 6)
     ranks |= dict.fromkeys(PARTS["attention"], min(rank, head_size))
     found = adapt_transformer(frozen, flat, ranks, throw=False)
-    solutions = parts_of(found.solutions).values()
+    solutions = found.solutions.values()
     exact = all(float(each.spectral_error.max()) < 1e-9 for each in solutions)
     if exact and found.success:
         assert relative(found.adapters.merge(frozen), flat, normal(9, 6, 4, seed=seed)) < 1e-18

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from strategies import batch_shapes, dtypes, normal, seeds
 
 from lorapower import InputError, SingularError, bounds, randomness
-from lorapower.bounds import narrow_head_ranks
+from lorapower.bounds._narrow_heads import narrow_head_ranks
 from lorapower.constructions import adapt_transformer
-from lorapower.constructions.narrow_heads import adapt_narrow_heads
+from lorapower.constructions._narrow_heads import adapt_narrow_heads
 from lorapower.networks import Gap, Transformer, segments
 
 ADAPTED = Transformer.random(1, 1, 1).adapted_kinds
@@ -97,9 +97,9 @@ def test_a_segment_that_is_reached_needs_nothing() -> None:
     frozen, target = (Transformer.random(1, 5, 2, scale=0.4, seed=s) for s in (1, 2))
     target = target.replace(W_Q=frozen.W_Q, W_K=frozen.W_K)
     ranks = bounds.transformer_ranks(frozen, target)
-    assert ranks.query_key.tolist() == [[0, 0]]
-    assert ranks.value_output.tolist() == [[3, 3]]
-    assert ranks.output == 3
+    assert ranks["query_key"].tolist() == [[0, 0]]
+    assert ranks["value_output"].tolist() == [[3, 3]]
+    assert ranks["output"] == 3
     each = dict.fromkeys(ADAPTED, 3) | {"W_Q": 0, "W_K": 0}
     solution = adapt_transformer(frozen, target, each)
     assert relative_error(solution.adapters.merge(frozen), target, tokens(frozen)) < 1e-20
@@ -189,7 +189,9 @@ def test_singular_layers_are_named(kind: str, owner: str) -> None:
     broken = getattr(networks[owner], kind).clone()
     broken[0, 1] = broken[0, 0]
     networks[owner] = networks[owner].replace(**{kind: broken})
-    with pytest.raises(InputError, match=f"^{owner}{kind} of block 1 must be non-singular; got co"):
+    with pytest.raises(
+        InputError, match=f"^{owner}{kind} of block 1 must be non-singular; got one"
+    ):
         adapt_transformer(networks[""], networks["target's "], 2)
 
 

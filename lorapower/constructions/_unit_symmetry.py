@@ -13,7 +13,7 @@ from ..bounds.transformer import savable_ranks
 from ..networks.attention import SHAPES
 from ..networks.decoder import Decoder, DecoderSettings
 from ..networks.gap import Gap
-from ..networks.segmentation import DecoderSegments, segments
+from ..networks.segmentation import ADAPTED, Segments, segments
 
 # Of so many directions the one with the mildest factors is taken.
 _TRIALS = 16
@@ -24,8 +24,8 @@ _Match = tuple[Int[Tensor, " units"], Float[Tensor, " units"], Float[Tensor, " u
 
 
 def save_ranks(
-    frozen: Decoder, target: Decoder, gaps: DecoderSegments[Gap], ranks: Mapping[str, int]
-) -> tuple[Decoder, DecoderSegments[Gap]]:
+    frozen: Decoder, target: Decoder, gaps: Segments[Gap], ranks: Mapping[str, int]
+) -> tuple[Decoder, Segments[Gap]]:
     """Align the target's units where ranks by kind of weight lack one that this saves.
 
     Return the target, which is the same function, and its gaps. Source: [thm-needed].
@@ -33,28 +33,30 @@ def save_ranks(
     lacking = _lacking(gaps, ranks, frozen.settings)
     if not lacking:
         return target, gaps
-    aligned = align(target, gaps, lacking)
+    aligned = _align(target, gaps, lacking)
     return aligned, segments(frozen, aligned)
 
 
-def _lacking(
-    gaps: DecoderSegments[Gap], ranks: Mapping[str, int], settings: DecoderSettings
-) -> set[str]:
+def _feed_forward(gaps: Segments[Gap]) -> dict[str, Gap]:
+    """Name the gaps of feed-forward layers by their weights."""
+    return {ADAPTED[name][0]: gaps[name] for name in ("inner", "up", "outer") if name in gaps}
+
+
+def _lacking(gaps: Segments[Gap], ranks: Mapping[str, int], settings: DecoderSettings) -> set[str]:
     """Name the feed-forward weights whose ranks lack one, where scales of units can save these."""
     savable, most = savable_ranks(settings)
     lacking = set()
-    for kind, gap in (("W_1", gaps.inner), ("W_3", gaps.up), ("W_2", gaps.outer)):
-        if gap is not None:
-            inputs, *_, outputs = gap.frozen.widths
-            units, full = (inputs, outputs) if kind == "W_2" else (outputs, inputs)
-            if ranks[kind] < full - 1 or units < full:
-                return set()
-            if ranks[kind] < full:
-                lacking.add(kind)
+    for kind, gap in _feed_forward(gaps).items():
+        inputs, *_, outputs = gap.frozen.widths
+        units, full = (inputs, outputs) if kind == "W_2" else (outputs, inputs)
+        if ranks[kind] < full - 1 or units < full:
+            return set()
+        if ranks[kind] < full:
+            lacking.add(kind)
     return lacking if lacking <= set(savable) and len(lacking) <= most else set()
 
 
-def align(target: Decoder, gaps: DecoderSegments[Gap], saved: Collection[str]) -> Decoder:
+def _align(target: Decoder, gaps: Segments[Gap], saved: Collection[str]) -> Decoder:
     """Order and scale the target's units, which saves one rank on each of these weights.
 
     Factors ``c_k`` with ``c_k (W̄ x)_k = (W x)_k`` for some ``x`` make the difference of a weight
@@ -63,15 +65,13 @@ def align(target: Decoder, gaps: DecoderSegments[Gap], saved: Collection[str]) -
     may be where units are parallel.
     """
     sides: dict[str, tuple[Tensor, Tensor]] = {}
-    assert gaps.inner is not None
-    unrelated = torch.zeros(gaps.inner.batch_shape, dtype=torch.bool)
-    for kind, gap in (("W_1", gaps.inner), ("W_3", gaps.up), ("W_2", gaps.outer)):
-        if gap is not None:
-            pair = gap.frozen.product(), gap.target.product()
-            sides[kind] = (pair[0].mT, pair[1].mT) if kind == "W_2" else pair
-            if kind in saved:
-                unrelated = unrelated | (gap.rank == sides[kind][0].shape[-1]).cpu()
-    batch = gaps.inner.batch_shape[:-1]
+    unrelated = torch.zeros(gaps["inner"].batch_shape, dtype=torch.bool)
+    for kind, gap in _feed_forward(gaps).items():
+        pair = gap.frozen.product(), gap.target.product()
+        sides[kind] = (pair[0].mT, pair[1].mT) if kind == "W_2" else pair
+        if kind in saved:
+            unrelated = unrelated | (gap.rank == sides[kind][0].shape[-1]).cpu()
+    batch = gaps["inner"].batch_shape[:-1]
     dims = len(target.batch_shape)
     parts = {k: p.expand(*batch, *p.shape[dims:]).clone() for k, p in target.parameters.items()}
     of_units = [kind for kind in target.kinds if SHAPES[kind][:2] == ("blocks", "hidden")]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import lowrank, randomness
 from ..adapters import Adapters
-from ..bounds.narrow_heads import NarrowHeadRanks, narrow_head_ranks
+from ..bounds._narrow_heads import NarrowHeadRanks, narrow_head_ranks
 from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.gap import Gap
@@ -33,7 +33,7 @@ def is_narrow(gap: Gap) -> bool:
 
 
 def require_ranks(gap: Gap, ranks: Mapping[str, int]) -> None:
-    """Refuse ranks of two weights, by name, below those of `bounds.narrow_head_ranks`."""
+    """Refuse ranks of two weights, by name, below those of `narrow_head_ranks`."""
     r_1, r_2, together = (
         max(each.flatten().tolist(), default=0) for each in narrow_head_ranks(gap)[:3]
     )
