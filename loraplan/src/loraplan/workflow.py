@@ -500,33 +500,22 @@ def _one_rank(planner: Planner, options: PlanOptions) -> int | None:
 
 
 def _search(planner: Planner, aim: float, estimate: bool) -> Plan:
-    """The last adapter from large to small before the first that misses the aim [prop-certificate].
+    """Certify adapters, or estimate what they lose, until the aim is missed (`_limits.search`)."""
+    sizes, start = planner.sizes(aim, estimate=estimate)
+    tried: dict[int, tuple[float, Measurement]] = {}
+    state = planner.test.error if estimate else planner.test.stated
 
-    Each is certified at the full confidence. For an estimate, if the first one misses, it is the
-    first from there to larger ones that does not.
-    """
-    sizes, place = planner.sizes(aim, estimate=estimate)
-    found: tuple[Adapter, Measurement] | None = None
-    done, climbs = 0, False
-    while 0 <= place < len(sizes):
+    def lost(place: int) -> float:
         adapter = planner.at(sizes[place])
-        if found is None or adapter.parameters != found[0].parameters:
-            planner.report("certifying", done, max(done + 1, 3 if estimate else 8))
+        if adapter.parameters not in tried:
+            planner.report("certifying", len(tried), max(len(tried) + 1, 3 if estimate else 8))
             (measurement,) = planner.run((adapter, "test"))
-            lost = planner.test.error(measurement.squares)
-            if not estimate:
-                lost = max(lost, _limits.quantile_limit(planner.test.losses(measurement.squares)))
-            passes = lost <= aim  # A loss that is no number ends the search.
-            climbs = climbs or (estimate and found is None and lost > aim)
-            if passes or climbs or found is None:
-                found = adapter, measurement
-            if passes == climbs or math.isnan(lost):
-                break
-            done += 1
-        place += -1 if climbs else 1
+            tried[adapter.parameters] = state(measurement.squares), measurement
+        return tried[adapter.parameters][0]
+
+    adapter = planner.at(sizes[_limits.search(lost, len(sizes), start, aim, estimate=estimate)])
     planner.report("certifying", 1, 1)
-    assert found is not None  # The sequence is not empty.
-    return _state(planner, found[0], aim, estimate, found[1])
+    return _state(planner, adapter, aim, estimate, tried[adapter.parameters][1])
 
 
 def _state(
