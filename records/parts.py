@@ -30,6 +30,7 @@ from loraplan.lab import (
     LowRank,
     Moments,
     Network,
+    Rows,
     Slopes,
     TextStates,
     TunedOutputs,
@@ -212,6 +213,18 @@ def measure(
     yield from ((-1, part, quantity, value, number) for quantity, value in values.items())
 
 
+def only(planner: Planner, kind: str) -> float:
+    """Measure ``η`` on texts for stating with only the modules of one kind as tuned."""
+    pair = planner.pair
+    names = {f"{name}.weight" for name, module in pair.modules.items() if module.kind == kind}
+
+    def read(name: str, rows: Rows = None) -> Tensor:
+        return pair.read("tuned" if name in names else "adapted", name, rows)
+
+    network = stream(pair, Adapter({}, {}), planner.device, read=read)
+    return planner.test.error(measure_networks([(network, planner.test)])[0].squares)
+
+
 def effect(planner: Planner) -> Iterator[Row | Adapted]:
     """Measure what adapters of a few directions lose, and halves, and what blocks lose together."""
     base = stream(planner.pair, "base", planner.device)
@@ -219,7 +232,7 @@ def effect(planner: Planner) -> Iterator[Row | Adapted]:
     measured = functools.partial(measure, planner, test)
     yield -1, "", "alike", 1 - float(test.effect.sum() / planner.test.effect.sum())
     for part in ("attention", "mlp"):
-        yield -1, part, "error", planner.only(part)
+        yield -1, part, "error", only(planner, part)
     yield from measured("none", Adapter({}, {}))
     changes = {name: lowrank.svd(planner.pair.change(name)) for name in planner.modules}
     choice = choose(planner.candidates, *planner.sketches, planner.parameters(MOST))
@@ -245,10 +258,12 @@ def effect(planner: Planner) -> Iterator[Row | Adapted]:
     yield -1, "", "apart", apart / whole
     for l, row in enumerate((blocks / whole).tolist()):
         yield from ((l, str(k), "product", value) for k, value in enumerate(row))
-    total, missing = planner.losses(Adapter({}, {})), {*planner.modules}
+    taken = torch.zeros_like(planner.candidates.costs)
+    total, missing = planner.losses(taken), {*planner.modules}
     for rank in range(1, planner.max_rank + 1):
-        best = {name: planner.weighted[name].update.leading(rank) for name in missing}
-        left = planner.losses(Adapter(best, {}))
+        for name in missing:
+            taken[planner.candidates.places[name]][:rank] = 1
+        left = planner.losses(taken)
         for name in [name for name in missing if left[name] <= LEFT * total[name]]:
             yield *place(name), "alone", rank
             missing.remove(name)

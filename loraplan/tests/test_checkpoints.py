@@ -9,6 +9,7 @@ import os
 import re
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -30,10 +31,10 @@ from loraplan import (
     _effect,
     _export,
     _measuring,
-    _models,
     _randomness,
     _streams,
     _texts,
+    lab,
     workflow,
 )
 from loraplan._folders import write_folder
@@ -66,7 +67,7 @@ def planned(places: Places) -> Plan:
 
 def test_errors_are_those_of_plain_code(planner: Planner) -> None:
     adapter = planner.uniform(planner.parameters(1))
-    found = planner.measure(adapter)
+    found = lab.measure(planner, adapter)
 
     networks = [planner.pair.network(which) for which in (adapter, "tuned", "base")]
     f, g, h = (files.plain(network, files.apart(planner.texts.test)) for network in networks)
@@ -93,7 +94,7 @@ def test_moments_are_those_of_plain_code(
     tokens = _texts.count_tokens(planner.texts.fit)
     monkeypatch.setattr(_effect, "MOMENT_TOKENS", tokens // every)
     name = next(n for n in planner.modules if n.endswith("1.intermediate.dense"))
-    one = planner.moments([name])[name]
+    one = lab.moments(planner, [name])[name]
     kept: dict[str, Any] = {}
 
     def watch(_: Any, inputs: Any, outputs: Any) -> None:
@@ -141,14 +142,14 @@ def test_each_module_alone(planner: Planner) -> None:
         [*planner.modules],
         torch.ones(len(planner.candidates.costs), dtype=torch.float64),
     )
-    nothing = planner.losses(planner.with_gains(gains))
+    nothing = planner.losses(gains)
     assert nothing.keys() == planner.modules.keys()
     assert max(nothing.values()) < 1e-5
     for name in (names[0], names[-1]):
         some = gains.clone()
         some[planner.candidates.places[name]] = 0.9
         adapter = planner.with_gains(some)
-        lost = planner.losses(adapter)
+        lost = planner.losses(adapter.gains)
         assert lost[name] == pytest.approx(planner.error(adapter), rel=0.1)
         assert max(lost[other] for other in names if other != name) < 1e-5 < lost[name]
 
@@ -170,11 +171,11 @@ def test_plans_reach_the_stated_error(places: Places) -> None:
     assert plan.measured.error <= 0.01
     planner = plan.planner
     smaller = planner.candidate(plan.adapter.parameters // 2)
-    assert planner.measure(smaller).error > 0.01
+    assert lab.measure(planner, smaller).error > 0.01
     # One rank everywhere is at least 1, whatever that takes.
     small = loraplan.plan(*places, TEXTS, parameters=100, max_rank=4)
     assert small.adapter.parameters <= 100 < small.uniform[1] == planner.parameters(1)
-    error = planner.measure(planner.uniform(planner.parameters(1))).error
+    error = lab.measure(planner, planner.uniform(planner.parameters(1))).error
     assert small.uniform[0] == pytest.approx(error, rel=1e-4)
     table = plan.table()
     cost = ((table["out"] + table["in"]) * table["rank"]).sum()
@@ -389,10 +390,8 @@ def test_closed_folders_are_refused_at_once(tmp_path: Path, monkeypatch: Patch) 
 def test_memory_is_asked_for_before_any_work(places: Places, monkeypatch: Patch) -> None:
     said: list[str] = []
     planner = Planner(Pair.open(*places), TEXTS, report=lambda stage, *_: said.append(stage))
-    assert re.fullmatch(
-        r"passing texts \(about 0\.5 GB of memory, .* GB free, 0\.0 GB to read\)", said[0]
-    )
-    monkeypatch.setattr(_models, "free_memory", lambda: 1e8)
+    assert re.fullmatch(r"passing texts \(about 0\.5 GB of memory, .* GB free\)", said[0])
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1e8))
     monkeypatch.setattr(_streams, "advance", lambda *_: pytest.fail("texts are passed"))
     with pytest.raises(InputError, match=r"free memory must be about 0.5 GB .*; got 0\.1 GB"):
         Planner(planner.pair, TEXTS)
@@ -462,25 +461,10 @@ def test_another_device_plans_the_same(architecture: str, tmp_path: Path) -> Non
     assert errors[1] == pytest.approx(errors[0], rel=0.05)
 
 
-def test_a_container_has_the_memory_that_it_is_given(tmp_path: Path, monkeypatch: Patch) -> None:
-    # As on a machine without containers; the one that runs this may be one itself.
-    monkeypatch.setattr(_models, "_CGROUP", tmp_path)
-    whole = _models.free_memory()
-    for name, text in {
-        "max": "5000000\n",
-        "current": "4000000\n",
-        "stat": "anon 1\nactive_file 200000\ninactive_file 100000\n",
-    }.items():
-        (tmp_path / f"memory.{name}").write_text(text)
-    assert _models.free_memory() == 1.3e6
-    (tmp_path / "memory.max").write_text("max\n")
-    assert _models.free_memory() == pytest.approx(whole, rel=0.5)
-
-
 def test_a_wrong_adapter_is_not_written(planned: Plan, tmp_path: Path, monkeypatch: Patch) -> None:
     save = _export.save
 
-    def spoiled(folder: Path, pair: Pair, adapter: Adapter) -> None:
+    def spoiled(folder: Path, pair: Pair, adapter: Adapter, rank: int | None) -> None:
         save(folder, pair, Adapter({}, adapter.biases))
 
     monkeypatch.setattr(workflow, "plan", lambda *_, **__: planned)

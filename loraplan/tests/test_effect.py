@@ -106,7 +106,7 @@ def test_what_no_output_depends_on_gets_no_rank() -> None:
     about, E = Moments(normal(1, 5, 3).float(), torch.zeros(5, 4)), normal(0, 4, 3).float()
     one = find_directions(E, about, 3, bias=True)
     assert one.values.numel() == 0
-    assert torch.allclose(one.bias(0), E @ about.inputs.mean(0))
+    assert torch.allclose(one.shift, E @ about.inputs.mean(0))
 
 
 # In function space
@@ -145,7 +145,7 @@ def differentiate(
     planner: Planner, draw: Callable[[int, torch.Tensor], list[torch.Tensor]]
 ) -> torch.Tensor:
     """Products of what ``draw`` makes of the outputs of texts to fit to with all directions."""
-    found = planner._slopes(planner.modules).collect_derivatives(planner._decompose, draw, seed=0)
+    found = planner.slopes(planner.modules).collect_derivatives(planner._decompose, draw, seed=0)
     return torch.cat(found[: len(planner.texts.fit)])
 
 
@@ -180,7 +180,7 @@ def test_slopes_are_differences_of_what_is_lost(
                 target = logits - logits.mean(-1, keepdim=True)
             targets.append(target)
     gains = torch.ones(len(planner.candidates.costs), dtype=torch.float64)
-    slopes_of = planner._slopes(planner.modules)
+    slopes_of = planner.slopes(planner.modules)
 
     def towards(i: int, values: torch.Tensor) -> list[torch.Tensor]:
         # Those of texts to select by are not looked at.
@@ -238,7 +238,6 @@ def drawn(seed: int, rows: int, modules: int, ranks: int) -> tuple[Any, torch.Te
     """Candidates of modules of different cost, and a sketch whose directions add up coherently."""
     candidates: Any = object.__new__(_effect.Candidates)
     candidates.costs = torch.arange(1.0, modules + 1, dtype=torch.float64).repeat_interleave(ranks)
-    candidates.bundles = torch.arange(modules * ranks)
     return candidates, normal(seed, rows, 1) + normal(seed + 1, rows, modules * ranks)
 
 
@@ -266,19 +265,6 @@ def test_gains_are_the_best(seed: int, rows: int, modules: int, ranks: int) -> N
         for _ in range(5):
             moved = gains + 0.1 * taken * _randomness.normal(draw, len(gains))
             assert objective(sketch, alpha, moved) >= best - 1e-9
-
-
-def test_bundles_are_taken_whole() -> None:
-    candidates, sketch = drawn(1, 30, 4, 4)
-    candidates.bundles = torch.arange(16) // 2
-    for most in (*range(0, 40, 3), 1000):
-        choice = _effect.GreedySelection(candidates, sketch, 0.1, most)
-        # Also where fewer are asked for than were taken.
-        for budget in range(0, most + 1, 2)[:30]:
-            gains = choice.gains(budget)
-            assert candidates.costs[gains != 0].sum() <= budget
-            taken = (gains != 0).view(8, 2)
-            assert torch.equal(taken[:, 0], taken[:, 1])
 
 
 def test_candidates_lose_less_where_losses_add_up(tmp_path: Path, monkeypatch: Patch) -> None:

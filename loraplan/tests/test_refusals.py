@@ -231,14 +231,17 @@ def untied(folder: Path) -> None:
         files.alter(place, head)
 
 
-def another(architecture: str, **values: Any) -> list[Row]:
-    """Tuned models with whose configuration the base's weights are another function."""
+WEIGHTS = "with a configuration for the base's weights; got"
+PADDING = "with the base's pad_token_id, 0, as adapters are served with that; got"
+
+
+def another(architecture: str, said: str, **values: Any) -> list[Row]:
+    """Tuned models with whose configuration the base's weights cannot be computed."""
 
     def change(folder: Path, **entry: Any) -> None:
         _, tuned = files.pair(folder / "other", architecture, pad_token_id=0)
         files.configure(Path(tuned), **entry)
 
-    said = "with the base's configuration, as adapters are served with that; got"
     command = f"plan other/base other/tuned {LINES}"
     each = values.items()
     return [Row(command, f"{said} {n} {v!r}", functools.partial(change, **{n: v})) for n, v in each]
@@ -312,18 +315,12 @@ CHECKPOINTS = [
     *within("base", f"{PLAN} --format serving", [("with the tuned model's", tensors(headless))]),
     Row(f"plan other/base other/tuned {LINES}", "as many blocks as its config.json says", deep),
     Row(f"plan other/base other/tuned {LINES}", "as tie_word_embeddings says; got two", untied),
-    *another(BERT, layer_norm_eps=0.1, hidden_act="relu"),
-    *another("BertModel", num_attention_heads=2, is_decoder=True, num_hidden_layers=1),
-    *another("BertModel", max_position_embeddings=32),
-    *another("RobertaModel", pad_token_id=1),
-    *another(GPT, scale_attn_weights=False),
-    *another("GPT2ForSequenceClassification", pad_token_id=7),
-    *another(LLAMA, rms_norm_eps=0.1, num_attention_heads=2, tie_word_embeddings=True),
-    *another("Gemma2ForCausalLM", final_logit_softcapping=9.0, query_pre_attn_scalar=9),
-    *another("Gemma3ForCausalLM", use_bidirectional_attention=True),
-    *another("Qwen3ForCausalLM", head_dim=4),
-    *another("StableLmForCausalLM", use_parallel_residual=True),
-    *another("ModernBertForSequenceClassification", classifier_pooling="mean"),
+    *another("BertModel", WEIGHTS, num_hidden_layers=1, max_position_embeddings=32),
+    *another("RobertaModel", PADDING, pad_token_id=1),
+    *another("GPT2ForSequenceClassification", PADDING, pad_token_id=7),
+    *another(LLAMA, WEIGHTS, tie_word_embeddings=True),
+    *another("Qwen3ForCausalLM", WEIGHTS, head_dim=4),
+    *another("StableLmForCausalLM", WEIGHTS, use_parallel_residual=True),
 ]
 
 # Adapters, in place of the tuned model and to check

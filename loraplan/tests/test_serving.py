@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import loraplan
-from loraplan import InputError, _export, _randomness, _texts, save_peft
+from loraplan import InputError, _export, _randomness, _texts, lab, save_peft
 from loraplan._export import REPORT
 from loraplan._limits import ratio
 from loraplan._lowrank import LowRank
@@ -114,39 +114,28 @@ def by_peft(base: str, folder: Path) -> dict[str, Tensor]:
 FULL, SLIDING = "full_attention", "sliding_attention"
 ROPE = {"rope_theta": 1e4, "rope_type": "default"}
 YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {"short_factor": [2.0] * 3, "long_factor": [3.0] * 3, "partial_rotary_factor": 1.0}
 # Entries that tuned models have others of than their base.
 OTHERS: list[tuple[str, dict[str, Any]]] = [
-    ("LlamaForCausalLM", {"rope_parameters": ROPE | {"rope_theta": 500.0}}),
     ("LlamaForCausalLM", {"rope_parameters": YARN, "max_position_embeddings": 256}),
-    (
-        "LlamaForSequenceClassification",
-        {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 4.0}},
-    ),
-    (
-        "LlamaForCausalLM",
-        {"rope_parameters": ROPE | BANDS | {"rope_type": "llama3", "factor": 4.0}},
-    ),
+    ("LlamaForCausalLM", {"rms_norm_eps": 0.1}),
+    ("BertForSequenceClassification", {"layer_norm_eps": 0.1, "hidden_act": "relu"}),
+    ("BertModel", {"num_attention_heads": 2, "is_decoder": True}),
+    ("GPT2LMHeadModel", {"scale_attn_weights": False}),
     (
         "Phi3ForCausalLM",
         {"rope_parameters": ROPE | LONG | {"rope_type": "longrope"}}
         | {"max_position_embeddings": 256, "original_max_position_embeddings": 64},
     ),
-    ("MistralForCausalLM", {"sliding_window": 3}),
     (
         "Qwen2ForCausalLM",
         {"use_sliding_window": True, "sliding_window": 3, "layer_types": [SLIDING, FULL]},
     ),
-    ("Gemma2ForSequenceClassification", {"layer_types": [FULL, FULL]}),
-    ("Gemma2ForCausalLM", {"sliding_window": 2}),
+    ("Gemma2ForCausalLM", {"final_logit_softcapping": 0.2, "query_pre_attn_scalar": 9}),
     ("Gemma3ForCausalLM", {"rope_parameters": {SLIDING: ROPE, FULL: YARN}}),
     ("ModernBertForSequenceClassification", {"local_attention": 2}),
-    ("ModernBertModel", {"layer_types": [SLIDING, FULL]}),
-    ("Olmo3ForCausalLM", {"layer_types": [FULL, SLIDING], "sliding_window": 3}),
     ("SmolLM3ForCausalLM", {"no_rope_layers": [0, 1]}),
     ("StableLmForCausalLM", {"rope_parameters": ROPE | {"partial_rotary_factor": 1.0}}),
-    ("Starcoder2ForCausalLM", {"sliding_window": 2}),
 ]
 # Of one of each type all entries are the same; usually of those that are not above.
 SAME = files.usually([(a, {}) for a in files.SOME], re.compile("Bert|GPT2|GemmaFor").match)
@@ -179,7 +168,7 @@ def test_what_is_lost_is_lost_where_it_is_served(
     errors = [float((rows - wanted).norm() / (before - wanted).norm()) for rows in found]
     assert errors == pytest.approx(2 * [plan.measured.error], rel=1e-3)
     # Where entries differ all of the change in weights is not all of the effect.
-    most = planner.measure(planner.candidate(planner.most)).error
+    most = lab.measure(planner, planner.candidate(planner.most)).error
     assert most > 0.02 if entries else most < 1e-4
     values = networks[1].config.to_dict(), networks[0].config.to_dict()
     assert plan.report()["differing"] == {
@@ -304,16 +293,16 @@ def test_all_readers_read_the_same(
     wanted = by_peft(base, tmp_path / "out")
     for reader in (by_vllm, by_sglang, by_llama_cpp):
         torch.testing.assert_close(reader(config, factors), wanted)
-    # What is stated counts what is written.
-    assert plan.ranks == {n: rank * (n in factors) for n in plan.planner.modules}
+    # Ranks are those that are needed, and the size is that of files.
+    assert 0 < max(plan.ranks.values()) <= rank
+    assert {name for name, needed in plan.ranks.items() if needed} <= factors.keys()
     written = sum(A.numel() + B.numel() for A, B in factors.values())
-    assert plan.carried == plan.adapter.parameters == written
+    assert plan.adapter.parameters <= plan.carried == written
     again = loraplan.plan(base, tuned, TEXTS, **options)
     assert again.carried == written
     assert again.size == pytest.approx(plan.size, rel=0.1)
     if which == "llama":
-        assert 0 < written <= plan.planner.parameters(rank // 2)
-        assert len(factors) < len(plan.planner.modules)
+        assert 0 < plan.adapter.parameters <= plan.planner.parameters(rank // 2)
     else:
         # Of the change of values alone, which have no room of their own.
         assert factors.keys() == {QUERY, KEY, VALUE}
@@ -333,7 +322,7 @@ def test_heads_stay_the_base_s(architecture: str, tmp_path: Path) -> None:
     assert config["task_type"] == ("CAUSAL_LM" if plan.planner.pair.task == "language" else None)
     assert (config["modules_to_save"], config["trainable_token_indices"]) == (None, None)
     assert all(A.shape[0] == B.shape[1] == 8 for A, B in factors.values())
-    assert 0 < len(factors) < len(plan.planner.modules)
+    assert 0 < len(factors) <= len(plan.planner.modules)
     require_groups(factors)
 
 

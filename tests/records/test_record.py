@@ -11,7 +11,7 @@ import torch
 from checkpoint_files import Patch
 
 import records
-from loraplan import Pair, Planner
+from loraplan import Pair, Planner, lab
 from loraplan.lab import stream
 from lorapower import lowrank, randomness
 from lorapower.networks import Decoder
@@ -57,7 +57,7 @@ def test_losses_of_a_few_directions_are_measured(tmp_path: Path) -> None:
     adapter = planner.uniform(planner.parameters(2))
     unshifted = parts.Unshifted(planner.test, stream(pair, "base", planner.device))
     found = {row[2]: row[3] for row in parts.measure(planner, unshifted, "rank", adapter)}
-    expected = planner.measure(adapter)
+    expected = lab.measure(planner, adapter)
     assert found["error"] == pytest.approx(expected.error, rel=1e-4)
     assert found["agreement"] == pytest.approx(expected.agreement)
     tokens = files.apart(planner.test.batches)

@@ -68,11 +68,6 @@ class Directions(NamedTuple):
     shift: Float[Tensor, " out"]
     mean: Float[Tensor, " in"]
 
-    def bias(self, rank: int) -> Float[Tensor, " out"]:
-        """``(E − K_r)μ``, added to the tuned bias beside the best update of a rank."""
-        best = self.update.leading(rank)
-        return self.shift - best.left @ (best.right.mT @ self.mean)
-
 
 class _Metric(NamedTuple):
     """The metric ``G = RᵀR`` of the rows of ``root``: their second moment, and a ridge."""
@@ -147,31 +142,18 @@ def find_directions(
 class Candidates:
     """Directions of modules to choose from, side by side in the order of the modules.
 
-    A direction is a column of the factors of the module's change. ``bundles`` numbers those that
-    are taken together: each alone or, where factors are ``served`` at one rank, which each module
-    pays for, all of the modules that are `Module.fused`.
+    A direction is a column of the factors of the module's change, and ``costs`` as many numbers as
+    that has. ``places`` are those of each module's directions.
     """
 
-    def __init__(
-        self,
-        directions: Mapping[str, Directions],
-        modules: Mapping[str, Module],
-        served: int | None = None,
-    ) -> None:
+    def __init__(self, directions: Mapping[str, Directions], modules: Mapping[str, Module]) -> None:
         costs: list[int] = []
-        bundles: list[int] = []
-        numbers: dict[tuple[str, int] | str, int] = {}
         self.places: dict[str, slice] = {}
-        for name, found in directions.items():
-            module, number = modules[name], len(found.values)
+        for name, leading in directions.items():
+            number = len(leading.values)
             self.places[name] = slice(len(costs), len(costs) + number)
-            costs += [module.cost] * number
-            if served and number:
-                costs[-1] += module.cost * (served - number)
-            keys = (module.fused if served else (name, i) for i in range(number))
-            bundles += [numbers.setdefault(key, len(numbers)) for key in keys]
+            costs += [modules[name].cost] * number
         self.costs = torch.tensor(costs, dtype=torch.float64)
-        self.bundles = torch.tensor(bundles, dtype=torch.int64)
 
 
 def autocast_bfloat16(readout: Readout) -> AbstractContextManager[Any]:
@@ -413,19 +395,14 @@ class GreedySelection:
         self.order = self._pursue(most)
 
     def gains(self, parameters: float) -> Float[Tensor, " directions"]:
-        """Gains of as many whole bundles as this cost pays for; 0 for other directions."""
-        bundles = self._candidates.bundles[self.order]
+        """Gains of as many directions as this cost pays for; 0 for others."""
         costs = self._candidates.costs[self.order].cumsum(0)
-        ends = torch.cat([bundles[1:] != bundles[:-1], bundles.new_ones(1, dtype=torch.bool)])
-        paid = (ends[: len(costs)] & (costs <= parameters)).nonzero().flatten()
-        taken = self.order[: int(paid[-1]) + 1 if len(paid) else 0]
+        taken = self.order[: int((costs <= parameters).sum())]
         return self._fit(taken, self._inner(taken))
 
     def _pursue(self, most: float) -> Int[Tensor, " taken"]:
-        costs, bundles = self._candidates.costs, self._candidates.bundles
-        number = int(bundles.max()) + 1
-        price = torch.zeros(number, dtype=costs.dtype).index_add_(0, bundles, costs)
-        free = torch.ones(number, dtype=torch.bool)
+        costs = self._candidates.costs
+        free = torch.ones(len(costs), dtype=torch.bool)
         rest, spent = self._whole, 0.0
         taken: list[Tensor] = []
         inner: Tensor | float = 0.0
@@ -433,23 +410,19 @@ class GreedySelection:
             slopes = self._rows @ rest
             # What texts say nothing of is not taken for its own sake.
             falls = (slopes + self._weights).square() / self._own - self._floor
-            density = torch.zeros_like(price).index_add_(0, bundles, falls) / price
-            density[~free | (price > most - spent)] = 0
+            density = falls / costs
+            density[~free | (costs > most - spent)] = 0
             ranked = density.argsort(descending=True)
-            room = max(self._growth * spent, float(price[ranked[0]]))
-            fits = (price[ranked].cumsum(0) <= min(room, most - spent)) & (density[ranked] > 0)
+            room = max(self._growth * spent, float(costs[ranked[0]]))
+            fits = (costs[ranked].cumsum(0) <= min(room, most - spent)) & (density[ranked] > 0)
             chosen = ranked[: int(fits.long().cumprod(0).sum())]
             if not len(chosen):
                 break
             free[chosen] = False
-            spent += float(price[chosen].sum())
-            # Within a step the best come first.
-            rank = torch.full((number,), number)
-            rank[chosen] = torch.arange(len(chosen))
-            members = (rank[bundles] < number).nonzero().flatten()
-            taken.append(members[rank[bundles[members]].argsort(stable=True)])
+            spent += float(costs[chosen].sum())
+            taken.append(chosen)
             # Those taken before have been multiplied.
-            inner = inner + self._inner(taken[-1])
+            inner = inner + self._inner(chosen)
             together = torch.cat(taken)
             rest = self._whole - self._fit(together, inner)[together] @ self._rows[together]
         return torch.cat(taken) if taken else torch.zeros(0, dtype=torch.int64)

@@ -192,8 +192,28 @@ def _peft_options(pair: Pair, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def save(folder: Path, pair: Pair, adapter: Adapter) -> None:
-    """Write an adapter through peft."""
+def _pad(pair: Pair, adapter: Adapter, rank: int | None) -> Adapter:
+    """The same adapter with one rank for servers, by zeros, if there is to be one.
+
+    Modules that servers compute as one (`Module.fused`) get factors together.
+    """
+    if rank is None:
+        return adapter
+    together = {pair.modules[name].fused for name in adapter.factors}
+    factors = {}
+    for name, module in pair.modules.items():
+        if module.fused in together:
+            nothing = LowRank(*(torch.zeros(side, 0) for side in module.shape))
+            update = adapter.factors.get(name, nothing)
+            zeros = (0, rank - update.rank)
+            sides = (nn.functional.pad(side, zeros) for side in (update.left, update.right))
+            factors[name] = LowRank(*sides)
+    return adapter._replace(factors=factors)
+
+
+def save(folder: Path, pair: Pair, adapter: Adapter, rank: int | None = None) -> None:
+    """Write an adapter through peft, for servers with one ``rank`` for all its modules."""
+    adapter = _pad(pair, adapter, rank)
     read = pair.reader(Adapter({}, adapter.biases))
     skeleton = pair.skeleton("base")
     words, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
@@ -298,10 +318,11 @@ def load_merged(folder: str, pair: Pair, device: torch.device) -> Network | None
     return None
 
 
-def estimate(pair: Pair, adapter: Adapter) -> tuple[int, int]:
-    """Count the numbers that saving would write, and about how many bytes they take."""
+def estimate(pair: Pair, adapter: Adapter, rank: int | None = None) -> tuple[int, int]:
+    """Count the numbers that `save` would write, and about how many bytes they take."""
     from peft import get_peft_model_state_dict
 
+    adapter = _pad(pair, adapter, rank)
     network = pair.build(empty=True)
     wrapped = _wrap(network, adapter.ranks, **_peft_options(pair, adapter))
     with quiet():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +82,20 @@ def quantile_limit(losses: NDArray[np.float64], doubt: float = DOUBT) -> float:
     """
     exceeding = allowed(len(losses), doubt)
     return math.inf if exceeding < 0 else float(np.sort(losses)[-1 - exceeding])
+
+
+def search(
+    lost: Callable[[int], float], number: int, start: int, aim: float, *, estimate: bool = False
+) -> int:
+    """Find the last of adapters before the first that loses more than the aim [prop-certificate].
+
+    Of so many, from large to small, those from ``start`` on are tried. If the first one misses, it
+    is that; for an ``estimate`` the first from there to larger ones that does not. A loss that is
+    no number ends the search.
+    """
+    if estimate and lost(start) > aim:
+        return next((k for k in reversed(range(start)) if not lost(k) > aim), 0)
+    return max(itertools.takewhile(lambda k: lost(k) <= aim, range(start, number)), default=start)
 
 
 class Evidence(NamedTuple):

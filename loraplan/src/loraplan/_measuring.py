@@ -214,6 +214,10 @@ class TunedOutputs:
         """``η`` of a network with these squared distances."""
         return ratio(squares, self.effect)
 
+    def stated(self, squares: NDArray[np.float64]) -> float:
+        """The error or, if that is more, what these texts certify."""
+        return max(self.error(squares), quantile_limit(self.losses(squares)))
+
     def losses(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
         """The part of the tuning's typical effect that each text loses."""
         typical = math.sqrt(self.effect.mean()) if math.isnan(self.typical) else self.typical

@@ -40,8 +40,8 @@ class PlanOptions(TypedDict, total=False):
     """PlanOptions of `plan`, `prices` and `extract`.
 
     They are those of `Planner`; ``any_base`` of `Pair.open`; and ``serving``, for factors alone,
-    all of one rank, ``max_rank``: at most 64, 8 unless given. The search then chooses which modules
-    have them, and all else that tuning changed stays the base's.
+    all of one rank, ``max_rank``: at most 64, 8 unless given. Zeros fill them up to it where they
+    are written, and all else that tuning changed stays the base's.
     """
 
     held_out: Sequence[str | Text] | None
@@ -84,6 +84,8 @@ class Plan:
     #: The error of one rank for all modules, at least 1, and its number of parameters: at most the
     #: adapter's but for rank 1.
     uniform: tuple[float, int] = (math.nan, 0)
+    #: The one rank that factors are filled up to in files for servers.
+    served: int | None = None
     #: What each module's missing directions alone would cost (`Planner.losses`).
     shares: dict[str, float] = field(default_factory=dict)
     #: Whether texts lose so like their neighbours that they may be of one group.
@@ -196,7 +198,7 @@ class Plan:
                 "held_out_texts": held_out,
                 "cut_texts": texts.cut,
                 "unknown_tokens": texts.unknown,
-                "options": self.planner.options,
+                "options": self.planner.options | {"serving": self.served is not None},
                 "used_texts": texts.used,
                 "fingerprint": pair.fingerprint,
                 "grouped": texts.grouped,
@@ -275,11 +277,14 @@ def plan(
         alike = planner.uniform(found.adapter.parameters)
         other, own = planner.run((alike, "test"), (found.adapter, "planned"))
         uniform = planner.test.error(other.squares), alike.parameters
-        shares, neighbours = planner.losses(found.adapter), planner.neighbours_alike(own.squares)
+        shares = planner.losses(found.adapter.gains)
+        neighbours = planner.neighbours_alike(own.squares)
         found = replace(found, uniform=uniform, shares=shares, neighbours_alike=neighbours)
         planner.report("comparing", 1, 1)
-    carried, size = _export.estimate(planner.pair, found.adapter)
-    return replace(found, carried=carried, size=size, seconds=time.perf_counter() - start)
+    served = _one_rank(planner, options)
+    carried, size = _export.estimate(planner.pair, found.adapter, served)
+    seconds = time.perf_counter() - start
+    return replace(found, served=served, carried=carried, size=size, seconds=seconds)
 
 
 @_checks.flushing()
@@ -314,7 +319,8 @@ def prices(
         planner.report("measuring", done, len(adapters))
         (measurement,) = planner.run((adapter, "test"))
         losses = test.losses(measurement.squares)
-        size, error = _export.estimate(planner.pair, adapter)[1], test.error(measurement.squares)
+        _, size = _export.estimate(planner.pair, adapter, _one_rank(planner, options))
+        error = test.error(measurement.squares)
         limit = _limits.quantile_limit(losses, _limits.DOUBT / _limits.SIZES)
         rows.append((adapter.parameters, size, error, limit))
     planner.report("measuring", len(adapters), len(adapters))
@@ -365,7 +371,7 @@ def extract(
     tell = functools.partial(planner.report, "writing")
     tell(0, 2)
     with write_folder(folder, own=_export.FILES) as partial:
-        _export.save(partial, planner.pair, result.adapter)
+        _export.save(partial, planner.pair, result.adapter, result.served)
         tell(1, 2)
         made = stream(planner.pair, result.adapter, planner.device)
         networks = made, _export.load(partial, planner.pair, planner.device)
@@ -477,7 +483,7 @@ def _prepare(
     if unknown := options.keys() - PlanOptions.__annotations__:
         raise InputError("options", f"among {', '.join(PlanOptions.__annotations__)}", min(unknown))
     given: dict[str, Any] = {**options}
-    if _checks.flag("serving", given.get("serving", False)):
+    if _checks.flag("serving", given.pop("serving", False)):
         rank = given.setdefault("max_rank", _SERVED)
         _checks.integer("max_rank", rank, 1, _MOST_SERVED, limit="for serving")
         if "leave" in given:
@@ -488,34 +494,28 @@ def _prepare(
     return Planner(pair, texts, **given)
 
 
-def _search(planner: Planner, aim: float, estimate: bool) -> Plan:
-    """The last adapter from large to small before the first that misses the aim [prop-certificate].
+def _one_rank(planner: Planner, options: PlanOptions) -> int | None:
+    """The rank of factors in files for servers; ``None`` for other files."""
+    return planner.max_rank if options.get("serving") else None
 
-    Each is certified at the full confidence. For an estimate, if the first one misses, it is the
-    first from there to larger ones that does not.
-    """
-    sizes, place = planner.sizes(aim, estimate=estimate)
-    found: tuple[Adapter, Measurement] | None = None
-    done, climbs = 0, False
-    while 0 <= place < len(sizes):
+
+def _search(planner: Planner, aim: float, estimate: bool) -> Plan:
+    """Certify adapters, or estimate what they lose, until the aim is missed (`_limits.search`)."""
+    sizes, start = planner.sizes(aim, estimate=estimate)
+    tried: dict[int, tuple[float, Measurement]] = {}
+    state = planner.test.error if estimate else planner.test.stated
+
+    def lost(place: int) -> float:
         adapter = planner.at(sizes[place])
-        if found is None or adapter.parameters != found[0].parameters:
-            planner.report("certifying", done, max(done + 1, 3 if estimate else 8))
+        if adapter.parameters not in tried:
+            planner.report("certifying", len(tried), max(len(tried) + 1, 3 if estimate else 8))
             (measurement,) = planner.run((adapter, "test"))
-            lost = planner.test.error(measurement.squares)
-            if not estimate:
-                lost = max(lost, _limits.quantile_limit(planner.test.losses(measurement.squares)))
-            passes = lost <= aim  # A loss that is no number ends the search.
-            climbs = climbs or (estimate and found is None and lost > aim)
-            if passes or climbs or found is None:
-                found = adapter, measurement
-            if passes == climbs or math.isnan(lost):
-                break
-            done += 1
-        place += -1 if climbs else 1
+            tried[adapter.parameters] = state(measurement.squares), measurement
+        return tried[adapter.parameters][0]
+
+    adapter = planner.at(sizes[_limits.search(lost, len(sizes), start, aim, estimate=estimate)])
     planner.report("certifying", 1, 1)
-    assert found is not None  # The sequence is not empty.
-    return _state(planner, found[0], aim, estimate, found[1])
+    return _state(planner, adapter, aim, estimate, tried[adapter.parameters][1])
 
 
 def _state(
