@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..networks.decoder import Decoder, DecoderSettings, Norm
 from ..networks.gap import Gap
 from ..networks.segmentation import ADAPTED, AnyTransformer, Segments, segments
-from ._narrow_heads import narrow_head_ranks
+from .narrow_heads import narrow_head_ranks
 
 
 def transformer_ranks(frozen: AnyTransformer, target: AnyTransformer) -> Segments[Tensor]:

@@ -26,7 +26,7 @@ from ..networks.segmentation import (
     segments,
 )
 from ..networks.transformer import Transformer
-from . import _narrow_heads, _unit_symmetry
+from . import narrow_heads, unit_symmetry
 from .linear import Adaptation, LinearAdaptation, adapt_gap
 
 A = TypeVar("A", Transformer, Decoder)
@@ -124,7 +124,7 @@ def adapt_transformer(
     gaps = segments(frozen, target, throw=throw)
     by_kind = _ranks_by_kind(ranks, frozen)
     if isinstance(frozen, Decoder) and isinstance(target, Decoder):
-        target, gaps = _unit_symmetry.save_ranks(frozen, target, gaps, by_kind)
+        target, gaps = unit_symmetry.save_ranks(frozen, target, gaps, by_kind)
     solutions, of_kind = _adapt_segments(gaps, by_kind, throw)
     updates = [
         next(of_kind[kind]) if adapts else LowRank(w[..., :0], w.mT[..., :0])
@@ -207,10 +207,10 @@ def _ranks_by_kind(ranks: Any, network: AnyTransformer) -> dict[str, int]:
 def _adapt_pair(name: str, gap: Gap, ranks: Mapping[str, int], throw: bool) -> LinearAdaptation:
     """Adapt a segment's two factors: the middle ones of four layers, or both of two."""
     inner, outer = ranks.values()
-    if _narrow_heads.is_narrow(gap):
+    if narrow_heads.is_narrow(gap):
         if throw:
-            _narrow_heads.require_ranks(gap, ranks)
-        solution = _narrow_heads.adapt_narrow_heads(gap, inner, outer)
+            narrow_heads.require_ranks(gap, ranks)
+        solution = narrow_heads.adapt_narrow_heads(gap, inner, outer)
     else:
         each = (inner, outer) if gap.frozen.depth == 2 else (0, inner, outer, 0)
         solution = adapt_gap(gap, each, throw=False)

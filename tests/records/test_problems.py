@@ -81,8 +81,8 @@ def test_a_row_does_not_depend_on_the_others(model: str) -> None:
     twice = reached(SMALL[model], *reversed(methods), methods[0])[::-1]
     # Factors that other runs make larger may change the rounding.
     for rows, others in [(alone, together), (twice, [together[0], *together])]:
-        frames = (pd.DataFrame(map(vars, each)) for each in (rows, others))
-        pd.testing.assert_frame_equal(*frames, rtol=1e-5, atol=0)
+        one, other = (pd.DataFrame(map(vars, each)) for each in (rows, others))
+        pd.testing.assert_frame_equal(one, other, rtol=1e-5, atol=0)
 
 
 @each_model

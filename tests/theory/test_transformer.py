@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from strategies import batch_shapes, dtypes, normal, seeds
 
 from lorapower import InputError, SingularError, bounds, randomness
-from lorapower.bounds._narrow_heads import narrow_head_ranks
+from lorapower.bounds.narrow_heads import narrow_head_ranks
 from lorapower.constructions import adapt_transformer
-from lorapower.constructions._narrow_heads import adapt_narrow_heads
+from lorapower.constructions.narrow_heads import adapt_narrow_heads
 from lorapower.networks import Gap, Transformer, segments
 
 ADAPTED = Transformer.random(1, 1, 1).adapted_kinds

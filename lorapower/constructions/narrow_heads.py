@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import lowrank, randomness
 from ..adapters import Adapters
-from ..bounds._narrow_heads import NarrowHeadRanks, narrow_head_ranks
+from ..bounds.narrow_heads import NarrowHeadRanks, narrow_head_ranks
 from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.gap import Gap
