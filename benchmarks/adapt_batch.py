@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lorapower.bounds import fnn_threshold
-from lorapower.constructions import fnn
+from lorapower.constructions import adapt_relu
 from lorapower.networks import FNN
 from lorapower.regions import Ball
 
@@ -40,17 +40,17 @@ def main() -> None:
     target = FNN.random(chosen.layers, chosen.width, batch_shape=batch, seed=2)
     rank = int(fnn_threshold(frozen, target).max())
     region = Ball(2.0 * chosen.width**0.5)
-    fnn.adapt(frozen[:1], target[:1], rank, region)
+    adapt_relu(frozen[:1], target[:1], rank, region)
 
     times = []
     for _ in range(3):
         start = perf_counter()
-        together = fnn.adapt(frozen, target, rank, region)
+        together = adapt_relu(frozen, target, rank, region)
         times.append(perf_counter() - start)
     in_one_call = min(times)
 
     start = perf_counter()
-    alone = [fnn.adapt(frozen[k], target[k], rank, region) for k in range(chosen.networks)]
+    alone = [adapt_relu(frozen[k], target[k], rank, region) for k in range(chosen.networks)]
     in_a_loop = perf_counter() - start
 
     x = together.region.sample(100, edge=True)
@@ -74,7 +74,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         start = perf_counter()
-        fnn.adapt(frozen, target, rank, region)
+        adapt_relu(frozen, target, rank, region)
         whole = 1e6 * (perf_counter() - start)
     spent = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
     for stage, names in STAGES.items():

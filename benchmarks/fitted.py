@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from lorapower import randomness
-from lorapower.constructions import fitted
+from lorapower.constructions import adapt_fitted
 from lorapower.networks import FNN
+from lorapower.regression import relative_error
 from lorapower.training import Fresh, Tuning, polish, train
 
 
@@ -52,13 +53,14 @@ def main() -> None:
         data, tuning = Fresh(target, (width,)), Tuning(ranks=rank, learning_rate=1e-2)
         train(frozen, [tuning], data, steps=1)
 
-        fit, fitting = timed(fitted.adapt, frozen, target, rank, *inputs, throw=False)
+        fit, fitting = timed(adapt_fitted, frozen, target, rank, *inputs, throw=False)
         options = {"iterations": chosen.iterations, "throw": False}
         better, polishing = timed(polish, fit, *inputs, **options)
         adam = {"steps": chosen.steps, "every": 10}
         runs, training = timed(train, frozen, [tuning], data, **adam)
         trained = runs.network[0].to(torch.float64)
-        error = fitted.relative_error(trained, target, fit.fused.split(*inputs).test)
+        test = fit.fused.split(*inputs).test
+        error = relative_error(trained(test), target(test))
         print(
             f"width {width}, rank {rank}: fitted {fitting:.2f} s, error {fit.error:.3g}; "
             f"polished {polishing:.2f} s, {better.error:.3g}; Adam {training:.2f} s, {error:.3g}; "

@@ -1,4 +1,4 @@
-"""Trainings per minute: many at once, against a plain loop and against the arithmetic limit.
+"""Trainings per minute: many at once, against a plain loop over one after the other.
 
     python benchmarks/training.py [--runs 4 16 64 192] [--steps 200] [--repeat 3] [--models …]
 
@@ -7,18 +7,7 @@ transformers, with the validation loss on 256 inputs after each step and the bes
 Both sides run for `--steps` steps, the plain loop for a third of them, in turn; the least times of
 the repetitions are extrapolated. The runs that are trained at once have ranks 1 to 16 in turn and
 see the same inputs; the plain loop trains one module at rank 8, with as many threads as make it
-fastest. Beside the ratio of the trainings a minute stands that of the work, the time that
-processors spend on a training, which depends less on what else they have to do.
-
-The limit is the time that the matrix products of the steps take, without and with those of the
-validation, at the rate of a product of large matrices in single precision on all processors. They
-are those of the forward pass and of the gradients, `W_Kᵀ W_Q` and `W_O W_V` being multiplied
-beforehand; what factors, biases, ReLUs, softmax, Adam and inputs take counts as nothing. The peak
-memory is that of the whole process up to there.
-
-Last, what saturated softmaxes cost: transformers of attention weights of scale 1 beside those of
-a quarter, whose products stay above 1e−38. Both sides take subnormal numbers as zeros; how slow
-this processor is on them otherwise stands beside it.
+fastest. The ratio of work is that of processors' time, which depends less on what else they do.
 """
 
 from __future__ import annotations
@@ -26,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import resource
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
@@ -41,7 +29,7 @@ from lorapower import _checks
 from lorapower.networks import FNN, Transformer
 from lorapower.training import Fresh, Tuning, train
 
-WIDTH, HEADS, TOKENS, SAMPLES, STEPS, RANK, SQUARE = 16, 2, 10, 256, 5000, 8, 2048
+WIDTH, HEADS, TOKENS, SAMPLES, STEPS, RANK = 16, 2, 10, 256, 5000, 8
 SIZES = {
     "FNN (1,2)": (1, 2),
     "FNN (2,4)": (2, 4),
@@ -105,25 +93,22 @@ class PlainTransformer(nn.Module):
         return self.out(x)
 
 
-def networks(
-    model: str, scale: float = 1.0
-) -> tuple[FNN | Transformer, FNN | Transformer, tuple[int, ...]]:
-    """Frozen network, target and shape of an input; the scale is that of attention's weights."""
+def networks(model: str) -> tuple[FNN | Transformer, FNN | Transformer, tuple[int, ...]]:
+    """Make the frozen network, the target and an input's shape."""
     target_depth, depth = SIZES[model]
     if model.startswith("FNN"):
         frozen = FNN.random(depth, WIDTH, seed=0, dtype=torch.float32)
         return frozen, FNN.random(target_depth, WIDTH, seed=1, dtype=torch.float32), (WIDTH,)
     frozen, target = (
-        Transformer.random(depth, WIDTH, HEADS, scale=scale, seed=seed, dtype=torch.float32)
-        for seed in (0, 1)
+        Transformer.random(depth, WIDTH, HEADS, seed=seed, dtype=torch.float32) for seed in (0, 1)
     )
     return frozen, target, (WIDTH, TOKENS)
 
 
 @_checks.flushing()
-def plain(model: str, steps: int, scale: float = 1.0) -> None:
+def plain(model: str, steps: int) -> None:
     """One run as one writes it down."""
-    frozen, target, shape = networks(model, scale)
+    frozen, target, shape = networks(model)
     rows = shape[::-1]
     make: Any = PlainFNN if isinstance(frozen, FNN) else PlainTransformer
     module, wanted = make(frozen, RANK), make(target, 0)
@@ -145,27 +130,11 @@ def plain(model: str, steps: int, scale: float = 1.0) -> None:
             least, _ = loss, copy.deepcopy(module.state_dict())
 
 
-def stacked(model: str, runs: int, steps: int, scale: float = 1.0) -> None:
+def stacked(model: str, runs: int, steps: int) -> None:
     """As many runs at once."""
-    frozen, target, shape = networks(model, scale)
+    frozen, target, shape = networks(model)
     tunings = [Tuning(1 + run % WIDTH, learning_rate=1e-3) for run in range(runs)]
     train(frozen, tunings, Fresh(target, shape, samples=SAMPLES), steps=steps, every=1)
-
-
-def operations(model: str) -> tuple[float, float]:
-    """Of the matrix products of one training: without the validation, and with it."""
-    depth = SIZES[model][1]
-    if model.startswith("FNN"):
-        forward = depth * 2 * WIDTH**2 * SAMPLES
-        # Inputs have no gradient.
-        gradients = 2 * forward - 2 * WIDTH**2 * SAMPLES
-    else:
-        matrix, mixing = 2 * WIDTH**2 * TOKENS * SAMPLES, 2 * WIDTH * TOKENS**2 * SAMPLES
-        forward = depth * (HEADS * (2 * matrix + 2 * mixing) + 2 * matrix) + matrix
-        # The first block's tokens have none: not through W_K'W_Q, through W_O W_V, and in scores.
-        # Neither has W_1 of any block, nor W_2 but of the last.
-        gradients = 2 * forward - HEADS * (2 * matrix + mixing) - (2 * depth - 1) * matrix
-    return STEPS * (forward + gradients), STEPS * (2 * forward + gradients)
 
 
 class Least:
@@ -187,53 +156,28 @@ def on_threads(threads: int, function: Callable[[], object]) -> None:
 
 
 def compare(model: str, numbers: Sequence[int], steps: int, repeat: int, processors: int) -> None:
-    """Print a line for each number of runs that are trained at once."""
-    square = torch.randn(SQUARE, SQUARE)
-    product = Least(partial(on_threads, processors, lambda: square @ square))
+    """Print a line for each number of stacked runs."""
     few = -(-steps // 3)
     loops = [
         Least(partial(on_threads, threads, partial(plain, model, few)))
         for threads in range(1, processors + 1)
     ]
     for runs in numbers:
-        # Memory that is taken once.
+        # Memory and modules that are loaded once.
         stacked(model, runs, 1)
         engine = Least(partial(on_threads, processors, partial(stacked, model, runs, steps)))
         for _ in range(repeat):
-            for measured in (*loops, engine, product):
+            for measured in (*loops, engine):
                 measured()
         loop = min(loops, key=lambda measured: measured.wall)
         one = STEPS / few * loop.wall
         each = STEPS / steps * engine.wall / runs
         work = (loop.processors / few) / (engine.processors / steps / runs)
-        rate = 2 * SQUARE**3 / product.wall
-        share, with_validation = (part / rate / each for part in operations(model))
-        # In KiB, but in bytes on macOS.
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(
             f"{model:13s} {runs:5d} {60 / each:10.1f} {60 / one:7.2f} ({1 + loops.index(loop)}) "
-            f"{one / each:6.1f} {work:6.1f} {share:8.2f} {with_validation:8.2f} "
-            f"{rate / 1e9:8.0f} {memory:8.0f}",
+            f"{one / each:6.1f} {work:6.1f}",
             flush=True,
         )
-
-
-def saturated(model: str, runs: int, steps: int, repeat: int) -> None:
-    """Print how many times as long scale 1 takes as a quarter, and subnormal products as others."""
-    few, x = -(-steps // 3), torch.randn(1_000_000)
-    sides = [partial(stacked, model, runs, steps), partial(plain, model, few)]
-    times = [[Least(partial(side, scale=scale)) for scale in (1.0, 0.25)] for side in sides]
-    times.append([Least(partial(torch.mul, x, torch.full_like(x, y))) for y in (1e-39, 1.0)])
-    torch.set_num_threads(1)
-    for _ in range(repeat):
-        for pair in times:
-            for measured in pair:
-                measured()
-    engine, loop, product = (most.wall / least.wall for most, least in times)
-    print(
-        f"{model}: scale 1 takes {engine:.2f} times as long as 1/4, {loop:.2f} in the plain loop; "
-        f"subnormal products {product:.1f} times as long as others"
-    )
 
 
 def main() -> None:
@@ -245,14 +189,11 @@ def main() -> None:
     parser.add_argument("--processors", type=int, default=os.cpu_count())
     chosen = parser.parse_args()
     print(
-        "                      trainings a minute   ratio, and    share of the    GFLOP/s  peak\n"
-        "model          runs   engine  plain (threads) of work  limit, validating          MiB"
+        "                      trainings a minute   ratio, and\n"
+        "model          runs   engine  plain (threads) of work"
     )
     for model in chosen.models:
         compare(model, chosen.runs, chosen.steps, chosen.repeat, chosen.processors)
-    for model in chosen.models:
-        if model.startswith("transformer"):
-            saturated(model, max(chosen.runs), chosen.steps, chosen.repeat)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from time import perf_counter
 import torch
 
 from lorapower import randomness
-from lorapower.constructions import transformer
+from lorapower.constructions import adapt_transformer
 from lorapower.networks import Transformer
 
 
@@ -50,10 +50,10 @@ def main() -> None:
         x = torch.randn(
             20, width, 10, dtype=frozen.dtype, generator=randomness.generator(0, "inputs")
         )
-        solution = transformer.adapt(frozen, target, rank)
+        solution = adapt_transformer(frozen, target, rank)
         difference = solution.adapters.merge(frozen)(x) - target(x)
         error = difference.square().mean() / target(x).square().mean()
-        times.append(least_time(chosen.repeat, transformer.adapt, frozen, target, rank))
+        times.append(least_time(chosen.repeat, adapt_transformer, frozen, target, rank))
         forward = least_time(chosen.repeat, frozen, x[0])
         print(
             f"width {width:4d}, rank {rank:3d}: {times[-1]:8.3f} s, forward pass {forward:.4f} s, "

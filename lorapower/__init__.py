@@ -6,7 +6,8 @@ From the ground up:
 - `networks` has linear and ReLU networks, transformers, and the gap that adapters have to close.
 - `adapters` merges low-rank updates into networks and counts their numbers.
 - `bounds` says what no adapters of a rank can reach, and `constructions` makes adapters that reach
-  it: `constructions.adapt` for any network, `constructions.rank_for_error` for the rank to choose.
+  it: `constructions.adapt` for any network or module, `constructions.rank_for_error` for the rank
+  to choose.
 - `training` finds adapters by gradient.
 - `book` serves the chapters.
 

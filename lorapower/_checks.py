@@ -38,16 +38,6 @@ def integer(
     raise InputError(name, allowed=f"{allowed} ({limit})" if limit else allowed, value=value)
 
 
-def seed(value: Any) -> int:
-    """Read a seed, which may be of any size."""
-    return integer("seed", value, 0, None)
-
-
-def positive(name: str, value: Any) -> float:
-    """Read a finite number above 0."""
-    return _number(name, value, "a finite number above 0", lambda x: 0 < x < inf)
-
-
 def tolerance(name: str, value: Any) -> float:
     """Read a number of at least 0; infinity is allowed."""
     return _number(name, value, "a number of at least 0", lambda x: x >= 0)
@@ -65,11 +55,11 @@ def _number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) 
     raise InputError(name, allowed=allowed, value=value)
 
 
-def choice(name: str, value: Any, options: Sequence[str], remedy: str = "") -> None:
+def choice(name: str, value: Any, options: Sequence[Any]) -> None:
     """Refuse a value that is not one of the options."""
     if value not in options:
         allowed = f"one of {', '.join(map(repr, options))}"
-        raise InputError(name, allowed=allowed, value=value, remedy=remedy)
+        raise InputError(name, allowed=allowed, value=value)
 
 
 def ranks_per_layer(ranks: Any, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
@@ -120,6 +110,23 @@ def real_tensor(name: str, value: Any, *, min_dims: int, copy: bool = False) -> 
     return tensor.clone() if copy and isinstance(value, Tensor) else tensor
 
 
+def columns(name: str, value: Any, width: int, word: str = "samples") -> Tensor:
+    """Read inputs ``[..., width, samples]``; ``word`` says what the columns are."""
+    x = real_tensor(name, value, min_dims=2)
+    if x.shape[-2] != width:
+        allowed = f"of shape [..., {width}, {word}], columns being {word}"
+        remedy = "inputs are columns: pass x.mT" if x.shape[-1] == width else ""
+        raise InputError(name, allowed=allowed, given=f"shape {tuple(x.shape)}", remedy=remedy)
+    return x
+
+
+def numbers(name: str, value: Any) -> Tensor:
+    """Read a finite tensor of any shape; plain integers become float64."""
+    if isinstance(value, Integral | np.ndarray) and np.asarray(value).dtype.kind == "i":
+        value = np.float64(value)
+    return real_tensor(name, value, min_dims=0, copy=True)
+
+
 def _from_array(name: str, value: Any) -> Tensor:
     try:
         array = np.array(value, order="C")
@@ -160,14 +167,10 @@ def failed_members(bad: Tensor, shown: int | None = None) -> str:
     """Name the members of a batch where ``bad`` holds, ``shown`` (flat) first."""
     if not bad.ndim:
         return ""
-    places = [place[0] if bad.ndim == 1 else tuple(place) for place in bad.nonzero().tolist()]
     first = int(bad.flatten().nonzero()[0]) if shown is None else shown
     index = tuple(int(i) for i in np.unravel_index(first, bad.shape))
     words = f" of batch member {index[0] if len(index) == 1 else index}"
-    if len(places) > 1:
-        listed = ", ".join(map(str, places[:8])) + (", …" if len(places) > 8 else "")
-        words += f" (one of {len(places)} that fail: {listed})"
-    return words
+    return words + (f" (one of {int(bad.sum())} that fail)" if bad.sum() > 1 else "")
 
 
 def common_shape(name: str, shapes: Sequence[tuple[int, ...]]) -> torch.Size:
@@ -177,6 +180,16 @@ def common_shape(name: str, shapes: Sequence[tuple[int, ...]]) -> torch.Size:
     except RuntimeError as error:
         given = [tuple(shape) for shape in shapes]
         raise InputError(name, allowed="of shapes that broadcast", given=given) from error
+
+
+def one_batch(parts: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    """Expand weights and biases of one type, each with its own dimensions, to one batch shape."""
+    name = "weights and biases"
+    if len({part.dtype for part, _ in parts}) > 1:
+        allowed = "all float32 or all float64"
+        raise InputError(name, allowed=allowed, given="both", remedy="convert one")
+    batch = common_shape(name, [tuple(part.shape[:-dims]) for part, dims in parts])
+    return [part.expand(*batch, *part.shape[-dims:]) for part, dims in parts]
 
 
 @contextmanager

@@ -35,16 +35,12 @@ class Adapters:
     ``updates`` are in the order of the network's ``weights``, of rank 0 for a weight without an
     adapter. ``bias_updates`` are vectors ``[..., out]``, added to the network's ``biases``; empty
     where none is tuned. ``tuned`` says what each member of a batch tunes, as in training runs;
-    ``None`` where all columns and biases are. Raises `InputError` for no updates.
+    ``None`` where all columns and biases are.
     """
 
     updates: tuple[LowRank, ...]
     bias_updates: tuple[Float[Tensor, "*batch _"], ...] = ()
     tuned: Tuned | None = None
-
-    def __post_init__(self) -> None:
-        if not self.updates:
-            raise InputError("updates", allowed="one LowRank for each weight", given="none")
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -147,6 +143,17 @@ class Adapters:
 
         It keeps the network's type of numbers. Raises `InputError` for a network that the adapters
         do not fit, and for sums that are not finite.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from lorapower.adapters import Adapters
+        >>> from lorapower.lowrank import LowRank
+        >>> from lorapower.networks import LinearNetwork
+        >>> frozen, ones = LinearNetwork([torch.eye(2)]), torch.ones(2, 1)
+        >>> Adapters((LowRank(ones, ones),)).merge(frozen).weights[0]
+        tensor([[2., 1.],
+                [1., 2.]])
         """
         _checks.kind(Network, network=network)
         shapes = [tuple(weight.shape[-2:]) for weight in network.weights]

@@ -77,11 +77,11 @@ def needs(extra: str) -> Iterator[None]:
 
 
 class SingularError(LorapowerError, ArithmeticError):
-    """Report that no splitting of an update among layers is as accurate as was asked for.
+    """Report that every splitting of an update among layers loses more than half of the digits.
 
-    ``layer``, counted from 1, has the worst system, with this ``condition_number``; from
-    ``singular_from`` on it counts as singular. ``rounding_error`` is that of the best splitting,
-    ``rtol`` the largest accepted one; ``member`` names the member of a batch.
+    ``layer``, counted from 1, has the worst system. Its ``condition_number`` is compared with
+    ``singular_from``, from which on it counts as singular. ``rounding_error`` is that of the best
+    splitting, relative to the result; ``member`` names the member of a batch.
     """
 
     def __init__(
@@ -89,30 +89,19 @@ class SingularError(LorapowerError, ArithmeticError):
         layer: int,
         condition_number: float,
         rounding_error: float,
-        rtol: float,
         singular_from: float,
         member: str,
     ) -> None:
-        self.layer, self.condition_number = layer, condition_number
-        self.rounding_error, self.rtol = rounding_error, rtol
-        self.singular_from, self.member = singular_from, member
-        kind, remedy = "ill-conditioned", ": use float64, give more rank, or accept a larger rtol"
+        self.layer = layer
+        kind, remedy = "ill-conditioned", "use float64, give more rank, or accept it by throw=False"
         if condition_number > singular_from:
             kind = "singular"
-            remedy = (
-                ", so that the assumption of non-singularity fails: give more rank to a singular "
-                "layer, give this layer rank 0, or perturb the frozen weights"
-            )
+            remedy = "give a singular layer more rank or none, or perturb the frozen weights"
         super().__init__(
-            "the best splitting tried leaves a relative rounding error of "
-            f"{rounding_error:.1e}, more than rtol = {rtol:.1e}; the products that the adapter of "
-            f"layer {layer}{member} acts through are {kind} (condition number "
-            f"{condition_number:.1e}){remedy}"
+            f"the best splitting leaves a relative rounding error of {rounding_error:.1e}, more "
+            f"than half of the digits; what the adapter of layer {layer}{member} acts through is "
+            f"{kind} (condition number {condition_number:.1e}): {remedy}"
         )
-
-    def at_layer(self, layer: int) -> SingularError:
-        """Make the same error for a layer counted in a larger network."""
-        return SingularError(**{**vars(self), "layer": layer})
 
 
 class PrecisionError(LorapowerError, ArithmeticError):
@@ -124,11 +113,11 @@ class PrecisionError(LorapowerError, ArithmeticError):
     def __init__(
         self, block: int, digits_lost: float, *, limit: float, dtype: object, member: str = ""
     ) -> None:
-        self.block, self.digits_lost, self.limit = block, digits_lost, limit
+        self.block, self.digits_lost = block, digits_lost
         super().__init__(
-            f"the biases that make the layers of block {block}{member} linear over the region "
-            f"cost about {digits_lost:.1f} of the decimal digits of {dtype}; at most {limit:.1f} "
-            "are accepted: take a smaller region, a wider type, or accept it by throw=False"
+            f"the biases that make block {block}{member} linear over the region cost about "
+            f"{digits_lost:.1f} of the decimal digits of {dtype}; at most {limit:.1f} are accepted:"
+            " take a smaller region, a wider type, or accept it by throw=False"
         )
 
 

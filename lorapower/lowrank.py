@@ -10,24 +10,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import _checks
-from .errors import InputError
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
     """Hold a matrix as factors: ``ΔW = A Bᵀ``.
 
-    ``left`` is ``A``, ``[..., out, rank]``, and ``right`` is ``B``, ``[..., in, rank]``. Raises
-    `InputError` for different numbers of columns.
+    ``left`` is ``A``, ``[..., out, rank]``, and ``right`` is ``B``, ``[..., in, rank]``.
     """
 
     left: Float[Tensor, "*#batch out rank"]
     right: Float[Tensor, "*#batch in rank"]
-
-    def __post_init__(self) -> None:
-        left, right = self.left.shape[-1], self.right.shape[-1]
-        if left != right:
-            raise InputError("right", allowed=f"of {left} columns, like left", given=right)
 
     @property
     def rank(self) -> int:
@@ -87,7 +80,17 @@ class SVD(NamedTuple):
 
 
 def svd(matrix: Float[Tensor, "*batch out in"]) -> SVD:
-    """Decompose a matrix of finite numbers; ``k = min(out, in)``."""
+    """Decompose a matrix of finite numbers; ``k = min(out, in)``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower import lowrank
+    >>> U, S, V = lowrank.svd(torch.diag(torch.tensor([1.0, 3.0])))
+    >>> S, (U * S) @ V.mT
+    (tensor([3., 1.]), tensor([[1., 0.],
+            [0., 3.]]))
+    """
     matrix = _checks.real_tensor("matrix", matrix, min_dims=2)
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     return SVD(U, S, Vh.mT)
@@ -108,6 +111,14 @@ def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
 
     It is best in both norms [thm-eckart-young]. Raises `InputError` for a rank outside
     ``0…min(out, in)`` and for a matrix that is not of finite float32 or float64 numbers.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower import lowrank
+    >>> lowrank.truncated_svd(torch.diag(torch.tensor([1.0, 3.0])), rank=1).matrix()
+    tensor([[0., 0.],
+            [0., 3.]])
     """
     U, S, V = svd(matrix)
     rank = _checks.integer("rank", rank, 0, S.shape[-1], limit="the smaller side")
@@ -153,11 +164,8 @@ def solve(
 ) -> Float[Tensor, "*batch cols k"]:
     """Find the smallest ``X`` with ``M X = Y``, by a QR factorization of ``Mᵀ``.
 
-    ``M`` has full row rank, ``rows ≤ cols``; otherwise `InputError` is raised. Where ``M`` is
-    singular the result is not finite: check `condition_number` first.
+    ``M`` has full row rank, ``rows ≤ cols``. Where it is singular the result is not finite: check
+    `condition_number` first.
     """
-    rows, cols = matrix.shape[-2:]
-    if rows > cols:
-        raise InputError("matrix", allowed="at least as wide as high", given=f"{rows}×{cols}")
     Q, R = torch.linalg.qr(matrix.mT)
     return Q @ torch.linalg.solve_triangular(R.mT, right, upper=False)

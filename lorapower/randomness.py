@@ -74,4 +74,4 @@ def _sequence(seed: int, purpose: tuple[str | int, ...]) -> np.random.SeedSequen
     """Make the root of the stream of a seed and a purpose."""
     digest = hashlib.blake2b(repr(purpose).encode(), digest_size=16).digest()
     spawn_key = np.frombuffer(digest, np.uint32).tolist()
-    return np.random.SeedSequence(_checks.seed(seed), spawn_key=spawn_key)
+    return np.random.SeedSequence(_checks.integer("seed", seed, 0, None), spawn_key=spawn_key)

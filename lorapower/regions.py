@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from numbers import Integral
 from typing import Any, Self
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -107,10 +105,17 @@ class Ball(Region):
 
     The centre is one number for all coordinates, or ``[..., width]``. Raises `InputError` for a
     radius, one number or ``[...]``, that is below 0 or not finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower.regions import Ball
+    >>> Ball(2.0).fit(3, torch.float64).sample(100).norm(dim=0).max() <= 2
+    tensor(True)
     """
 
     def __init__(self, radius: Any, centre: Any = 0.0) -> None:
-        self.radius, middle = _numbers("radius", radius), _numbers("centre", centre)
+        self.radius, middle = _checks.numbers("radius", radius), _checks.numbers("centre", centre)
         self._fitted = middle.ndim > 0
         column = torch.atleast_1d(middle)[..., None]
         shapes = [self.radius.shape, column.shape[:-2]]
@@ -123,7 +128,6 @@ class Ball(Region):
     @classmethod
     def about(cls, x: Float[Tensor, "*batch width samples"], margin: float = 1.0) -> Ball:
         """Find the ball about the mean of inputs that holds them; ``margin`` scales its radius."""
-        margin = _checks.positive("margin", margin)
         centre = x.mean(-1, keepdim=True)
         radius = torch.linalg.vector_norm(x - centre, dim=-2).amax(-1)
         return cls(margin * radius, centre[..., 0])
@@ -151,10 +155,17 @@ class Box(Region):
 
     Sides are one number or ``[..., width]``. Raises `InputError` for ``low > high`` and for sides
     that are not finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower.regions import Box
+    >>> Box([0.0, 0.0], [1.0, 2.0]).centre.mT
+    tensor([[0.5000, 1.0000]], dtype=torch.float64)
     """
 
     def __init__(self, low: Any, high: Any) -> None:
-        low, high = _numbers("low", low), _numbers("high", high)
+        low, high = _checks.numbers("low", low), _checks.numbers("high", high)
         self._fitted = max(low.ndim, high.ndim) > 0
         low, high = torch.atleast_1d(low, high)
         shape = _checks.common_shape("low and high", [low.shape, high.shape])
@@ -188,6 +199,13 @@ class Samples(Region):
     It is enlarged by the factor ``1 + margin ≥ 1``. After the first block of a partition the region
     is the enlarged hull of the inputs' images, which need not hold the image of the hull: for
     targets of several layers the promise is for the given inputs alone.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower.regions import Samples
+    >>> Samples(torch.eye(2), margin=0.0).lowest(torch.tensor([[1.0, 0.0]]))
+    tensor([[-0.5000]])
     """
 
     def __init__(self, inputs: Any, margin: float = 0.1) -> None:
@@ -222,8 +240,13 @@ class Samples(Region):
         return self.centre + (1 + self.margin) * (self.inputs - self.centre)
 
 
-def _numbers(name: str, value: Any) -> Tensor:
-    """Read a finite tensor of any shape; plain integers become float64."""
-    if isinstance(value, Integral | np.ndarray) and np.asarray(value).dtype.kind == "i":
-        value = np.float64(value)
-    return _checks.real_tensor(name, value, min_dims=0, copy=True)
+def as_region(value: Region | Any, width: int, dtype: torch.dtype) -> Region:
+    """Read a region of inputs of this width and type; columns ``[..., width, samples]`` are one.
+
+    Raises `InputError` for anything else.
+    """
+    if value is None:
+        allowed = "given for networks with ReLUs: a region, or columns [..., width, samples]"
+        raise InputError("on", allowed=allowed, given="none")
+    region = value if isinstance(value, Region) else Samples(_checks.columns("on", value, width))
+    return region.fit(width, dtype)

@@ -52,7 +52,7 @@ def reduced_rank(
     variance of a coordinate of ``z``: ``K = R⁺ U_r U_rᵀ R B`` with the coefficients ``B`` of the
     fit of any rank and the leading left singular vectors ``U_r`` of ``R B C^{1/2}``, ``C`` the
     covariance of ``z``. Without ``intercept``, ``a = 0`` and second moments replace covariances.
-    Raises `InputError` for data that are not finite, or of different types or numbers of samples.
+    Raises `InputError` for data that are not finite, and ranks out of range.
 
     Parameters
     ----------
@@ -66,13 +66,19 @@ def reduced_rank(
         ``λ``, at least 0. An infinite one takes ``B = E``, in the metric of the inputs alone.
     metric : Tensor, optional
         ``R``, ``[..., rows, out]``, the identity by default.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower.regression import reduced_rank
+    >>> z = torch.randn(3, 50, dtype=torch.float64)
+    >>> y = torch.diag(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)) @ z + 5
+    >>> fit = reduced_rank(y, z, rank=2)
+    >>> torch.allclose(fit.update.matrix() @ z + fit.intercept[:, None], y)
+    True
     """
     y = _checks.real_tensor("outputs", outputs, min_dims=2)
     z = _checks.real_tensor("inputs", inputs, min_dims=2)
-    if y.dtype != z.dtype:
-        raise InputError("outputs", allowed=f"{z.dtype}, like the inputs", given=y.dtype)
-    if y.shape[-1] != z.shape[-1]:
-        raise InputError("outputs", allowed=f"{z.shape[-1]} columns", given=y.shape[-1])
     out, into = y.shape[-2], z.shape[-2]
     rank = _checks.integer("rank", rank, 0, min(out, into), limit="the smaller side")
     shrinkage = _checks.tolerance("shrinkage", shrinkage)
@@ -134,6 +140,16 @@ def truncate(
     Returns the ``update`` ``K``, whose first ``s`` columns are the nearest matrix of rank ``s``;
     its ``values`` ``σ_1 ≥ … ≥ σ_r``; and the ``total`` ``Σ_d σ_d²`` over all directions, the
     squared distance of rank 0, which direction ``d`` lowers by ``σ_d²``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower.regression import truncate
+    >>> M, seldom = torch.diag(torch.tensor([3.0, 2.0])), torch.diag(torch.tensor([0.1, 1.0]))
+    >>> truncate(M, 1).update.matrix(), truncate(M, 1, inputs=seldom).update.matrix()
+    (tensor([[3., 0.],
+            [0., 0.]]), tensor([[0., 0.],
+            [0., 2.]]))
     """
     M = _checks.real_tensor("matrix", matrix, min_dims=2)
     rank = _checks.integer("rank", rank, 0, min(M.shape[-2:]), limit="the smaller side")
@@ -183,3 +199,22 @@ def variance(outputs: Float[Tensor, "*samples out n"]) -> Float[Tensor, ""]:
     """Average the variance over samples and tokens of all outputs; `InputError` if not finite."""
     y = _checks.real_tensor("outputs", outputs, min_dims=2)
     return y.movedim(-2, 0).flatten(1).var(-1, correction=0).mean()
+
+
+def relative_error(
+    outputs: Float[Tensor, "*samples more n"], wanted: Float[Tensor, "*samples out n"]
+) -> Float[Tensor, ""]:
+    """Divide the mean squared error by the `variance` of what is wanted.
+
+    The best constant has 1. Only as many coordinates of the outputs count as are wanted. Raises
+    `InputError` where the wanted outputs are equal for all inputs.
+    """
+    size = variance(wanted)
+    if not size > 0:
+        raise InputError(
+            "outputs of the target",
+            allowed="different from input to input",
+            given="equal ones",
+            remedy="an error relative to their variance has no meaning then",
+        )
+    return (outputs[..., : wanted.shape[-2], :] - wanted).square().mean() / size

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 import records
-from records import Values, facts, language, run
-from records.tables import begin, put, settings
+from records import facts, language, run
+from records.tables import begin, put
 
 
 class RecipeResults(language.TextResults):
@@ -33,12 +34,23 @@ def with_validation(runs: list[language.TextRun]) -> list[RecipeResults]:
 
 
 #: What states a row's setting, and what runs it.
-MADE: dict[str, tuple[type[Values], Callable[..., Any]]] = {
+MADE: dict[str, tuple[type[Any], Callable[..., Any]]] = {
     "movies": (language.TextRun, language.measure),
     "decoder": (language.TextRun, language.measure),
     "recipes": (language.TextRun, with_validation),
     "facts": (facts.FactRun, facts.work),
 }
+
+
+def settings(table: pd.DataFrame, kind: type[Any]) -> list[Any]:
+    """Read the setting of each row of a table back, as values of a kind."""
+    problem, found = kind.model_fields["problem"].annotation, []
+    for _, row in table.convert_dtypes().rename(columns={"method": "kind"}).iterrows():
+        method: Any = language.Lora if row.kind == "lora" else language.Whole
+        given = row.dropna()
+        parts = ({**given.filter(part.model_fields)} for part in (problem, method))
+        found.append(kind(**dict(zip(("problem", "method"), parts, strict=True))))
+    return found
 
 
 if __name__ == "__main__":

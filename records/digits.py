@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -27,15 +27,7 @@ from lorapower.regions import Box
 from lorapower.regression import variance as variance_of
 from lorapower.training.engine import train
 from lorapower.training.tuning import Fixed, Labelled, Tuning
-from records.methods import (
-    Fitted,
-    Method,
-    TrainingResults,
-    adapt_by,
-    fits_width,
-    measure_on,
-    only_problem,
-)
+from records.methods import AnyRun, Fitted, Method, TrainingResults, adapt_by, measure_on
 
 SIDE, CLASSES = 8, 10
 PIXELS = SIDE**2
@@ -87,6 +79,7 @@ class Digits(Values):
     ``pretraining`` steps, those of adapters have ``steps``. Fits are to the training images.
     """
 
+    width: ClassVar[int] = PIXELS
     depth: int = Field(2, ge=DEPTH, le=16)
     start: Literal["pretrained", "random"] = "pretrained"
     angle: float = Field(90.0, ge=-360, le=360)
@@ -103,7 +96,7 @@ class Digits(Values):
         return frozen, _target(self.angle, self.seed, self.pretraining)
 
 
-class Run(Values):
+class Run(AnyRun):
     """Say which method is to solve which problem; raise `InputError` if they do not fit."""
 
     problem: Digits
@@ -111,7 +104,6 @@ class Run(Values):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        fits_width(self, PIXELS)
         if isinstance(self.method, Fitted):
             usual = self.method == Fitted(ranks=self.method.ranks)
             self.method.require("inputs", usual, "left out, as all options of a fit to images")
@@ -142,7 +134,7 @@ def _train(network: FNN, task: list[Labelled], seed: int, steps: int, purpose: s
     """Train all weights of a network."""
     data = Fixed(*task[:2], samples=BATCH, seed=seed, purpose=(purpose,))
     tuning = Tuning(final=network.depth, learning_rate=3e-3)
-    options: Any = {"steps": steps, "every": EVERY, "classes": range(CLASSES)}
+    options: Any = {"steps": steps, "every": EVERY}
     return train(network, [tuning], data, **options).network[0].to(torch.float64)
 
 
@@ -161,8 +153,8 @@ class Readings(TrainingResults):
 
 
 def measure(runs: Sequence[Run]) -> list[Readings]:
-    """Measure what each run reaches; raise `InputError` if they have several problems."""
-    problem = only_problem(runs)
+    """Measure what each run of one problem reaches."""
+    (problem,) = {run.problem for run in runs}
     frozen, target = problem.networks()
     images, validation, (x, classes) = _task(problem.angle, problem.seed)
     x, region = x.to(torch.float64), Box(0.0, 1.0)  # of all possible images
@@ -173,18 +165,21 @@ def measure(runs: Sequence[Run]) -> list[Readings]:
 
     def fit(method: Fitted) -> Adapters:
         fused = fuse(frozen, target, method.ranks)
-        return fused.carry_back(nearest(fused, images[0]), region, throw=False).adapters
+        return fused.split_among_layers(nearest(fused, images[0]), region, throw=False).adapters
 
-    readings = {}
     methods = [run.method for run in runs]
     data = Fixed(images, validation, samples=BATCH, seed=problem.seed)
-    options: Any = {"steps": problem.steps, "every": EVERY, "classes": range(CLASSES)}
+    options: Any = {"steps": problem.steps, "every": EVERY}
     options |= {"seed": problem.seed, "region": region, "fit": fit}
-    for method, network, curve in adapt_by(methods, frozen, target, data, **options):
-        error = measure_on(network, x, y) / variance
-        accuracy = _accuracy(network(x), classes)
-        readings[method] = Readings(accuracy=accuracy, error=error, **known, **curve)
-    return [readings[method] for method in methods]
+    return [
+        Readings(
+            accuracy=_accuracy(network(x), classes),
+            error=measure_on(network, x, y) / variance,
+            **known,
+            **curve,
+        )
+        for network, curve in adapt_by(methods, frozen, target, data, **options)
+    ]
 
 
 def _accuracy(logits: Tensor, classes: Tensor) -> float:

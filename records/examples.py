@@ -12,8 +12,8 @@ import torch
 
 import loraplan
 import records
-from loraplan import Adapter, Pair, Planner
-from loraplan.lab import LowRank, Rows, count_tokens, run_trials, stream
+from loraplan import Adapter, Pair, Planner, lab
+from loraplan.lab import LowRank, Rows, count_tokens, measure_networks, stream
 from lorapower import lowrank, regression
 from records import Results, Values, grid, neighbours, pairs
 
@@ -104,12 +104,14 @@ class Prepared:
             weighted = self.planner.weighted
             gains = {name: found.values for name, found in weighted.items()}
             ranks = neighbours.allocate(gains, self.modules).ranks(number)
+            best = {n: each.update.leading(ranks.get(n, 0)) for n, each in weighted.items()}
             biases = {
-                name: self.pair.tuned.read(f"{name}.bias") + found.bias(ranks.get(name, 0))
-                for name, found in weighted.items()
+                name: self.pair.tuned.read(f"{name}.bias")
+                + (each.shift - best[name].left @ (best[name].right.mT @ each.mean))
+                for name, each in weighted.items()
                 if self.pair.frees_bias(self.modules[name])
             }
-            return Adapter({n: weighted[n].update.leading(r) for n, r in ranks.items()}, biases)
+            return Adapter({name: best[name] for name in ranks}, biases)
         return neighbours.choose(_RULES[way], self.changes, self.modules, number)[1]
 
     def predict(self, adapter: Adapter) -> dict[str, float]:
@@ -122,13 +124,13 @@ class Prepared:
 
         readers = (functools.partial(read, step) for step in (_STEP, -_STEP))
         networks = (stream(self.pair, "tuned", planner.device, read=each) for each in readers)
-        one, other = run_trials([(network, planner.select) for network in networks])
+        one, other = measure_networks([(network, planner.select) for network in networks])
         moved = torch.cat(one.states) - torch.cat(other.states)
         derivative = float(moved.square().sum()) / (2 * _STEP) ** 2
         # Metrics are means over tokens, and errors are sums over those of a text.
         fit, apart = planner.texts.fit, 0.0
         tokens = count_tokens(fit) / sum(len(batch.input_ids) for batch in fit)
-        for name, known in planner.moments(self.modules).items():
+        for name, known in lab.moments(planner, self.modules).items():
             inputs = known.inputs - planner.weighted[name].mean
             Z, R = (
                 regression.second_moment_root(rows.mT, known.ridge)
@@ -162,7 +164,7 @@ class Prepared:
         names = [name for name, module in self.modules.items() if module.kind == way]
         changes = {name: self.pair.change(name) for name in names}
         halves = {name: LowRank(E, torch.eye(E.shape[1])) for name, E in changes.items()}
-        found = planner.measure(Adapter(adapter.factors | halves, adapter.biases))
+        found = lab.measure(planner, Adapter(adapter.factors | halves, adapter.biases))
         more |= {name: getattr(found, name) for name in _MEASURED}
         ranks = tuple(adapter.ranks.get(name, 0) for name in self.modules)
         return Lost(parameters=adapter.parameters, ranks=ranks, **more)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -12,14 +12,12 @@ from torch import Tensor
 
 from lorapower.adapters import Adapters
 from lorapower.book.values import Values
-from lorapower.constructions.general import adapt
-from lorapower.errors import InputError
+from lorapower.constructions import adapt
 from lorapower.regions import Region
 from lorapower.training.engine import train
 from lorapower.training.tuning import LARGEST, Data, Loss, Schedule, Tuning
 from records.runs import Results
 
-M = TypeVar("M", bound=Hashable)
 Rank = Annotated[int, Field(ge=0)]
 
 
@@ -71,6 +69,19 @@ class Trained(Values):
 Method = Annotated[Construction | Fitted | Trained, Field(discriminator="kind")]
 
 
+class AnyRun(Values):
+    """Say which method is to solve which problem; raise `InputError` for ranks above the width."""
+
+    problem: Any
+    method: Any
+
+    @model_validator(mode="after")
+    def _fits_width(self) -> Self:
+        width = self.problem.width
+        self.method.require("ranks", self.method.ranks <= width, f"at most {width} (the width)")
+        return self
+
+
 class TrainingResults(Results):
     """Hold the least validation loss of a training, at ``best_step``; NaN and −1 without one."""
 
@@ -80,24 +91,23 @@ class TrainingResults(Results):
 
 
 def train_together(
-    frozen: Any, tunings: Mapping[M, Tuning], data: Data, **options: Any
-) -> Iterator[tuple[M, Any, Adapters, dict[str, Any]]]:
+    frozen: Any, tunings: Sequence[Tuning], data: Data, **options: Any
+) -> Iterator[tuple[Any, Adapters, dict[str, Any]]]:
     """Train by several settings at once, each as it would be alone.
 
-    Yields their keys, networks in double precision, adapters, and fields of `TrainingResults`.
+    Yields networks in double precision, adapters, and fields of `TrainingResults`.
     """
     if not tunings:
         return
-    runs = train(frozen, [*tunings.values()], data, **options)
+    runs = train(frozen, tunings, data, **options)
     columns = (values.tolist() for values in (runs.best_loss, runs.best_step, runs.diverged))
-    rows = zip(tunings, runs.network, runs.adapters, *columns, strict=True)
-    for key, network, adapters, *values in rows:
+    for network, adapters, *values in zip(runs.network, runs.adapters, *columns, strict=True):
         curve = dict(zip(TrainingResults.model_fields, values, strict=True))
-        yield key, network.to(torch.float64), adapters, curve
+        yield network.to(torch.float64), adapters, curve
 
 
 def adapt_by(
-    methods: Iterable[Construction | Fitted | Trained],
+    methods: Sequence[Construction | Fitted | Trained],
     frozen: Any,
     target: Any,
     data: Data,
@@ -105,38 +115,25 @@ def adapt_by(
     region: Region | None,
     fit: Callable[[Fitted], Adapters],
     **options: Any,
-) -> Iterator[tuple[Construction | Fitted | Trained, Any, dict[str, Any]]]:
-    """Adapt by each method once; yield it, the network, and fields of `TrainingResults`.
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Adapt by each method; yield the networks, with fields of `TrainingResults`.
 
     ReLU networks are adapted on the ``region``; ``options`` are those of `training.train`.
     """
-    tunings = {}
-    for method in dict.fromkeys(methods):
+    tunings = [method.tuning() for method in methods if isinstance(method, Trained)]
+    trained = train_together(frozen, tunings, data, **options)
+    for method in methods:
         match method:
             case Trained():
-                tunings[method] = method.tuning()
+                network, _, curve = next(trained)
+                yield network, curve
             case Construction():
                 adapted = adapt(frozen, target, method.ranks, region, throw=False)
-                yield method, adapted.adapters.merge(frozen), {}
+                yield adapted.adapters.merge(frozen), {}
             case Fitted():
-                yield method, fit(method).merge(frozen), {}
-    for trained, network, _, curve in train_together(frozen, tunings, data, **options):
-        yield trained, network, curve
+                yield fit(method).merge(frozen), {}
 
 
 def measure_on(network: Any, x: Tensor, y: Tensor) -> float:
     """Compute the mean squared error of a network on inputs and outputs."""
     return float((network(x) - y).square().mean())
-
-
-def fits_width(run: Any, width: int) -> None:
-    """Raise `InputError` if a run adapts by more ranks than a weight can have."""
-    run.method.require("ranks", run.method.ranks <= width, f"at most {width} (the width)")
-
-
-def only_problem(runs: Sequence[Any]) -> Any:
-    """Give the problem of runs; raise `InputError` if they have several, or there are none."""
-    problems = {run.problem for run in runs}
-    if len(problems) != 1:
-        raise InputError("settings", allowed="of one problem", given=f"{len(problems)} problems")
-    return problems.pop()

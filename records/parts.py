@@ -30,17 +30,18 @@ from loraplan.lab import (
     LowRank,
     Moments,
     Network,
-    Pass,
-    Reference,
+    Rows,
     Slopes,
+    TextStates,
+    TunedOutputs,
     advance,
     choose,
     draw_rows,
-    run_trials,
+    measure_networks,
     stream,
 )
 from lorapower import lowrank, randomness
-from lorapower.networks import Transformer, from_decoder
+from lorapower.networks import Decoder, from_decoder
 from records import Results, Values, grid, models, neighbours, pairs, plans, run
 from records.tables import begin, put
 
@@ -104,7 +105,7 @@ def place(name: str) -> tuple[int, str]:
     return int(parts[2]), parts[-1].removesuffix("_proj")
 
 
-def heads(base: Transformer, tuned: Transformer) -> Iterator[Row]:
+def heads(base: Decoder, tuned: Decoder) -> Iterator[Row]:
     """Count what heads differ by [thm-every-network], and say how alike those of one model are.
 
     Two heads, of any places, differ by the full rank if neither factor of one depends on that of
@@ -135,7 +136,7 @@ def heads(base: Transformer, tuned: Transformer) -> Iterator[Row]:
     yield -1, "scores", "shortest", float(lengths.min() / lengths.median())
 
 
-def factors(network: Transformer) -> dict[str, tuple[Tensor, Tensor]]:
+def factors(network: Decoder) -> dict[str, tuple[Tensor, Tensor]]:
     """Give ``A`` and ``M`` of all heads as factors, ``left @ right.mT``, with first gains."""
     g = network.g_1[:, None, :, None]
     K, V = network.each_head(network.W_K), network.each_head(network.W_V)
@@ -182,14 +183,14 @@ def turns(network: Any, ids: Tensor) -> Iterator[Row]:
     yield -1, "", "turn", float(torch.cosine_similarity(first, last, dim=-1).mean())
 
 
-class Unshifted(Reference):
+class Unshifted(TunedOutputs):
     """Distances without one shift of all logits: the mean over all tokens of what is missed."""
 
-    def __init__(self, whole: Reference, base: Network) -> None:
+    def __init__(self, whole: TunedOutputs, base: Network) -> None:
         """Pass the texts through the base, for the effect without its shift."""
         super().__init__(whole.batches, whole.readout, whole.states)
-        (trial,) = run_trials([(base, self)])
-        self.record(base, trial.states)
+        (measurement,) = measure_networks([(base, self)])
+        self.record(base, measurement.states)
 
     def squares(self, network: Network, states: list[Tensor]) -> NDArray[np.float64]:
         """Measure squared distances; what the shift has of them is taken off all texts alike."""
@@ -204,12 +205,24 @@ def measure(
     planner: Planner, unshifted: Unshifted, part: str, adapter: Adapter
 ) -> Iterator[Adapted]:
     """Measure errors of an adapter on the texts for stating, and equal tokens."""
-    (trial,) = planner.run((adapter, planner.test))
-    found = planner.test.summarize(trial.compare())
-    rest = unshifted.error(trial._replace(reference=unshifted).squares)
+    (measurement,) = planner.run((adapter, "test"))
+    found = planner.test.summarize(measurement.compare())
+    rest = unshifted.error(measurement._replace(reference=unshifted).squares)
     values = {"error": found.error, "unshifted": rest, "agreement": found.agreement}
     number = sum(adapter.ranks.values())
     yield from ((-1, part, quantity, value, number) for quantity, value in values.items())
+
+
+def only(planner: Planner, kind: str) -> float:
+    """Measure ``η`` on texts for stating with only the modules of one kind as tuned."""
+    pair = planner.pair
+    names = {f"{name}.weight" for name, module in pair.modules.items() if module.kind == kind}
+
+    def read(name: str, rows: Rows = None) -> Tensor:
+        return pair.read("tuned" if name in names else "adapted", name, rows)
+
+    network = stream(pair, Adapter({}, {}), planner.device, read=read)
+    return planner.test.error(measure_networks([(network, planner.test)])[0].squares)
 
 
 def effect(planner: Planner) -> Iterator[Row | Adapted]:
@@ -219,11 +232,11 @@ def effect(planner: Planner) -> Iterator[Row | Adapted]:
     measured = functools.partial(measure, planner, test)
     yield -1, "", "alike", 1 - float(test.effect.sum() / planner.test.effect.sum())
     for part in ("attention", "mlp"):
-        yield -1, part, "error", planner.only(part)
+        yield -1, part, "error", only(planner, part)
     yield from measured("none", Adapter({}, {}))
     changes = {name: lowrank.svd(planner.pair.change(name)) for name in planner.modules}
-    choice = choose(planner.pool, *planner.sketches, planner.parameters(MOST))
-    costs = planner.pool.costs[choice.order].cumsum(0)
+    choice = choose(planner.candidates, *planner.sketches, planner.parameters(MOST))
+    costs = planner.candidates.costs[choice.order].cumsum(0)
     # By norm each direction counts as one.
     alike = {name: module._replace(shape=(1, 0)) for name, module in planner.modules.items()}
     for number in DIRECTIONS:
@@ -245,10 +258,12 @@ def effect(planner: Planner) -> Iterator[Row | Adapted]:
     yield -1, "", "apart", apart / whole
     for l, row in enumerate((blocks / whole).tolist()):
         yield from ((l, str(k), "product", value) for k, value in enumerate(row))
-    total, missing = planner.losses(Adapter({}, {})), {*planner.modules}
+    taken = torch.zeros_like(planner.candidates.costs)
+    total, missing = planner.losses(taken), {*planner.modules}
     for rank in range(1, planner.max_rank + 1):
-        best = {name: planner.weighted[name].update.leading(rank) for name in missing}
-        left = planner.losses(Adapter(best, {}))
+        for name in missing:
+            taken[planner.candidates.places[name]][:rank] = 1
+        left = planner.losses(taken)
         for name in [name for name in missing if left[name] <= LEFT * total[name]]:
             yield *place(name), "alone", rank
             missing.remove(name)
@@ -263,7 +278,7 @@ def products(planner: Planner, adapter: Adapter) -> tuple[Tensor, float]:
     with random outputs [prop-sketch].
     """
     readout, modules, batches = planner.readout, planner.modules, planner.test.batches
-    passed = Pass(readout.network, batches, len(batches))
+    passed = TextStates(readout.network, batches, len(batches))
     advance([passed])
     generator = randomness.generator(0, "products")
     tuned, adapted = planner.pair.reader("tuned"), planner.pair.reader(adapter)
@@ -274,7 +289,7 @@ def products(planner: Planner, adapter: Adapter) -> tuple[Tensor, float]:
         out, into = map(torch.zeros, missing.shape)
         return Directions(LowRank(missing, torch.eye(len(into))), into, out, into)
 
-    rows = Slopes(passed, readout, modules, {}, ()).take(
+    rows = Slopes(passed, readout, modules, {}, ()).collect_derivatives(
         find, lambda i, x: draw_rows(generator, x, len(batches[i].places), PROBES), seed=0
     )
     sides = [module.shape[1] for module in modules.values()]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from loraplan import Adapter, Pair, Planner, lab
-from loraplan.lab import run_trials
+from loraplan.lab import measure_networks
 from lorapower import lowrank, randomness
 from records import Results, Values, grid, models, neighbours, pack, pairs, run
 from records.tables import HERE, begin, put
@@ -155,7 +155,7 @@ def work(settings: list[AdapterRun]) -> list[AdapterResults]:
         folder = other(setting)
         carried, size = lab.measure_peft(folder)
         network = lab.load_adapter(folder, blocks.pair, blocks.device)
-        (trial,) = run_trials([(network, blocks.test)])
+        (measurement,) = measure_networks([(network, blocks.test)])
     else:
         method = setting.method.removesuffix(" of blocks")
         in_blocks = method in neighbours.RULES or method != setting.method
@@ -167,8 +167,8 @@ def work(settings: list[AdapterRun]) -> list[AdapterResults]:
             adapter = make(planner, method, blocks.parameters(int(setting.asked)))
         about = {"parameters": adapter.parameters, "seconds": time.perf_counter() - start}
         carried, size = lab.estimate(planner.pair, adapter)
-        (trial,) = planner.run((adapter, planner.test))
-    arrays = trial.compare()._asdict() | {"effect": trial.reference.effect}
+        (measurement,) = planner.run((adapter, "test"))
+    arrays = measurement.compare()._asdict() | {"effect": measurement.reference.effect}
     del arrays["right"]  # There are no labels.
     about |= {name: pack(values) for name, values in arrays.items()}
     about |= {name: metadata.version(name) for name in ("torch", "peft")}

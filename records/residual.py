@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from lorapower.book.values import Values
 from lorapower.bounds.floors import attention_floor, far_error
-from lorapower.networks.transformer import Part, Transformer
+from lorapower.networks.attention import Part
+from lorapower.networks.decoder import Decoder
 from lorapower.regression import variance as variance_of
 from lorapower.training.tuning import Fresh, Tuning
-from records.methods import (
-    Rank,
-    TrainingResults,
-    fits_width,
-    measure_on,
-    only_problem,
-    train_together,
-)
+from records.methods import AnyRun, Rank, TrainingResults, measure_on, train_together
 
 # Vectors by what is tuned: those of the floor of attention, or all.
 VECTORS = {
@@ -46,14 +40,14 @@ class TrainedPart(Values):
     vectors: Literal["free", "all"] = "all"
     learning_rate: float = Field(1e-2, gt=0)
 
-    def ranks_in(self, network: Transformer) -> tuple[int, ...]:
+    def ranks_in(self, network: Decoder) -> tuple[int, ...]:
         """List the rank of each weight's adapter."""
         each = self.ranks, self.ranks + self.more
         usual, more = (network.ranks(rank, self.part) for rank in each)
         pairs = zip(network.kind_of_weight, usual, more, strict=True)
         return tuple(b if kind in ("W_V", "W_O") else a for kind, a, b in pairs)
 
-    def tuning(self, network: Transformer) -> Tuning:
+    def tuning(self, network: Decoder) -> Tuning:
         """Make the settings that `training.train` takes."""
         tuned = VECTORS[self.vectors]
         return Tuning(
@@ -80,32 +74,27 @@ class Residual(Values):
     samples: int = Field(256, ge=1)
     seed: int = Field(0, ge=0)
 
-    def networks(self) -> tuple[Transformer, Transformer]:
+    def networks(self) -> tuple[Decoder, Decoder]:
         """Draw the frozen network and the target."""
         options: Any = self.model_dump(include={"hidden", "seed"})
         options |= {"head_size": self.width // self.heads, "norm": "layer", "residual": True}
         frozen, target = (
-            Transformer.random(1, self.width, self.heads, purpose=purpose, **options)
+            Decoder.random(1, self.width, self.heads, purpose=purpose, **options)
             for purpose in ("frozen", "target")
         )
         return frozen, target
 
-    def data(self, target: Transformer, *purpose: str) -> Fresh:
+    def data(self, target: Decoder, *purpose: str) -> Fresh:
         """Label inputs, others for each purpose."""
         options: Any = {"samples": self.samples, "scale": self.size, "seed": self.seed}
         return Fresh(target, (self.width, self.tokens), purpose=purpose, **options)
 
 
-class Run(Values):
-    """Say what is adapted in which problem; raise `InputError` for ranks above the width."""
+class Run(AnyRun):
+    """Say what is adapted in which problem."""
 
     problem: Residual
     method: TrainedPart
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        fits_width(self, self.problem.width)
-        return self
 
 
 class Remainder(TrainingResults):
@@ -124,8 +113,8 @@ class Remainder(TrainingResults):
 
 
 def measure(runs: Sequence[Run]) -> list[Remainder]:
-    """Measure what each run reaches; raise `InputError` if they have several problems."""
-    problem = only_problem(runs)
+    """Measure what each run of one problem reaches."""
+    (problem,) = {run.problem for run in runs}
     frozen, target = problem.networks()
     data = problem.data(target)
     x, y = (part.to(frozen.dtype) for part in data.test(TEST))
@@ -133,20 +122,22 @@ def measure(runs: Sequence[Run]) -> list[Remainder]:
     far = problem.data(target, "directions").test(DIRECTIONS)[0][..., 0]
     far = far.mT.to(frozen.dtype)
     options = {"steps": problem.steps, "every": max(1, problem.steps // 40), "seed": problem.seed}
-    tunings = {run.method: run.method.tuning(frozen) for run in runs}
-    remainders = {}
-    for method, _, adapters, curve in train_together(frozen, tunings, data, **options):
+    tunings = [run.method.tuning(frozen) for run in runs]
+    trained = train_together(frozen, tunings, data, **options)
+    remainders = []
+    for method, (_, adapters, curve) in zip((run.method for run in runs), trained, strict=True):
         floor = math.nan
         if method.part == "attention":
             ranks = method.ranks_in(frozen)
             floor = float(attention_floor(frozen, target, far, ranks).value)
         adapters = adapters.to(frozen.dtype)
         network = adapters.merge(frozen)
-        remainders[method] = Remainder(
+        remainder = Remainder(
             relative=measure_on(network, x, y) / added,
             far_error=float(far_error(network, target, far, FAR, problem.tokens)[0]),
             floor=floor,
             factors=sum(update.parameter_count for update in adapters.updates),
             **curve,
         )
-    return [remainders[run.method] for run in runs]
+        remainders.append(remainder)
+    return remainders

@@ -68,20 +68,19 @@ def run(
     path: Path | str | None = None,
     *,
     size: int = 256,
-    progress: bool = True,
 ) -> pd.DataFrame:
     """Run ``work`` on all settings and return a table with a row for each, in their order.
 
     ``work`` takes a list of at most ``size`` settings, of one ``problem`` if they have the field,
-    and returns as many `Results`. What it raises ends the run. Raises `InputError` for no settings,
-    results that do not fit and columns of one name.
+    and returns as many `Results`. What it raises ends the run. Raises `InputError` for no settings
+    and for columns of one name.
 
     With a ``path``, each finished batch is appended to ``PATH.CODE.partial``, and what is there is
     not run again. ``CODE`` digests the notebook's cells so far, or the file of ``work``, the
     packages of this project, and the versions of libraries that compute: other code has another
     file.
     """
-    return _tabulate(settings, _run(settings, work, path, size, progress))
+    return _tabulate(settings, _run(settings, work, path, size))
 
 
 def sweep(
@@ -155,11 +154,7 @@ def _processors() -> Iterator[None]:
 
 
 def _run(
-    settings: Sequence[S],
-    work: Work[S],
-    path: Path | str | None,
-    size: int = 256,
-    progress: bool = True,
+    settings: Sequence[S], work: Work[S], path: Path | str | None, size: int = 256
 ) -> list[Row]:
     """Run what a partial file does not have yet, and append it there."""
     if not settings:
@@ -167,11 +162,11 @@ def _run(
     partial = Path(f"{path}.{store.digest_code(work)}.partial") if path else None
     rows = store.read_partial(partial, type(settings[0])) if partial else {}
     batches = _batches([one for one in dict.fromkeys(settings) if one not in rows], size)
-    total = len({*settings})
     parallel = joblib.Parallel(return_as="generator_unordered", pre_dispatch="2 * n_jobs")
     finished = parallel(joblib.delayed(_time)(work, batch) for batch in batches)
+    total = len({*settings})
     done = total - sum(map(len, batches))
-    with tqdm(total=total, initial=done, unit="run", disable=not progress) as bar:
+    with tqdm(total=total, initial=done, unit="run", delay=5) as bar:  # short runs say nothing
         for batch, results, seconds in finished:
             new = dict(zip(batch, _rows(batch, results, seconds / len(batch)), strict=True))
             if partial:
@@ -195,14 +190,10 @@ def _time(work: Work[S], batch: list[S]) -> tuple[list[S], Any, float]:
     return batch, work(batch), time.process_time() - start
 
 
-def _rows(batch: Sequence[Values], results: Any, seconds: float) -> list[Row]:
-    """Make the rows of a batch; refuse what makes no table with its settings."""
-    fits = isinstance(results, Sequence) and all(isinstance(one, Values) for one in results)
-    if not fits or len(results) != len(batch):
-        allowed = f"a function that returns a list of records.Results, here {len(batch)}"
-        raise InputError("work", allowed=allowed, value=results)
+def _rows(batch: Sequence[Values], results: Sequence[Results], seconds: float) -> list[Row]:
+    """Make the rows of a batch; refuse columns of one name."""
     origin = metadata.version("lorapower"), _revision()
-    rows = [Row(store.as_json(one), *origin, float(f"{seconds:.2g}")) for one in results]
+    rows = [Row(one.model_dump(), *origin, float(f"{seconds:.2g}")) for one in results]
     names = _tabulate(batch, rows).columns
     if twice := [*names[names.duplicated()].unique()]:
         raise InputError("columns", allowed="of different names", given=f"two {', '.join(twice)}")
@@ -210,13 +201,13 @@ def _rows(batch: Sequence[Values], results: Any, seconds: float) -> list[Row]:
 
 
 def _tabulate(settings: Sequence[Values], rows: Sequence[Row]) -> pd.DataFrame:
-    parts = [[store.as_json(one) for one in settings], [row.results for row in rows]]
+    """Make a row of each run, with nested fields in columns of their own."""
+    origins = [{"version": row.version, "revision": row.revision} for row in rows]
+    parts = [one.model_dump() for one in settings], [row.results for row in rows], origins
     table = pd.concat(map(pd.json_normalize, parts), axis=1)
-    table = table.map(lambda cell: tuple(cell) if type(cell) is list else cell)
     # A kind stands in the column of the values that have it.
     names = (str(name).removesuffix(".kind").rpartition(".")[2] for name in table)
-    origin = pd.DataFrame([row[1:3] for row in rows], columns=["version", "revision"])
-    return pd.concat([table.set_axis([*names], axis=1), origin], axis=1)
+    return table.set_axis([*names], axis=1)
 
 
 @functools.cache

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
 import inspect
 import json
 import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar
 
 from IPython import get_ipython
 
@@ -29,12 +28,12 @@ S = TypeVar("S", bound=Values)
 # rounding; a change of one of Adam's constants by a thousandth shows as 10⁻⁴ after twenty steps.
 _RTOL, _ATOL = 1e-5, 1e-20
 # Distributions whose versions, and packages whose code, can change a result.
-_LIBRARIES = {"numpy", "peft", "scikit-learn", "scipy", "torch", "transformers"}
+_LIBRARIES = "numpy", "peft", "scikit-learn", "scipy", "torch", "transformers"
 _PACKAGES = "lorapower", "loraplan", "records"
 
 
 class Row(NamedTuple):
-    """Hold what is kept of a run: its results as JSON has them, and their origin."""
+    """Hold what is kept of a run: its results, and their origin."""
 
     results: dict[str, Any]
     version: str
@@ -42,24 +41,18 @@ class Row(NamedTuple):
     seconds: float
 
 
-def as_json(values: Values) -> Any:
-    """Give values as JSON has them."""
-    return json.loads(values.model_dump_json())
-
-
 def read_record(file: Path, kind: type[S]) -> dict[S | str, Row]:
     """Read the runs of a record; none of a file that is not there."""
     if not file.is_file():
         return {}
-    return _read(gzip.decompress(file.read_bytes()).decode().splitlines()[1:], kind)
+    return _read(gzip.decompress(file.read_bytes()).splitlines()[1:], kind)
 
 
 def write_record(
     file: Path, settings: Sequence[Values], rows: Sequence[Row], protocol: str
 ) -> None:
     """Write what made runs and the runs, whole or not at all; partial files are then done with."""
-    libraries = {one.name: one.version for one in _libraries()}
-    origin = {"protocol": protocol, "processor": platform.machine(), "libraries": libraries}
+    origin = {"protocol": protocol, "processor": platform.machine(), "libraries": _libraries()}
     lines = [json.dumps(origin, sort_keys=True), *map(_write, settings, rows)]
     temporary = file.with_name(f"{file.name}.{os.getpid()}")
     temporary.write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))
@@ -75,7 +68,7 @@ def read_partial(file: Path, kind: type[S]) -> dict[S | str, Row]:
     written = file.read_bytes()
     complete = written[: written.rfind(b"\n") + 1]
     os.truncate(file, len(complete))
-    return _read(complete.decode().splitlines(), kind)
+    return _read(complete.splitlines(), kind)
 
 
 def append(file: Path, rows: Mapping[S, Row]) -> None:
@@ -86,47 +79,25 @@ def append(file: Path, rows: Mapping[S, Row]) -> None:
 
 def _write(setting: Values, row: Row) -> str:
     """Write a run as a line of a file."""
-    return json.dumps({"setting": as_json(setting), **row._asdict()})
+    return json.dumps({"setting": setting.model_dump(), **row._asdict()})
 
 
-def _read(lines: Iterable[str], kind: type[S]) -> dict[S | str, Row]:
+def _read(lines: Iterable[bytes], kind: type[S]) -> dict[S | str, Row]:
     """Read runs by setting; those of which no settings of this kind can be made, by their text."""
     rows: dict[S | str, Row] = {}
-    for line in map(json.loads, lines):
-        setting = line.pop("setting")
+    for line in lines:
+        run = json.loads(line, object_hook=_with_tuples)
+        setting = run.pop("setting")
         try:
-            key: S | str = _restore(kind, setting)
+            key: S | str = kind(**setting)
         except InputError:
             key = json.dumps(setting)
-        rows[key] = Row(**line)
+        rows[key] = Row(**run)
     return rows
 
 
-def _restore(kind: type[S], values: Mapping[str, Any]) -> S:
-    """Make settings from JSON; fields that it lacks have their defaults."""
-    restored = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and (inner := kind_of(kind, name, value.get("kind"))):
-            value = _restore(inner, value)
-        restored[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**restored)
-
-
-def kind_of(kind: type[Values], field: str, label: Any) -> type[Values] | None:
-    """Find the class of the values in a field, of several the one with this label as its ``kind``.
-
-    None if the field does not hold values.
-    """
-    annotation = kind.model_fields[field].annotation if field in kind.model_fields else None
-    among = annotation, *get_args(annotation)
-    kinds = [one for one in among if isinstance(one, type) and issubclass(one, Values)]
-    labels = {
-        text: one
-        for one in kinds
-        if "kind" in one.model_fields
-        for text in get_args(one.model_fields["kind"].annotation)
-    }
-    return labels.get(label, kinds[0] if kinds else None)
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
 
 
 def digest_code(work: Callable[..., Any]) -> str:
@@ -137,20 +108,20 @@ def digest_code(work: Callable[..., Any]) -> str:
     """
     shell = get_ipython()
     code = [*shell.user_ns["In"]] if shell else [Path(inspect.getfile(work)).read_text("utf-8")]
-    code += sorted(f"{library.name} {library.version}" for library in _libraries())
-    for package in filter(None, map(importlib.util.find_spec, _PACKAGES)):
-        for folder in package.submodule_search_locations or ():
-            code += [path.read_text("utf-8") for path in sorted(Path(folder).rglob("*.py"))]
-    return hashlib.blake2b(json.dumps(code).encode(), digest_size=8).hexdigest()
+    for package in _PACKAGES:
+        folder = Path(str(resources.files(package)))
+        code += [path.read_text("utf-8") for path in sorted(folder.rglob("*.py"))]
+    text = json.dumps([code, _libraries()])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _libraries() -> list[metadata.Distribution]:
-    return [one for one in metadata.distributions() if one.name in _LIBRARIES]
+def _libraries() -> dict[str, str]:
+    return {name: metadata.version(name) for name in _LIBRARIES}
 
 
 def equal(before: Any, now: Any) -> bool:
     """Say whether two results are equal but for rounding."""
-    if isinstance(before, list) and isinstance(now, list):
+    if isinstance(before, tuple) and isinstance(now, tuple):
         return len(before) == len(now) and all(map(equal, before, now))
     if isinstance(before, float) and isinstance(now, float):
         near = math.isclose(before, now, rel_tol=_RTOL, abs_tol=_ATOL)

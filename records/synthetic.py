@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorapower.adapters import Adapters
 from lorapower.book.values import Values
-from lorapower.constructions import fitted
+from lorapower.constructions import adapt_fitted
 from lorapower.constructions.fitted import FittedAdaptation
 from lorapower.networks.layers import FNN, LinearNetwork
 from lorapower.regions import Ball
@@ -20,15 +20,7 @@ from lorapower.regression import variance as variance_of
 from lorapower.training.engine import train
 from lorapower.training.fused import polish
 from lorapower.training.tuning import Fresh, Tuning
-from records.methods import (
-    Fitted,
-    Method,
-    TrainingResults,
-    adapt_by,
-    fits_width,
-    measure_on,
-    only_problem,
-)
+from records.methods import AnyRun, Fitted, Method, TrainingResults, adapt_by, measure_on
 
 # The parts of the initial loss at which pretraining stops: of none, and of the study's.
 RANDOM, PRETRAINED = 1.0, 1 / 3
@@ -87,16 +79,11 @@ class Synthetic(Values):
         return Fresh(target, (self.width,), **options)
 
 
-class Run(Values):
-    """Say which method is to solve which problem; raise `InputError` for ranks above the width."""
+class Run(AnyRun):
+    """Say which method is to solve which problem."""
 
     problem: Synthetic
     method: Method
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        fits_width(self, self.problem.width)
-        return self
 
 
 class Errors(TrainingResults):
@@ -111,8 +98,8 @@ class Errors(TrainingResults):
 
 
 def measure(runs: Sequence[Run]) -> list[Errors]:
-    """Measure what each run reaches; raise `InputError` if they have several problems."""
-    problem = only_problem(runs)
+    """Measure what each run of one problem reaches."""
+    (problem,) = {run.problem for run in runs}
     frozen, target = problem.start()
     data = problem.data(target)
     x = data.test(TEST_SAMPLES)[0].to(torch.float64)
@@ -127,8 +114,8 @@ def measure(runs: Sequence[Run]) -> list[Errors]:
 
     @cache
     def fit_plainly(ranks: int, inputs: int) -> FittedAdaptation:
-        options: Any = {"region": region, "throw": False}
-        return fitted.adapt(frozen, target, ranks, *samples(inputs), **options)
+        options: Any = {"on": region, "throw": False}
+        return adapt_fitted(frozen, target, ranks, *samples(inputs), **options)
 
     def fit(method: Fitted) -> Adapters:
         adaptation = fit_plainly(method.ranks, method.inputs)
@@ -137,10 +124,10 @@ def measure(runs: Sequence[Run]) -> list[Errors]:
             adaptation = polish(adaptation, *samples(method.inputs), **options)
         return adaptation.adapters
 
-    errors = {}
     methods = [run.method for run in runs]
     options: Any = problem.model_dump(include={"steps", "every", "seed"})
-    options |= {"region": region, "fit": fit}
-    for method, network, curve in adapt_by(methods, frozen, target, data, **options):
-        errors[method] = Errors(error=measure_on(network, x, y), variance=variance, **curve)
-    return [errors[method] for method in methods]
+    adapted = adapt_by(methods, frozen, target, data, region=region, fit=fit, **options)
+    return [
+        Errors(error=measure_on(network, x, y), variance=variance, **curve)
+        for network, curve in adapted
+    ]

@@ -16,7 +16,7 @@ from lorapower import randomness
 from lorapower.adapters import Adapters
 from lorapower.constructions import linear
 from lorapower.lowrank import LowRank
-from lorapower.networks import FNN, LinearNetwork, Network, Transformer
+from lorapower.networks import FNN, Decoder, LinearNetwork, Network, Transformer
 
 PRENORM: dict[str, Any] = {"residual": True, "norm": "layer"}
 seeds = st.integers(0, 2**32 - 1)
@@ -95,10 +95,10 @@ def moderate(depth: int, width: int, heads: int, batch: tuple[int, ...], seed: i
     return network.replace(**matrices)
 
 
-def residual_pair(seed: int, *sizes: int, **options: Any) -> tuple[Transformer, Transformer]:
-    """A frozen and a target transformer, with LayerNorms unless the options say otherwise."""
+def residual_pair(seed: int, *sizes: int, **options: Any) -> tuple[Decoder, Decoder]:
+    """A frozen and a target decoder, with LayerNorms unless the options say otherwise."""
     frozen, target = (
-        Transformer.random(*sizes, seed=seed, purpose=purpose, **PRENORM | options)
+        Decoder.random(*sizes, seed=seed, purpose=purpose, **PRENORM | options)
         for purpose in ("frozen", "target")
     )
     return frozen, target

@@ -1,4 +1,4 @@
-"""Compare claims and quoted values of two builds: what is equal, other, gone and new.
+"""Compare claims and quoted values of two builds: print each that is other, gone or new.
 
 usage: python tools/compare_builds.py OLD NEW
 
@@ -16,47 +16,31 @@ from pathlib import Path
 from lorapower.book._executed import read_claims, read_quotes
 
 
-def read(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+def read(folder: Path) -> dict[str, str]:
     """Read all claims, with their numbers, and all quotes in plain text, by chapter and name."""
-    claims, quotes = {}, {}
+    found = {}
     for path in sorted(folder.glob("*.ipynb")):
         for claim in read_claims(path):
             verdict = "holds" if claim.holds else "FAILS"
             numbers = f"{verdict}: {claim.measured}; {claim.expected} {claim.predicted}"
-            claims[f"{path.stem} {claim.label}: {claim.statement}"] = numbers
+            found[f"claim {path.stem} {claim.label}: {claim.statement}"] = numbers
         for name, forms in read_quotes(json.loads(path.read_text(encoding="utf-8"))).items():
             text = forms.get("text/plain", forms.get("text/markdown", ""))
             # Objects that are shown, such as figures, print their address in memory.
-            quotes[f"{path.stem} {name}"] = text.partition(" at 0x")[0]
-    return claims, quotes
+            found[f"quote {path.stem} {name}"] = text.partition(" at 0x")[0]
+    return found
 
 
-def compare(kind: str, old: dict[str, str], new: dict[str, str]) -> None:
-    """Print how many are equal, and each that is not."""
-    both = old.keys() & new.keys()
-    changed = sorted(name for name in both if old[name] != new[name])
-    gone, added = sorted(old.keys() - both), sorted(new.keys() - both)
-    equal = len(both) - len(changed)
-    counts = f"{equal} equal, {len(changed)} other, {len(gone)} gone, {len(added)} new"
-    print(f"{kind}: {counts}")
-    for name in changed:
-        print(f"  other  {name}\n         {old[name]}\n         {new[name]}")
-    for word, names in (("gone", gone), ("new", added)):
-        for name in names:
-            print(f"  {word:<6} {name}")
-
-
-def main(old: Path, new: Path) -> int:
+def main(old: Path, new: Path) -> bool:
+    """Print what differs; say whether a claim that held fails or is gone."""
     before, after = read(old), read(new)
-    for kind, one, other in zip(("claims", "quotes"), before, after, strict=True):
-        compare(kind, one, other)
-    return any(
-        numbers.startswith("holds") and not after[0].get(name, "").startswith("holds")
-        for name, numbers in before[0].items()
-    )
+    differ = [name for name in before | after if before.get(name) != after.get(name)]
+    for name in sorted(differ):
+        print(name, f"  {before.get(name, 'new')}", f"  {after.get(name, 'gone')}", sep="\n")
+    print(f"{len(before | after) - len(differ)} are equal, {len(differ)} differ")
+    held = (name for name in differ if before.get(name, "").startswith("holds: "))
+    return any(not after.get(name, "").startswith("holds: ") for name in held)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        raise SystemExit(__doc__)
-    raise SystemExit(main(*map(Path, sys.argv[1:])))
+    sys.exit(main(*map(Path, sys.argv[1:])) if len(sys.argv) == 3 else __doc__)

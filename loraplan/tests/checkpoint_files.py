@@ -97,6 +97,14 @@ def loaded(
         return network.eval()
 
 
+def save_merged(folder: Path, plan: Any) -> str:
+    """Write the base with an adapter merged into it, and the tokenizer."""
+    pair = plan.planner.pair
+    pair.network(plan.adapter).save_pretrained(folder)
+    pair.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def outputs(network: Any, batch: Any, task: str) -> torch.Tensor:
     """What a whole network gives, by its own forward: a row for each text or token.
 

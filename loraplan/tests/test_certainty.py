@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any, cast
 
 import checkpoint_files as files
 import numpy as np
 import pytest
-from checkpoint_files import Patch
 from numpy.typing import NDArray
 from scipy import stats
 
-from loraplan import Evidence, InputError, Planner, Text, _export, quantile_limit, workflow
+from loraplan import Evidence, InputError, Text, quantile_limit
 from loraplan._limits import (
     DOUBT,
     SIZES,
@@ -23,8 +21,9 @@ from loraplan._limits import (
     fewest,
     quantile,
     ratio,
+    search,
 )
-from loraplan._measuring import Compared, Reference, Trial, _parts
+from loraplan._measuring import Compared, TunedOutputs, _parts
 from loraplan._texts import mix, prepare, prepare_all
 
 Losses = NDArray[np.float64]
@@ -69,7 +68,7 @@ def test_one_more_text_would_be_worth_it() -> None:
     assert np.round(chances, 2).tolist() == [0.19, 0.41, 0.61, 0.64, 0.91, 0.92]
 
 
-# Plans of files, with adapters of which only the error is known
+# Plans of files, by what each text loses
 
 
 class Tokenizer:
@@ -84,71 +83,25 @@ class Tokenizer:
 
 
 PAIR = files.short(Tokenizer(), "encoder")
+# Adapters go to and past what may be certified; the one just past it is the hardest to tell. They
+# lose so many times what each text has, in units of the largest that may be certified.
+STEPS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.999, 1.001, 1.1, 2.0)
 
 
-class Scaled:
-    """As an adapter that loses so many times what each text has."""
-
-    def __init__(self, error: float) -> None:
-        self.error, self.parameters = error, round(1000 / error)
-
-
-class Part(Reference):
-    """As the texts of a part, which lose by their places in the file; all effects are 1."""
-
-    def __init__(self, batches: Any, losses: Losses) -> None:
-        super().__init__(batches, cast("Any", None), [])
-        self.own = losses[np.concatenate([batch.places for batch in batches])]
-        self.effect, self.typical = np.ones(len(self.own)), 1.0
-
-    def squares(self, network: Any, states: Any) -> Losses:
-        return np.square(network.error * self.own)
-
-    def compare(self, network: Any, states: Any) -> Compared:
-        nothing = np.full(len(self.own), math.nan)
-        squares = self.squares(network, states)
-        return Compared(squares, nothing, nothing, self.effect, nothing, nothing)
+def divide(sample: Sample, seed: int = 0) -> tuple[Losses, Losses]:
+    """Losses of texts to plan with, in the order of their file, and of those that certify."""
+    given, losses, _ = sample
+    texts = prepare(PAIR, given, None, tokens=8, seed=seed)
+    parts = [*texts.fit, *texts.select], texts.test
+    planned, test = (np.concatenate([batch.places for batch in part]) for part in parts)
+    return losses[np.sort(planned)], losses[test]
 
 
-class Drawn:
-    """As a `Planner` of a file, divided as it is. ``truth`` is what nine of ten texts lose at most.
-
-    Its adapters go to and past what may be certified; the one just past it is the hardest to tell.
-    """
-
-    #: Their errors, in units of the largest that may be certified.
-    STEPS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.999, 1.001, 1.1, 2.0)
-
-    def __init__(self, sample: Sample, seed: int = 0) -> None:
-        given, losses, truth = sample
-        self.texts = prepare(PAIR, given, None, tokens=8, seed=seed)
-        parts = [*self.texts.fit, *self.texts.select], self.texts.select, self.texts.test
-        self.planned, self.select, self.test = (Part(part, losses) for part in parts)
-        self.truth = truth
-        self.pair, self.seed, self.most = SimpleNamespace(differing={}), seed, 10**9
-
-    def sizes(self, aim: float, *, estimate: bool) -> tuple[list[int], int]:
-        made = (Scaled(aim / self.truth * step) for step in self.STEPS)
-        self.tried = {each.parameters: each for each in made}
-        return [*self.tried], 0
-
-    def at(self, parameters: int) -> Scaled:
-        return self.tried[parameters]
-
-    def report(self, *_: Any) -> None:
-        """Tell nobody."""
-
-    def run(self, *trials: Any) -> list[Trial]:
-        return [Trial(part, cast("Any", adapter), []) for adapter, part in trials]
-
-    def parameters(self, rank: int) -> int:
-        return 4 * rank
-
-    def candidate(self, number: int) -> Scaled:
-        return Scaled(1 / number)
-
-    def neighbours_alike(self, squares: Losses) -> bool:
-        return Planner.neighbours_alike(cast("Any", self), squares)
+def state(losses: Losses) -> float:
+    """What is compared with an aim, of texts with effects of 1."""
+    reference = TunedOutputs([], cast("Any", None), [])
+    reference.effect, reference.typical = np.ones(len(losses)), 1.0
+    return reference.stated(np.square(losses))
 
 
 def independent(draw: np.random.Generator, certifying: int) -> Sample:
@@ -197,16 +150,18 @@ def traffic(*, deduplicated: bool = False) -> Any:
 
 def false_certificates(sample: Any, certifying: int, plans: int) -> float:
     """The share of plans whose adapter loses more than it is certified to on a tenth of texts."""
-    draw, found = np.random.default_rng(certifying), 0
+    draw, wrong = np.random.default_rng(certifying), 0
     for seed in range(plans):
+        drawn = sample(draw, certifying)
         try:
-            planner: Any = Drawn(sample(draw, certifying), seed)
+            _, losses = divide(drawn, seed)
         except InputError:  # too few different texts to plan with
             continue
-        assert len(planner.test.own) == certifying
-        made: Any = workflow._search(planner, 0.1, False)
-        found += made.reached and made.adapter.error * planner.truth > 0.1
-    return found / plans
+        assert len(losses) == certifying
+        stated = [state(step / drawn[2] * losses) for step in STEPS]
+        taken = search(stated.__getitem__, len(STEPS), 0, 1.0)
+        wrong += stated[taken] <= 1 < STEPS[taken]
+    return wrong / plans
 
 
 DRAWS = {
@@ -246,52 +201,37 @@ def test_other_draws_get_more_wrong_certificates(draws: str, plans: int) -> None
 
 
 def warned(sample: Any, plans: int) -> float:
-    """The share of plans that warn of neighbours that lose alike."""
+    """The share of files in which neighbours lose alike."""
     draw = np.random.default_rng(plans)
-    planners = (Drawn(sample(draw, 116), seed) for seed in range(plans))
-    alike = (p.neighbours_alike(p.planned.squares(Scaled(1.0), [])) for p in planners)
-    return sum(alike) / plans
+    planned = (divide(sample(draw, 116), seed)[0] for seed in range(plans))
+    return sum(are_alike(np.square(losses)) for losses in planned) / plans
 
 
 @pytest.mark.parametrize("plans", PLANS)
 def test_lines_of_documents_are_noticed(plans: int) -> None:
     assert warned(independent, plans) <= bound(plans, 0.01)
     assert warned(documents(5, grouped=False), plans) >= 0.9
-    assert warned(documents(20, grouped=True), 1) == 0
 
 
-def test_a_loss_that_is_no_number_ends_the_search() -> None:
-    planner: Any = Drawn(independent(np.random.default_rng(4), 116))
-    measure, tried = planner.test.squares, list[Scaled]()
+def test_searches_end_at_the_first_that_misses() -> None:
+    def take(*losses: float, start: int = 0, estimate: bool = False) -> int:
+        return search(losses.__getitem__, len(losses), start, 0.1, estimate=estimate)
 
-    def squares(network: Any, states: Any) -> Losses:
-        tried.append(network)
-        return cast("Losses", measure(network, states) * [1.0, math.nan][len({*tried}) == 3])
-
-    planner.test.squares = squares
-    found: Any = workflow._search(planner, 0.1, False).adapter
-    assert found is [*dict.fromkeys(tried)][1]
-
-
-def test_estimates_end_at_the_same_size_from_wherever_they_begin() -> None:
-    planner: Any = Drawn(independent(np.random.default_rng(7), 116))
-    sizes, _ = planner.sizes(0.1, estimate=True)
-    for begin in range(len(sizes)):
-        planner.sizes = lambda *_, at=begin, **__: (sizes, at)
-        found: Any = workflow._search(planner, 0.1, True)
-        # Only the smallest of all adapters loses more.
-        assert found.adapter is planner.at(sizes[-2])
-        assert found.measured.error <= 0.1 == found.aim
-        assert found.reached
-        assert math.isnan(found.certified)
-        assert not workflow._search(planner, 0.01, True).reached
+    rising = 0.01, 0.05, 0.1, 0.11, 0.2
+    assert take(*rising, 0.01) == 2
+    assert (take(0.2, 0.01), take(0.01, 0.02)) == (0, 1)
+    # Also with a loss that is no number.
+    assert (take(0.05, math.nan, 0.01), take(math.nan), take(math.nan, estimate=True)) == (0, 0, 0)
+    # Estimates end at the same size from wherever they begin.
+    assert [take(*rising, start=k, estimate=True) for k in range(len(rising))] == [2] * len(rising)
+    assert take(0.2, 0.3, start=1, estimate=True) == 0
 
 
 @pytest.mark.parametrize(("certifying", "plans"), SIZES_OF_RUNS)
 def test_limits_of_own_effects_hold_for_any_effects(certifying: int, plans: int) -> None:
     draw, wrong = np.random.default_rng(certifying), 0
     for _ in range(plans):
-        reference = Reference([], cast("Any", None), [])
+        reference = TunedOutputs([], cast("Any", None), [])
         reference.effect = draw.pareto(0.5, certifying)
         parts = draw.lognormal(0, SPREAD, certifying)
         ones = np.ones(certifying)
@@ -301,19 +241,11 @@ def test_limits_of_own_effects_hold_for_any_effects(certifying: int, plans: int)
 
 
 @pytest.mark.parametrize(("certifying", "plans"), SIZES_OF_RUNS)
-def test_all_prices_of_a_list_hold_at_once(certifying: int, plans: int, monkeypatch: Patch) -> None:
+def test_all_prices_of_a_list_hold_at_once(certifying: int, plans: int) -> None:
     """Losses of adapters are independent, which is the hardest case."""
-    draw, wrong = np.random.default_rng(certifying), 0
-    planner: Any = Drawn(independent(draw, certifying))
-    planner.test.squares = lambda *_: draw.lognormal(0, 2 * SPREAD, certifying)
-    monkeypatch.setattr(workflow, "_prepare", lambda *_, **__: planner)
-    monkeypatch.setattr(_export, "estimate", lambda *_: (0, 0))
-    for _ in range(plans):
-        table = workflow.prices("base", "tuned", [])
-        wrong += bool((table.certified < QUANTILE).any())
-    assert len(table) == 7
-    assert table.attrs["texts"] == certifying
-    assert wrong / plans <= bound(plans)
+    losses = np.random.default_rng(certifying).lognormal(0, SPREAD, (plans, SIZES, certifying))
+    limits = np.apply_along_axis(quantile_limit, 2, losses, DOUBT / SIZES)
+    assert (limits < QUANTILE).any(1).mean() <= bound(plans)
 
 
 # Checks of fresh texts

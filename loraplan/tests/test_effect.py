@@ -18,7 +18,7 @@ from loraplan import Pair, Planner, _effect, _randomness
 from loraplan import pair as pair_module
 from loraplan._effect import Moments, find_directions
 from loraplan._lowrank import LowRank
-from loraplan._streams import Pass, advance, stream
+from loraplan._streams import TextStates, advance, stream
 
 TEXTS = files.texts()
 TIED: dict[str, Any] = {"tie_word_embeddings": True}
@@ -106,7 +106,7 @@ def test_what_no_output_depends_on_gets_no_rank() -> None:
     about, E = Moments(normal(1, 5, 3).float(), torch.zeros(5, 4)), normal(0, 4, 3).float()
     one = find_directions(E, about, 3, bias=True)
     assert one.values.numel() == 0
-    assert torch.allclose(one.bias(0), E @ about.inputs.mean(0))
+    assert torch.allclose(one.shift, E @ about.inputs.mean(0))
 
 
 # In function space
@@ -130,7 +130,7 @@ def tuned(folder: Path, architecture: str, max_rank: int, **options: Any) -> Pla
 
 
 def moved(planner: Planner, gains: torch.Tensor) -> Any:
-    """A whole network with the tuned weights, but other gains of the pool's directions."""
+    """A whole network with the tuned weights, but other gains of the candidates."""
     network = planner.pair.network(planner.with_gains(gains - 1))
     with torch.no_grad():
         for name, module in planner.modules.items():
@@ -145,14 +145,16 @@ def differentiate(
     planner: Planner, draw: Callable[[int, torch.Tensor], list[torch.Tensor]]
 ) -> torch.Tensor:
     """Products of what ``draw`` makes of the outputs of texts to fit to with all directions."""
-    found = planner._slopes(planner.modules).take(planner._decompose, draw, seed=0)
+    found = planner.slopes(planner.modules).collect_derivatives(planner._decompose, draw, seed=0)
     return torch.cat(found[: len(planner.texts.fit)])
 
 
 @pytest.fixture(autouse=True)
 def in_single_precision(monkeypatch: Patch) -> None:
     """So that differences of outputs can be told from rounding."""
-    monkeypatch.setattr(_effect, "fast", lambda *_: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(
+        _effect, "autocast_bfloat16", lambda *_: torch.autocast("cpu", enabled=False)
+    )
 
 
 @pytest.mark.parametrize(("architecture", "options"), files.usually(PARTS))
@@ -163,7 +165,7 @@ def test_slopes_are_differences_of_what_is_lost(
     planner = tuned(tmp_path, architecture, max_rank=3, **options)
     pair, readout, fit = planner.pair, planner.readout, planner.texts.fit
     whole = pair.network()
-    passes = [Pass(stream(pair, which, planner.device), fit) for which in ("tuned", "base")]
+    passes = [TextStates(stream(pair, which, planner.device), fit) for which in ("tuned", "base")]
     advance(passes)
     # Any outputs that the tuned head can give are as good to keep a distance from.
     far, targets = passes[1].states, []
@@ -177,8 +179,8 @@ def test_slopes_are_differences_of_what_is_lost(
                 logits = torch.cat([*readout.network.logits(other)], -1)
                 target = logits - logits.mean(-1, keepdim=True)
             targets.append(target)
-    gains = torch.ones(len(planner.pool.costs), dtype=torch.float64)
-    slopes_of = planner._slopes(planner.modules)
+    gains = torch.ones(len(planner.candidates.costs), dtype=torch.float64)
+    slopes_of = planner.slopes(planner.modules)
 
     def towards(i: int, values: torch.Tensor) -> list[torch.Tensor]:
         # Those of texts to select by are not looked at.
@@ -187,9 +189,12 @@ def test_slopes_are_differences_of_what_is_lost(
 
     texts = sum(len(batch.input_ids) for batch in fit)
     slopes = (
-        torch.cat(slopes_of.take(planner._decompose, towards, seed=0)[: len(fit)]).sum(0) / texts
+        torch.cat(
+            slopes_of.collect_derivatives(planner._decompose, towards, seed=0)[: len(fit)]
+        ).sum(0)
+        / texts
     )
-    words = [planner.pool.places[name].start for name in planner.pair.words]
+    words = [planner.candidates.places[name].start for name in planner.pair.words]
     assert words
     assert planner.modules.keys() > planner.pair.words.keys()
     for d in [*slopes.abs().argsort(descending=True)[:3].tolist(), *words]:
@@ -197,7 +202,7 @@ def test_slopes_are_differences_of_what_is_lost(
         for size in (0.02, -0.02):
             other = gains.clone()
             other[d] += size
-            # Biases, where they are free, go with it, and what the pool lacks is as tuned.
+            # Biases, where they are free, go with it, and what the candidates lack is as tuned.
             lost.append(squares(moved(planner, other), planner, targets))
         slope = -(lost[0] - lost[1]) / 0.04
         assert slope == pytest.approx(float(slopes[d]), rel=0.03, abs=1e-6)
@@ -230,11 +235,10 @@ def test_sketches_have_the_second_moments(architecture: str, tmp_path: Path) -> 
 
 
 def drawn(seed: int, rows: int, modules: int, ranks: int) -> tuple[Any, torch.Tensor]:
-    """A pool of modules of different cost, and a sketch whose directions add up coherently."""
-    pool: Any = object.__new__(_effect.Pool)
-    pool.costs = torch.arange(1.0, modules + 1, dtype=torch.float64).repeat_interleave(ranks)
-    pool.bundles = torch.arange(modules * ranks)
-    return pool, normal(seed, rows, 1) + normal(seed + 1, rows, modules * ranks)
+    """Candidates of modules of different cost, and a sketch whose directions add up coherently."""
+    candidates: Any = object.__new__(_effect.Candidates)
+    candidates.costs = torch.arange(1.0, modules + 1, dtype=torch.float64).repeat_interleave(ranks)
+    return candidates, normal(seed, rows, 1) + normal(seed + 1, rows, modules * ranks)
 
 
 def objective(features: torch.Tensor, alpha: float, gains: torch.Tensor) -> float:
@@ -248,32 +252,19 @@ def objective(features: torch.Tensor, alpha: float, gains: torch.Tensor) -> floa
 
 @given(st.integers(0, 10**6), st.integers(2, 12), st.integers(1, 4), st.integers(1, 3))
 def test_gains_are_the_best(seed: int, rows: int, modules: int, ranks: int) -> None:
-    pool, sketch = drawn(seed, rows, modules, ranks)
+    candidates, sketch = drawn(seed, rows, modules, ranks)
     alpha = (0.03, 0.3, 0.9)[seed % 3]
-    most = float(pool.costs.sum())
-    choice = _effect.Choice(pool, sketch, alpha, most)
+    most = float(candidates.costs.sum())
+    choice = _effect.GreedySelection(candidates, sketch, alpha, most)
     for budget in (most, most / 2):
         gains = choice.gains(budget)
         taken = gains != 0
-        assert pool.costs[taken].sum() <= budget
+        assert candidates.costs[taken].sum() <= budget
         best = objective(sketch, alpha, gains)
         draw = _randomness.generator(seed, "elsewhere")
         for _ in range(5):
             moved = gains + 0.1 * taken * _randomness.normal(draw, len(gains))
             assert objective(sketch, alpha, moved) >= best - 1e-9
-
-
-def test_bundles_are_taken_whole() -> None:
-    pool, sketch = drawn(1, 30, 4, 4)
-    pool.bundles = torch.arange(16) // 2
-    for most in (*range(0, 40, 3), 1000):
-        choice = _effect.Choice(pool, sketch, 0.1, most)
-        # Also where fewer are asked for than were taken.
-        for budget in range(0, most + 1, 2)[:30]:
-            gains = choice.gains(budget)
-            assert pool.costs[gains != 0].sum() <= budget
-            taken = (gains != 0).view(8, 2)
-            assert torch.equal(taken[:, 0], taken[:, 1])
 
 
 def test_candidates_lose_less_where_losses_add_up(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -288,3 +279,24 @@ def test_candidates_lose_less_where_losses_add_up(tmp_path: Path, monkeypatch: P
     # Also where the size that is predicted is much too small.
     monkeypatch.setattr(_effect, "predict_least", lambda *_: 20)
     assert planner.error(planner.smallest(0.1)) <= 0.1
+
+
+def test_the_search_of_the_smallest_ends_where_directions_cost_little(tmp_path: Path) -> None:
+    """Between two numbers that differ by one there is nothing left to try."""
+    small: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12}
+
+    def values_alone(name: str, value: torch.Tensor) -> torch.Tensor | None:
+        return files.low_rank(1)(name, value) if name.endswith("value.weight") else None
+
+    steps: list[str] = []
+
+    def count(stage: str, *_: int) -> None:
+        steps.append(stage)
+        assert steps.count("searching the smallest adapter") < 50
+
+    pair = Pair.open(*files.pair(tmp_path, change=values_alone, **small))
+    planner = Planner(pair, TEXTS, modules="value", leave=["bias"], report=count)
+    assert planner.parameters(1) == 32
+    adapter = planner.smallest(0.5)
+    assert adapter.parameters in (16, 32)
+    assert planner.error(adapter) <= 0.5

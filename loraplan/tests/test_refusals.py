@@ -24,7 +24,7 @@ from torch import Tensor
 
 import loraplan
 from loraplan import __main__, _models, planner
-from loraplan._measuring import Reference
+from loraplan._measuring import TunedOutputs
 from loraplan._models import quiet
 
 BERT, LLAMA, GPT = "BertForSequenceClassification", "LlamaForCausalLM", "GPT2LMHeadModel"
@@ -172,7 +172,7 @@ FLAGS = {
     "error must be above 0": [f"--error {x}" for x in ("0", "-0.1", "1.1", "nan", "inf")],
     "Invalid value for '--error'": [f"--error {x}" for x in ("abc", "10%", "0,1")],
     "Invalid value for '--rank'": ["--rank 1.5", "--rank many"],
-    "Invalid value for '--dtype'": ["--rank 1 --dtype float16"],
+    "No such option: --dtype": ["--rank 1 --dtype bfloat16"],
     "Invalid value for '--format'": ["--rank 1 --format gguf"],
     "rank must be an integer from 0": ["--rank -1"],
     "parameters must be an integer from 0": ["--parameters -1"],
@@ -186,7 +186,6 @@ FLAGS = {
         *("--error 0.1 --rank 2", "--rank 2 --parameters 9", "--error 1 --parameters 9")
     ],
     "estimate must be used with": ["--estimate --rank 9", "--estimate --parameters 9"],
-    "dtype must be used with": ["--dtype bfloat16"],
     "device must be one that": [f"--rank 1 --device {x}" for x in ("cuda:99", "meta", "x", "''")],
     "leave must be left out for serving": ["--rank 1 --format serving --leave norm"],
     "leave must be among bias, norm": ["--rank 1 --leave weights", "--rank 1 --leave all"],
@@ -232,14 +231,17 @@ def untied(folder: Path) -> None:
         files.alter(place, head)
 
 
-def another(architecture: str, **values: Any) -> list[Row]:
-    """Tuned models with whose configuration the base's weights are another function."""
+WEIGHTS = "with a configuration for the base's weights; got"
+PADDING = "with the base's pad_token_id, 0, as adapters are served with that; got"
+
+
+def another(architecture: str, said: str, **values: Any) -> list[Row]:
+    """Tuned models with whose configuration the base's weights cannot be computed."""
 
     def change(folder: Path, **entry: Any) -> None:
         _, tuned = files.pair(folder / "other", architecture, pad_token_id=0)
         files.configure(Path(tuned), **entry)
 
-    said = "with the base's configuration, as adapters are served with that; got"
     command = f"plan other/base other/tuned {LINES}"
     each = values.items()
     return [Row(command, f"{said} {n} {v!r}", functools.partial(change, **{n: v})) for n, v in each]
@@ -313,18 +315,12 @@ CHECKPOINTS = [
     *within("base", f"{PLAN} --format serving", [("with the tuned model's", tensors(headless))]),
     Row(f"plan other/base other/tuned {LINES}", "as many blocks as its config.json says", deep),
     Row(f"plan other/base other/tuned {LINES}", "as tie_word_embeddings says; got two", untied),
-    *another(BERT, layer_norm_eps=0.1, hidden_act="relu"),
-    *another("BertModel", num_attention_heads=2, is_decoder=True, num_hidden_layers=1),
-    *another("BertModel", max_position_embeddings=32),
-    *another("RobertaModel", pad_token_id=1),
-    *another(GPT, scale_attn_weights=False),
-    *another("GPT2ForSequenceClassification", pad_token_id=7),
-    *another(LLAMA, rms_norm_eps=0.1, num_attention_heads=2, tie_word_embeddings=True),
-    *another("Gemma2ForCausalLM", final_logit_softcapping=9.0, query_pre_attn_scalar=9),
-    *another("Gemma3ForCausalLM", use_bidirectional_attention=True),
-    *another("Qwen3ForCausalLM", head_dim=4),
-    *another("StableLmForCausalLM", use_parallel_residual=True),
-    *another("ModernBertForSequenceClassification", classifier_pooling="mean"),
+    *another("BertModel", WEIGHTS, num_hidden_layers=1, max_position_embeddings=32),
+    *another("RobertaModel", PADDING, pad_token_id=1),
+    *another("GPT2ForSequenceClassification", PADDING, pad_token_id=7),
+    *another(LLAMA, WEIGHTS, tie_word_embeddings=True),
+    *another("Qwen3ForCausalLM", WEIGHTS, head_dim=4),
+    *another("StableLmForCausalLM", WEIGHTS, use_parallel_residual=True),
 ]
 
 # Adapters, in place of the tuned model and to check
@@ -431,19 +427,12 @@ ADAPTERS = [
 
 # Inputs, and the options that name outputs.
 APART = [
-    ("extract ./base ./tuned", "--out ./new --merged ./tuned"),
-    ("extract ./base ./tuned", "--out ./new --merged ./base"),
-    ("extract ./base ./tuned", "--out ./new --merged ./link"),
     ("extract ./base ./link", "--out ./tuned"),
     ("extract ./base ./tuned", "--out ./tuned/adapter"),
     ("extract ./base ./tuned", "--out ."),
     ("extract ./base ./tuned", "--out ./texts"),
-    ("extract ./base ./tuned", "--out ./new --merged ./texts"),
     ("extract ./base ./tuned --held-out ./texts/lines.txt", "--out ./texts/lines.txt"),
     ("shrink ./base ./adapter", "--out ./adapter"),
-    ("shrink ./base ./adapter", "--out ./new --merged ./adapter"),
-    ("extract ./base ./tuned", "--out ./new --merged ./new/full"),
-    ("extract ./base ./tuned", "--out ./new --merged ./new"),
 ]
 EXTRACT, FILE = f"extract base tuned {LINES} --out", put("file", "")
 FOLDERS = [
@@ -451,10 +440,9 @@ FOLDERS = [
     Row(f"{EXTRACT} adapter", "or replace it with --overwrite"),
     Row(f"{EXTRACT} lora", "out must be a new folder"),
     Row(f"{EXTRACT} lora --overwrite", "out must be a new folder"),
-    Row(f"{EXTRACT} new --merged lora --overwrite", "merged must be a new folder"),
     Row(f"{EXTRACT} file", "out must be a new folder", FILE),
     Row(f"{EXTRACT} file/new", "out must be in a folder that can be written to", FILE),
-    Row(f"{EXTRACT} adapter --overwrite", "README.md is another", put("adapter/README.md", "mine")),
+    Row(f"{EXTRACT} adapter --overwrite", "adapter, with notes", put("adapter/notes", "mine")),
     Row("example texts", "DIR must be a new folder, or an empty one; got texts"),
     Row("example file", "DIR must be a new folder, or an empty one; got file", FILE),
     Row("example file/new", "DIR must be in a folder that can be written to", FILE),
@@ -496,7 +484,7 @@ def test_bad_input_is_one_line(
     before = contents(folder)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(_models, "_places", lambda: (tmp_path / "here", tmp_path / "cache"))
-    for place, name in ((planner, "advance"), (Reference, "record")):
+    for place, name in ((planner, "advance"), (TunedOutputs, "record")):
         monkeypatch.setattr(place, name, lambda *_: pytest.fail("texts are passed"))
     words = [word.strip("'") for word in row.command.split()]
     monkeypatch.setattr(sys, "argv", ["loraplan", *words])
@@ -507,3 +495,45 @@ def test_bad_input_is_one_line(
     assert err.startswith("error: ")
     assert row.said in err
     assert contents(folder) == before
+
+
+ONES: Any = [1] * 140
+ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
+    ("error must be above 0 and at most 1", {"error": "0.1"}),
+    ("error must be above 0 and at most 1", {"error": True}),
+    ("texts must be of str or Text; got 1", {"texts": ONES}),
+    ("texts must be of str or Text; got ('w1', 0): write Text", {"texts": [("w1", 0)] * 140}),
+    ("texts must be of str or Text", {"texts": [loraplan.Text(*ONES[:1])] * 140}),
+    ("texts must be of groups with a str", {"texts": [loraplan.Text("w1", group=ONES[0])]}),
+    ("texts must be a list of texts", {"texts": 5}),
+    ("held_out must be of str or Text", {"held_out": ONES}),
+    ("modules must be all, attention, mlp, or", {"modules": 3}),
+    ("leave must be a list of kinds among bias", {"leave": "bias"}),
+    ("leave must be a list of kinds among bias", {"leave": 3}),
+    ("thorough must be True or False; got 'no'", {"thorough": "no"}),
+    ("serving must be True or False; got 'no'", {"serving": "no"}),
+    ("estimate must be True or False; got 'no'", {"estimate": "no"}),
+    ("any_base must be True or False; got 'no'", {"any_base": "no"}),
+    ("device must be one that torch finds", {"device": ["cpu"]}),
+    ("base must be a checkpoint", {"base": 3}),
+    ("tuned must be a checkpoint or an adapter", {"tuned": None}),
+    ("options must be among held_out, modules, ", {"module": "all"}),
+]
+
+
+@pytest.mark.parametrize(("said", "arguments"), ARGUMENTS, ids=str)
+def test_bad_arguments_are_refused_by_name(
+    said: str, arguments: dict[str, Any], given: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(planner, "advance", lambda *_: pytest.fail("texts are passed"))
+    models = {name: str(given / name) for name in ("base", "tuned")}
+    usable = models | {"texts": MANY.split("\n")}
+    with pytest.raises(loraplan.InputError) as refused:
+        loraplan.plan(**usable | arguments)
+    assert str(refused.value).startswith(said)
+
+
+def test_prices_are_for_no_error(given: Path) -> None:
+    options: Any = {"error": 0.1}
+    with pytest.raises(loraplan.InputError, match=r"^options must be among .* got error"):
+        loraplan.prices(given / "base", given / "tuned", MANY.split("\n"), **options)

@@ -111,11 +111,11 @@ def setup() -> None:
     import torch
     from IPython import get_ipython
 
-    from .figures import _style
+    from .figures import use_style
 
     if shell := get_ipython():
         shell.run_line_magic("config", 'InlineBackend.figure_formats = ["svg"]')
-    _style.use_style()
+    use_style()
     # On small matrices threads mostly wait for each other.
     torch.set_num_threads(1)
 

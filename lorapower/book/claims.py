@@ -66,13 +66,12 @@ def equal(
     """
     expected, found = _numbers("predicted", predicted), _numbers("measured", measured)
     unit = np.abs(expected) if scale is None else _numbers("scale", scale)
+    difference, unit = np.broadcast_arrays(np.abs(found - expected), unit)
     # `<=` is false for NaN, which thus never holds.
-    holds = np.abs(found - expected) <= rtol * unit
-    with np.errstate(divide="ignore", invalid="ignore"):
-        deviation = np.nan_to_num(np.abs(found - expected) / unit).max()
+    holds = difference <= rtol * unit
     if rtol:
         allowed = f"{_range(expected)}, within {number(rtol, 3)} relative"
-        shown = f"off by {number(deviation, 2)}"
+        shown = f"off by {_deviation(difference, unit)}"
     else:
         allowed, shown = _range(expected), _range(found)
     return Claim(_count_seeds(statement, seeds), label, allowed, shown, bool(holds.all()))
@@ -94,11 +93,23 @@ def at_least(
 
 def number(value: float, digits: int) -> str:
     """Write a number with so many significant digits as Markdown: powers of ten are typeset."""
+    if np.isnan(value):
+        return "NaN"
     mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
     if not exponent:
         return mantissa
     factor = "" if mantissa == "1" else rf"{mantissa}\times"
     return f"${factor}10^{{{int(exponent)}}}$"
+
+
+def _deviation(difference: NDArray[np.float64], unit: NDArray[np.float64]) -> str:
+    """Write the largest difference relative to its unit, or itself where the unit is 0."""
+    if np.isnan(difference + unit).any():
+        return number(np.nan, 2)
+    exact = (unit == 0) & (difference > 0)
+    if exact.any():
+        return f"{number(difference[exact].max(), 2)} where 0 is allowed"
+    return number(np.divide(difference, unit, where=unit > 0, out=np.zeros(unit.shape)).max(), 2)
 
 
 def _compare(

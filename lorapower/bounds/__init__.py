@@ -6,23 +6,9 @@ and the errors of deep linear networks.
 
 from . import samples
 from .final_layers import colliding_inputs, final_layers_floor
-from .floors import (
-    attention_floor,
-    directions,
-    far_error,
-    feed_forward_floor,
-)
-from .layers import (
-    fnn_error,
-    fnn_error_on,
-    fnn_threshold,
-)
-from .transformer import (
-    necessary_ranks,
-    packed_rank,
-    ranks_suffice,
-    transformer_ranks,
-)
+from .floors import attention_floor, directions, far_error, feed_forward_floor
+from .layers import fnn_error, fnn_error_on, fnn_threshold
+from .transformer import necessary_ranks, packed_rank, ranks_suffice, transformer_ranks
 
 __all__ = [
     "attention_floor",

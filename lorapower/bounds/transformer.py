@@ -10,30 +10,49 @@ from torch import Tensor
 
 from .. import _checks
 from ..errors import InputError
-from ..networks.alignment import savable
+from ..networks.decoder import Decoder, DecoderSettings, Norm
 from ..networks.gap import Gap
-from ..networks.segmentation import Segments, segments
-from ..networks.transformer import Norm, Transformer
+from ..networks.segmentation import ADAPTED, AnyTransformer, Segments, segments
+from .narrow_heads import narrow_head_ranks
 
 
-def transformer_ranks(frozen: Transformer, target: Transformer) -> Segments[Tensor]:
+def transformer_ranks(frozen: AnyTransformer, target: AnyTransformer) -> Segments[Tensor]:
     """Find the least ranks that make segments exact [thm-transformer], [thm-residual].
 
     Where a segment differs by ``E``: ``⌈rank(E)/2⌉`` for two weights, more for heads narrower than
     the tokens [prop-narrow-heads], and ``rank E`` for one. ``[..., L, H]`` for heads, each by
-    itself, and ``[..., L]`` for blocks; `Segments.largest` is enough for all. Raises what
+    itself, and ``[..., L]`` for blocks; their ``largest()`` is enough for all. Raises what
     `networks.segments` raises.
+
+    Examples
+    --------
+    >>> from lorapower.bounds import transformer_ranks
+    >>> from lorapower.networks import Transformer
+    >>> frozen, target = (Transformer.random(2, 8, 2, seed=s) for s in (0, 1))
+    >>> int(transformer_ranks(frozen, target).largest())
+    4
     """
 
     def least(name: str, gap: Gap) -> Tensor:
-        if len(Segments.WEIGHTS[name]) == 1:
+        if len(ADAPTED[name]) == 1:
             return gap.rank
         if gap.frozen.depth == 2:
             return gap.threshold
-        pair = gap.pair_ranks
-        return torch.stack([pair.inner, pair.outer, -(-pair.together // 2)]).amax(0)
+        inner, outer, together = narrow_head_ranks(gap)[:3]
+        return torch.stack([inner, outer, -(-together // 2)]).amax(0)
 
-    return segments(frozen, target).map(least)
+    return Segments({name: least(name, gap) for name, gap in segments(frozen, target).items()})
+
+
+def savable_ranks(settings: DecoderSettings) -> tuple[list[str], int]:
+    """Name the weights on which scales of units can save a rank, and count how many at once.
+
+    A ReLU unit stays the same if its row of ``W_1`` is multiplied by ``λ > 0`` and its column of
+    ``W_2`` by ``1/λ``; a gated unit if its row of ``W_3`` is, by any ``μ ≠ 0``. Source:
+    [thm-needed].
+    """
+    kinds = ["W_1"] * (settings.activation == "relu") + ["W_3"] * settings.gated
+    return [*kinds, "W_2"] if kinds else [], len(kinds)
 
 
 class _Region(NamedTuple):
@@ -47,19 +66,15 @@ class _Region(NamedTuple):
     savable: tuple[list[str], int]
 
 
-def _region(network: Transformer) -> _Region:
+def _region(network: Decoder) -> _Region:
     """Find the region of a shape; refuse shapes of which nothing is proved."""
-    _checks.kind(Transformer, network=network)
+    _checks.kind(Decoder, network=network)
     settings, sizes = network.settings, network.sizes
     if settings.norm is None or not settings.residual:
         raise InputError("network", allowed="with residual connections and norms", given=network)
     if settings.activation == "gelu_tanh":
-        raise InputError(
-            "network",
-            allowed="of ReLUs, GELUs or SiLUs",
-            given="the tanh form of GELU",
-            remedy="of which nothing is proved; transformer_ranks counts for a pair of networks",
-        )
+        allowed, given = "of ReLUs, GELUs or SiLUs", "the tanh form of GELU"
+        raise InputError("network", allowed=allowed, given=given, remedy="nothing is proved of it")
     # On a circle or two points kinks of different units meet.
     m = _checks.integer("dimension of normalized tokens", network.dimension, 3)
     # A final LayerNorm hides one direction of what is written.
@@ -70,15 +85,14 @@ def _region(network: Transformer) -> _Region:
         ("W_V", "W_O", min(2 * value, m), min(value, max(0, written - value))),
     )
     full = {"W_1": m} | ({"W_3": m} if settings.gated else {}) | {"W_2": written}
-    kinds, count = savable(settings)
+    kinds, count = savable_ranks(settings)
     least, units = max(written, 1 + sum(full[kind] - 1 for kind in kinds)), sizes["hidden"]
     if units < least:
-        allowed, remedy = f"at least {least}", "with fewer, less than these ranks may be enough"
-        raise InputError("network's hidden units", allowed=allowed, given=units, remedy=remedy)
+        raise InputError("network's hidden units", allowed=f"at least {least}", given=units)
     return _Region(pairs, full, (kinds, count))
 
 
-def ranks_suffice(network: Transformer, ranks: Mapping[str, int]) -> bool:
+def ranks_suffice(network: Decoder, ranks: Mapping[str, int]) -> bool:
     """Say whether adapters of these ranks make almost all pairs of networks equal [thm-needed].
 
     Both networks have the shape of ``network``, whose numbers do not matter; one adapter serves one
@@ -93,7 +107,7 @@ def ranks_suffice(network: Transformer, ranks: Mapping[str, int]) -> bool:
       on any two of the three with gated ReLUs.
 
     With ReLUs this holds for targets all of whose hyperplanes meet the sphere of normalized tokens.
-    `constructions.transformer.adapt` makes such networks equal. Raises `InputError` for networks
+    `constructions.adapt_transformer` makes such networks equal. Raises `InputError` for networks
     without residual connections or norms, with rotary positions, grouped heads, ``"gelu_tanh"``,
     fewer than three dimensions of normalized tokens, or fewer units than the theorem asks
     (``m + S − 1``; ``2 m + S − 2`` with gated ReLUs, ``S`` with GELUs or SiLUs without gates); and
@@ -102,8 +116,7 @@ def ranks_suffice(network: Transformer, ranks: Mapping[str, int]) -> bool:
     region = _region(network)
     if network.settings.rotary is not None or network.groups < network.heads:
         allowed = "without rotary positions and grouped heads"
-        remedy = "necessary_ranks has the ranks that are needed"
-        raise InputError("network", allowed=allowed, given=network, remedy=remedy)
+        raise InputError("network", allowed=allowed, given=network)
     if not isinstance(ranks, Mapping) or set(ranks) != set(network.weight_kinds):
         allowed = f"one rank for each of {', '.join(network.weight_kinds)}"
         raise InputError("ranks", allowed=allowed, given=ranks)
@@ -117,7 +130,7 @@ def ranks_suffice(network: Transformer, ranks: Mapping[str, int]) -> bool:
     return len(lacking) <= count and all(k in kinds and rank == 1 for k, rank in lacking.items())
 
 
-def necessary_ranks(network: Transformer, *, packed: bool = False) -> dict[str, int]:
+def necessary_ranks(network: Decoder, *, packed: bool = False) -> dict[str, int]:
     """Find ranks none of which can be lowered alone, for almost all networks of a shape.
 
     Without rotary positions and grouped heads they are also enough [thm-needed]: of two weights of
@@ -132,6 +145,14 @@ def necessary_ranks(network: Transformer, *, packed: bool = False) -> dict[str, 
     packed : bool
         Whether one adapter serves all heads of a weight, as PEFT has it; by default each head has
         its own.
+
+    Examples
+    --------
+    >>> from lorapower.bounds import necessary_ranks
+    >>> from lorapower.networks import Decoder
+    >>> gpt2 = {"residual": True, "norm": "layer", "activation": "gelu"}
+    >>> necessary_ranks(Decoder.random(1, 12, 3, head_size=4, **gpt2))
+    {'W_Q': 4, 'W_K': 4, 'W_V': 4, 'W_O': 4, 'W_1': 11, 'W_2': 12}
     """
     region, settings = _region(network), network.settings
     ranks: dict[str, int] = {}
@@ -171,13 +192,20 @@ def packed_rank(
     counts as 0, and ``2 R ≥ min(2 d, m)``. The sides ``p`` are ``H d`` of ``W_Q`` and ``W_O`` and
     ``d`` for each group of ``W_K`` and ``W_V``; ``q`` is the width for ``W_O``, otherwise the
     dimension ``m`` of normalized tokens; ``γ`` is ``d²`` for each group, ``d`` for rotary scores.
-    Raises `InputError` for numbers out of range, and for values of heads larger than ``m``.
+    Raises `InputError` for groups that do not divide the heads, and for values of heads larger than
+    ``m``.
+
+    Examples
+    --------
+    Queries and keys of GPT-2 small:
+
+    >>> from lorapower.bounds import packed_rank
+    >>> packed_rank(768, heads=12, head_size=64, norm="layer")
+    611
     """
-    width, heads = _checks.integer("width", width, 1), _checks.integer("heads", heads, 1)
-    d = _checks.integer("head_size", head_size, 1)
-    groups = heads if groups is None else _checks.integer("groups", groups, 1, heads)
+    groups, d = heads if groups is None else groups, head_size
     if heads % groups:
-        raise InputError("heads", allowed=f"a multiple of {groups}, the groups", given=heads)
+        raise InputError("groups", allowed=f"a divisor of {heads}, the heads", given=groups)
     _checks.choice("part", part, ("scores", "values"))
     _checks.choice("norm", norm, get_args(Norm))
     m = width - 1 if norm == "layer" else width

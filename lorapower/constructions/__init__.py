@@ -1,22 +1,30 @@
 """For each theorem of the book, the adapters that its proof builds.
 
-Each module's ``adapt`` is the construction of its theorem and raises `InputError` for networks of
-another kind; `adapt` here takes every network to the one for its kind.
+`adapt` takes any network; the others are the constructions of one kind, and raise `InputError` for
+networks of another.
 """
 
-from . import fitted, fnn, fused, linear, transformer
-from .attention import attention_only
-from .general import adapt, rank_for_error
-from .linear import Adaptation
+from .attention import adapt_attention
+from .fitted import FittedAdaptation, adapt_fitted
+from .fnn import FNNAdaptation, adapt_relu
+from .fused import fuse
+from .general import Adapted, adapt, rank_for_error
+from .linear import Adaptation, LinearAdaptation, adapt_linear
+from .transformer import TransformerAdaptation, adapt_transformer
 
 __all__ = [
     "Adaptation",
+    "Adapted",
+    "FNNAdaptation",
+    "FittedAdaptation",
+    "LinearAdaptation",
+    "TransformerAdaptation",
     "adapt",
-    "attention_only",
-    "fitted",
-    "fnn",
-    "fused",
-    "linear",
+    "adapt_attention",
+    "adapt_fitted",
+    "adapt_linear",
+    "adapt_relu",
+    "adapt_transformer",
+    "fuse",
     "rank_for_error",
-    "transformer",
 ]

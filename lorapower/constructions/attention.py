@@ -13,13 +13,13 @@ from ..adapters import Adapters
 from ..bounds.floors import attention_floor
 from ..errors import InputError
 from ..lowrank import LowRank
-from ..networks.transformer import Transformer
+from ..networks.decoder import Decoder
 
 
 @torch.no_grad()
-def attention_only(
-    frozen: Transformer,
-    target: Transformer,
+def adapt_attention(
+    frozen: Decoder,
+    target: Decoder,
     tokens: Float[Tensor, "width samples"],
     ranks: int | Sequence[int] | None = None,
 ) -> Adapters:
@@ -33,16 +33,26 @@ def attention_only(
     Raises what `attention_floor` raises, and `InputError` for batches, for heads narrower
     than the tokens, and for weights and gains that hide directions. Source: [prop-floor-attention],
     [thm-attention-rank].
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower.bounds import attention_floor, far_error
+    >>> from lorapower.constructions import adapt_attention
+    >>> from lorapower.networks import Decoder
+    >>> kind = {"residual": True, "norm": "layer"}
+    >>> frozen, target = (Decoder.random(1, 6, 2, seed=s, **kind) for s in (0, 1))
+    >>> tokens = torch.randn(6, 500, dtype=torch.float64)
+    >>> adapted = adapt_attention(frozen, target, tokens).merge(frozen)
+    >>> error, _ = far_error(adapted, target, tokens, 1e4)
+    >>> 1 <= float(error / attention_floor(frozen, target, tokens).value) < 1.01
+    True
     """
     best, given = attention_floor(frozen, target, tokens, ranks), frozen.value_ranks(ranks)
     _checks.single(frozen=frozen, target=target)
-    if frozen.sizes["value size"] < frozen.width:
-        raise InputError(
-            "frozen",
-            allowed="with heads as wide as the tokens",
-            given=frozen.sizes["value size"],
-            remedy="narrower ones cannot add every linear map",
-        )
+    if (size := frozen.sizes["value size"]) < frozen.width:
+        # Narrower ones cannot add every linear map.
+        raise InputError("frozen", allowed="with heads as wide as the tokens", given=size)
     V, values = frozen.basis(), frozen.W_V.clone()
     # Heads of a group share their values.
     outputs = frozen.W_O.unflatten(1, (frozen.groups, -1)).sum(2)
@@ -82,10 +92,6 @@ def _solve(matrix: Tensor, columns: Tensor, name: str) -> Tensor:
     eps = torch.finfo(matrix.dtype).eps
     solution = torch.linalg.pinv(matrix, rtol=eps ** (2 / 3)) @ columns
     if (matrix @ solution - columns).norm() > eps**0.5 * columns.norm():
-        raise InputError(
-            f"frozen's {name}",
-            allowed="of full rank",
-            given="one that hides directions",
-            remedy="perturb it",
-        )
+        given = "one that hides directions"
+        raise InputError(f"frozen's {name}", allowed="of full rank", given=given)
     return solution

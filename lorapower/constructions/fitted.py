@@ -15,13 +15,14 @@ from .. import _checks
 from ..adapters import Adapters
 from ..errors import InputError
 from ..lowrank import LowRank, truncated_svd
-from ..networks.base import Network
 from ..networks.layers import FNN, as_network
-from ..networks.partition import Partition
-from ..regions import Ball, Region
-from ..regression import Regression, reduced_rank, second_moment_root, variance
+from ..regions import Ball, Region, as_region
+from ..regression import Regression, reduced_rank, relative_error, second_moment_root
 from .fused import Fused, _Split, fuse
 from .linear import Adaptation
+
+# The package offers the rest.
+__all__ = ["nearest"]
 
 # Shrinkages towards the error matrix, in mean variances of an input.
 _SHRINKAGES = (0.0, 0.01, 0.1, 1.0, inf)
@@ -65,34 +66,34 @@ class FittedAdaptation(Adaptation):
         throw: bool = True,
     ) -> FittedAdaptation:
         """Carry adapters of a fused network back, and measure them on the test inputs."""
-        carried = fused.carry_back(adapters, region, throw=throw)
+        carried = fused.split_among_layers(adapters, region, throw=throw)
         merged = carried.adapters.merge(fused.frozen)
-        error = relative_error(merged, fused.target, data.test)
+        outputs = merged(merged.fill(data.test))
+        error = relative_error(outputs, fused.target(data.test))
         return cls(carried.adapters, carried.success, error, fused, adapters, region)
 
 
 @torch.no_grad()
 @_checks.flushing()
-def adapt(
+def adapt_fitted(
     frozen: Any,
     target: Any,
     ranks: Any,
     inputs: Any,
     held_out: Any,
     *,
-    partition: Partition | None = None,
-    region: Region | None = None,
+    on: Any = None,
     throw: bool = True,
 ) -> FittedAdaptation:
     """Find the adapters and biases of the least error that closed forms reach on given inputs.
 
-    Each segment ``P`` of the fused network (`fused.fuse`) becomes ``P + K``, with the ``K`` of the
-    segment's rank and the bias of `regression.reduced_rank` on the adapted network's own
-    activations, in the metric of the outputs. Half of the held-out inputs select, for each segment,
-    among the theorem's splitting and several shrinkages of the fit, and keep the theorem's adapters
-    where all fits are worse. The other half gives the error.
+    Each segment ``P`` of the fused network (`~lorapower.constructions.fused.fuse`) becomes ``P +
+    K``, with the ``K`` of the segment's rank and the bias of `regression.reduced_rank` on the
+    adapted network's own activations, in the metric of the outputs. Half of the held-out inputs
+    select, for each segment, among the theorem's splitting and several shrinkages of the fit, and
+    keep the theorem's adapters where all fits are worse. The other half gives the error.
 
-    Raises `InputError` for networks, ranks and partitions that do not fit, for inputs that are too
+    Raises `InputError` for networks and ranks that do not fit, for inputs that are too
     few, of another width, not finite, or in both sets; with ``throw``, `PrecisionError` or
     `SingularError` where too many digits are lost. Source: [thm-reduced-rank], [lem-any-change].
 
@@ -105,29 +106,40 @@ def adapt(
     inputs, held_out
         Columns ``[width, samples]``, at least two and four. With less than a few times the width,
         the fit follows noise.
-    partition : Partition, optional
-        For ReLU networks, as in `fused.fuse`.
-    region : Region, optional
-        For ReLU networks: where the carried-back fit holds; by default a ball about the mean of all
-        inputs but those that test, 1.25 times as large as they need.
+    on : Region or Tensor, optional
+        For ReLU networks, where the carried-back fit holds, as in `adapt_relu`; by default in a
+        ball about the mean of all inputs but those that test, 1.25 times as large as they need.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower.constructions import adapt_fitted, adapt_relu
+    >>> from lorapower.networks import FNN
+    >>> from lorapower.regions import Ball
+    >>> from lorapower.regression import relative_error
+    >>> frozen, target = FNN.random(4, 8), FNN.random(2, 8, seed=1)
+    >>> x, held_out = Ball(3.0).fit(8, frozen.dtype).sample(3000).split([1000, 2000], dim=-1)
+    >>> blind = adapt_relu(frozen, target, 2, on=Ball(3.0)).adapters.merge(frozen)
+    >>> fitted = adapt_fitted(frozen, target, 2, x, held_out)
+    >>> float(fitted.error) < float(relative_error(blind(held_out), target(held_out)))
+    True
     """
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
-    fused = fuse(frozen, target, ranks, partition)
+    fused = fuse(frozen, target, ranks)
     data = fused.split(inputs, held_out)
+    region = None
     if isinstance(frozen, FNN):
-        if region is None:
-            region = Ball.about(torch.cat([data.fit, data.select], -1), _REACH)
-        region = region.fit(data.fit.shape[-2], data.fit.dtype)
-    elif region is not None or partition is not None:
-        name = "region" if partition is None else "partition"
-        raise InputError(name, allowed="left out but for ReLU networks", given=f"one for {frozen}")
-    adapters = fit(fused, data.fit, data.select)
+        if on is None:
+            on = Ball.about(torch.cat([data.fit, data.select], -1), _REACH)
+        region = as_region(on, data.fit.shape[-2], data.fit.dtype)
+    elif on is not None:
+        raise InputError("on", allowed="left out but for ReLU networks", given=f"one for {frozen}")
+    adapters = _fit(fused, data.fit, data.select)
     return FittedAdaptation.measure(fused, adapters, region, data, throw=throw)
 
 
-@torch.no_grad()
-def fit(fused: Fused, inputs: Tensor, select: Tensor) -> Adapters:
-    """Find the adapters of the fused network that err least on ``select``, as `adapt` does."""
+def _fit(fused: Fused, inputs: Tensor, select: Tensor) -> Adapters:
+    """Find the adapters of the fused network that err least on ``select``; see `adapt_fitted`."""
     network, target = fused.network, fused.fused_target
     pairs = zip(network.weights, target.weights, fused.fused_ranks, strict=True)
     updates = tuple(truncated_svd(W_target - W, rank) for W, W_target, rank in pairs)
@@ -157,26 +169,6 @@ def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
         biases.append(target.biases[l] + fitted.intercept - network.biases[l])
         z = target.layers(slice(l, l + 1))(z)
     return Adapters(tuple(updates), tuple(biases))
-
-
-def relative_error(
-    network: Network, target: Network, x: Float[Tensor, "width n"]
-) -> Float[Tensor, ""]:
-    """Divide the mean squared difference of outputs by the target's variance.
-
-    Only the target's coordinates count. Raises `InputError` for a constant target.
-    """
-    wanted = target(x)
-    outputs = network(network.fill(x))[..., : wanted.shape[-2], :]
-    size = variance(wanted)
-    if not size > 0:
-        raise InputError(
-            "target",
-            allowed="one whose outputs differ from input to input",
-            given="equal outputs for all",
-            remedy="an error relative to their variance has no meaning then",
-        )
-    return (outputs - wanted).square().mean() / size
 
 
 def _fit_in_turn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,14 +13,13 @@ from torch import Tensor
 
 from .. import _checks
 from ..adapters import Adapters
-from ..errors import InputError, PrecisionError, SingularError
+from ..errors import PrecisionError
 from ..lowrank import LowRank
 from ..networks.gap import Gap
 from ..networks.layers import FNN, product
 from ..networks.partition import Partition, blocks
-from ..regions import Region
-from . import linear
-from .linear import Adaptation
+from ..regions import Ball, Region, as_region
+from .linear import Adaptation, adapt_gap
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -62,10 +62,7 @@ class FNNAdaptation(Adaptation):
 
         This holds in the region, as the proof needs, and may hold outside; linear outputs are free.
         """
-        x = _checks.real_tensor("x", x, min_dims=2)
-        if x.shape[-2] != self.region.width:
-            allowed = f"of shape [..., {self.region.width}, samples], like the target's inputs"
-            raise InputError("x", allowed=allowed, given=f"shape {tuple(x.shape)}")
+        x = _checks.columns("x", x, self.region.width)
         preactivations = self.adapters.merge(frozen).preactivations(frozen.fill(x))
         holds = []
         for layers, region in zip(self.partition.slices, self.regions[1:], strict=True):
@@ -77,20 +74,19 @@ class FNNAdaptation(Adaptation):
 
 
 @torch.no_grad()
-def adapt(
-    frozen: FNN,
-    target: FNN,
+def adapt_relu(
+    frozen: FNN | Any,
+    target: FNN | Any,
     ranks: _checks.Ranks,
-    region: Region,
+    on: Any = None,
     partition: Partition | None = None,
     *,
-    rtol: float | None = None,
     throw: bool = True,
 ) -> FNNAdaptation:
     """Make a ReLU network imitate a shallower one over a region, by adapters and biases.
 
     Block ``ℬ_i`` of the frozen layers imitates target layer ``i``; its weights are adapted as a
-    deep linear network (`linear.adapt`). The least biases that keep its inner units active over the
+    deep linear network (`adapt_linear`). The least biases that keep its inner units active over the
     region make its layers affine, the last one takes them back, and the next block's region holds
     the image of this one. Only the first units at the end of a block imitate a narrower target, to
     which inputs are filled up with zeros (`Network.fill`); biases switch the others off, except
@@ -102,43 +98,53 @@ def adapt(
 
     Parameters
     ----------
-    frozen, target : FNN
-        Of one type, both or neither with a ReLU at the end; all batch shapes broadcast.
-    region : Region
-        The result holds everywhere in a `regions.Ball` or `regions.Box`; see `regions.Samples`.
+    frozen, target
+        Networks, or what `networks.as_network` takes, of one type, both or neither with a ReLU at
+        the end; all batch shapes broadcast.
+    on : Region or Tensor
+        Where the result holds: everywhere in a `regions.Ball` or `regions.Box`; columns
+        ``[..., width, samples]`` become `regions.Samples`. May be left out without ReLUs.
     partition : Partition, optional
         Uniform by default.
-    ranks, rtol, throw
-        See `linear.adapt`.
+    ranks, throw
+        See `adapt_linear`.
+
+    Examples
+    --------
+    >>> from lorapower.constructions import adapt_relu
+    >>> from lorapower.networks import FNN
+    >>> from lorapower.regions import Ball
+    >>> frozen, target = FNN.random(4, 8), FNN.random(2, 8, seed=1)
+    >>> found = adapt_relu(frozen, target, ranks=4, on=Ball(3.0))
+    >>> adapted, x = found.adapters.merge(frozen), Ball(3.0).fit(8, frozen.dtype).sample(100)
+    >>> adapted(x).allclose(target(x))
+    True
     """
+    frozen, target = FNN.of(frozen, "frozen"), FNN.of(target, "target")
     gaps = blocks(frozen, target, partition)
     per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in frozen.weights])
-    _checks.kind(Region, region=region)
-    region = region.fit(target.widths[0], frozen.dtype)
+    if on is None and not frozen.relus:
+        on = Ball(1.0)
+    region = as_region(on, target.widths[0], frozen.dtype)
     batches = [frozen.batch_shape, target.batch_shape, region.batch_shape]
-    batch = _checks.common_shape("frozen, target and region", batches)
+    batch = _checks.common_shape("frozen, target and on", batches)
     partition = Partition([gap.frozen.depth for gap in gaps])
     limit = -math.log10(torch.finfo(frozen.dtype).eps) / 2
     regions, typical = [region], region.typical(1.0)
     updates, bias_updates, solutions, digits_lost = [], [], [], []
     for i, (gap, layers) in enumerate(zip(gaps, partition.slices, strict=True)):
         block, layer = frozen.layers(layers), target.layers(slice(i, i + 1))
-        try:
-            solution = linear.adapt_gap(gap, per_layer[layers], rtol=rtol, throw=throw)
-        except SingularError as error:
-            raise error.at_layer(layers.start + error.layer) from None
+        solution = adapt_gap(gap, per_layer[layers], throw=throw, first=layers.start)
         own, biases, lost, image = _adapt_block(
             block, layer, gap, solution.adapters, regions[-1], typical
         )
-        lost = lost.expand(batch)
-        failed = lost > limit
-        if throw and failed.any():
-            worst, member = float(lost[failed][0]), _checks.failed_members(failed)
+        digits_lost.append(lost.expand(batch))
+        if throw and (failed := digits_lost[-1] > limit).any():
+            worst, member = float(digits_lost[-1][failed][0]), _checks.failed_members(failed)
             raise PrecisionError(i + 1, worst, limit=limit, dtype=frozen.dtype, member=member)
         updates += own
         bias_updates += biases
         solutions.append(solution)
-        digits_lost.append(lost)
         regions.append(image)
         typical = layer(typical)
 

@@ -20,8 +20,11 @@ from ..networks.gap import Gap
 from ..networks.layers import FNN, LinearNetwork
 from ..networks.partition import Partition, blocks
 from ..regions import Region
-from . import general
+from .general import adapt
 from .linear import Adaptation
+
+# The package offers the rest.
+__all__ = ["Fused"]
 
 
 class _Split(NamedTuple):
@@ -49,7 +52,7 @@ class Fused:
     fused_target: Network
     fused_ranks: tuple[int, ...]
 
-    def carry_back(
+    def split_among_layers(
         self, adapters: Adapters, region: Region | None = None, *, throw: bool = True
     ) -> Adaptation:
         """Give the frozen network the function that adapters give to the fused one.
@@ -58,8 +61,9 @@ class Fused:
         holds in a ``region``.
         """
         reached = adapters.merge(self.network)
-        options = {"partition": self.partition} if self.partition else {}
-        return general.adapt(self.frozen, reached, self.ranks, region, throw=throw, **options)
+        return adapt(
+            self.frozen, reached, self.ranks, region, partition=self.partition, throw=throw
+        ).evidence
 
     def split(self, inputs: Any, held_out: Any) -> _Split:
         """Return inputs to fit, to select by and to test on, as the target takes them.
@@ -78,12 +82,8 @@ class Fused:
         # A few inputs may well be drawn twice.
         shared = len(columns[0] & columns[1])
         if 10 * shared > len(columns[1]):
-            raise InputError(
-                "held_out",
-                allowed="other inputs than those of the fit",
-                given=f"{shared} that are among them",
-                remedy="the inputs of a fit cannot judge it; split the inputs first",
-            )
+            allowed = "other inputs than those of the fit, which cannot judge it"
+            raise InputError("held_out", allowed=allowed, given=f"{shared} that are among them")
         return _Split(parts[0], *parts[1].tensor_split(2, -1))
 
 

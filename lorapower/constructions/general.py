@@ -1,79 +1,146 @@
-"""Every kind of network: its adapters, and the rank that an error needs."""
+"""Any network: its adapters, and the rank that an error needs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 from .. import _checks
+from ..adapters import Adapters
 from ..errors import InputError
 from ..networks.base import Network
 from ..networks.layers import FNN, LinearNetwork, as_network
-from ..networks.transformer import Transformer
-from ..regions import Region, Samples
-from . import fnn, linear, transformer
-from .linear import Adaptation
+from ..networks.partition import Partition
+from ..regression import relative_error
+from .fnn import adapt_relu
+from .linear import Adaptation, adapt_linear
+from .transformer import adapt_transformer
 
-_CONSTRUCTIONS: dict[type[Network], Any] = {
-    LinearNetwork: linear.adapt,
-    FNN: fnn.adapt,
-    Transformer: transformer.adapt,
-}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted(Generic[T]):
+    """Hold what `adapt` returns: the adapters of ``frozen``, as it was given, and their evidence.
+
+    ``evidence`` has the errors that the construction predicts and measures, by kind of network:
+    a `LinearAdaptation`, an `FNNAdaptation` or a `TransformerAdaptation`.
+    """
+
+    frozen: T
+    evidence: Adaptation
+
+    @property
+    def adapters(self) -> Adapters:
+        """The updates of the weights and biases, in the order of ``as_network(frozen).weights``."""
+        return self.evidence.adapters
+
+    @property
+    def success(self) -> Bool[Tensor, "*batch"]:
+        """Whether each member of a batch is adapted acceptably; ``[...]``."""
+        return self.evidence.success
+
+    @cached_property
+    def network(self) -> T:
+        """The adapted network, of the kind that was given: a module, matrices, or a network."""
+        return _in_place_of(self.frozen, self.adapters.merge(as_network(self.frozen, "frozen")))
 
 
 def adapt(
-    frozen: Any,
+    frozen: T,
     target: Any,
-    ranks: int | Sequence[int] | Mapping[str, int],
-    inputs: Any = None,
-    **options: Any,
-) -> Adaptation:
+    ranks: Any,
+    on: Any = None,
+    *,
+    partition: Partition | None = None,
+    throw: bool = True,
+) -> Adapted[T]:
     """Make a frozen network imitate a target of its kind, by adapters and biases.
 
-    Networks, or what `networks.as_network` takes, go to `linear.adapt`, `fnn.adapt` or
-    `transformer.adapt`, with its ``ranks`` and ``options``; returns and raises what that does. Only
-    ReLU networks take ``inputs``: the `regions.Region` in which to imitate, or columns
-    ``[..., width, samples]``, which become `regions.Samples`. Source: [thm-optimal-adaptation],
-    [thm-partition], [thm-transformer], [thm-residual].
+    It goes to `adapt_linear`, `adapt_relu` or `adapt_transformer`, and raises what that does.
+    Source: [thm-optimal-adaptation], [thm-partition], [thm-transformer], [thm-residual].
+
+    Parameters
+    ----------
+    frozen, target
+        Networks, or what `networks.as_network` takes: a `torch.nn.Linear` or a
+        `torch.nn.Sequential` of these and ReLUs, a matrix, or several.
+    ranks
+        One for all weights, one for each, or for transformers one for each kind of weight.
+    on : Region or Tensor
+        For networks with ReLUs, and for no others: the `regions.Region` on which to imitate, or
+        inputs as columns ``[..., width, samples]``. Far from them the result is another function.
+    partition : Partition, optional
+        For ReLU networks, by default uniform.
+    throw
+        See `adapt_linear`.
+
+    Examples
+    --------
+    A module of two layers becomes one of a single layer, with rank 2 on both layers.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from lorapower.constructions import adapt
+    >>> _ = torch.manual_seed(0)
+    >>> relu = [nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)]
+    >>> base, target = nn.Sequential(*relu[:2]).double(), relu[2].double()
+    >>> x = torch.randn(100, 4).double()
+    >>> found = adapt(base, target, ranks=2, on=x.mT)
+    >>> type(found.network).__name__, found.adapters.ranks
+    ('Sequential', (2, 2))
+    >>> torch.allclose(found.network(x), target(x))
+    True
     """
-    frozen, target = _one_kind(frozen, target)
-    construct = _CONSTRUCTIONS[type(frozen)]
-    if not isinstance(frozen, FNN):
-        if inputs is not None:
-            allowed = "left out for linear networks and transformers, adapted for all inputs"
-            raise InputError("inputs", allowed=allowed, given=type(inputs).__name__)
-        return construct(frozen, target, ranks, **options)
-    if inputs is None:
-        remedy = "its biases are tuned for a regions.Ball(3.0), or columns [..., width, samples]"
-        raise InputError("inputs", allowed="given for a ReLU network", given="none", remedy=remedy)
-    region = inputs if isinstance(inputs, Region) else Samples(inputs)
-    return construct(frozen, target, ranks, region, **options)
+    network, goal = _one_kind(frozen, target)
+    if isinstance(network, FNN):
+        found: Adaptation = adapt_relu(network, goal, ranks, on, partition, throw=throw)
+    elif on is not None or partition is not None:
+        name, given = ("partition", partition) if partition is not None else ("on", on)
+        allowed = "left out for linear networks and transformers, adapted for all inputs"
+        raise InputError(name, allowed=allowed, given=type(given).__name__)
+    else:
+        construct: Any = adapt_linear if isinstance(network, LinearNetwork) else adapt_transformer
+        found = construct(network, goal, ranks, throw=throw)
+    return Adapted(frozen, found)
 
 
 @torch.no_grad()
-def rank_for_error(
-    frozen: Any, target: Any, error: float, inputs: Any, *, ranks: Sequence[int] | None = None
-) -> int:
+def rank_for_error(frozen: Any, target: Any, error: float, on: Any) -> int:
     """Find the least rank at which constructed adapters leave at most an error on given inputs.
 
-    The error is the mean square over outputs and inputs, divided by the mean square of the target's
-    outputs. Adapters of each of the ``ranks``, by default all from 0 on, are made for single
-    networks and measured on columns ``[width, samples]`` or sequences ``[..., width, tokens]``.
-    Raises `InputError` where no rank is enough. Source: [def-needed-rank].
+    The error is `regression.relative_error`, the mean square over the variance of the target's
+    outputs. Adapters of one rank after the other, from 0 on, are made for single networks and
+    measured on columns ``[width, samples]`` or sequences ``[..., width, tokens]``.
+    Raises `InputError` where no rank is enough. [def-needed-rank] has the mean square, not the
+    variance, of the outputs.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lorapower.constructions import rank_for_error
+    >>> from lorapower.networks import LinearNetwork
+    >>> frozen, target = LinearNetwork.random(4, 8), LinearNetwork.random(1, 8, seed=1)
+    >>> x = torch.eye(8, dtype=torch.float64)
+    >>> rank_for_error(frozen, target, 1e-12, on=x), rank_for_error(frozen, target, 0.5, on=x)
+    (2, 1)
     """
     frozen, target = _one_kind(frozen, target)
     _checks.single(frozen=frozen, target=target)
-    error, x = _checks.tolerance("error", error), target.as_inputs(inputs, "inputs")
-    wanted, region = target(x), Samples(x) if isinstance(frozen, FNN) else None
-    largest = max(min(weight.shape) for weight in frozen.weights)
-    for rank in ranks or range(largest + 1):
-        adapted = adapt(frozen, target, rank, region, throw=False).adapters.merge(frozen)
-        missed = adapted(frozen.fill(x))[..., : wanted.shape[-2], :] - wanted
-        if missed.square().mean() <= error * wanted.square().mean():
+    error, x = _checks.tolerance("error", error), target.as_inputs(on, "on")
+    wanted, region = target(x), x if isinstance(frozen, FNN) else None
+    for rank in range(max(min(weight.shape) for weight in frozen.weights) + 1):
+        adapted = adapt(frozen, target, rank, region, throw=False).network
+        if relative_error(adapted(frozen.fill(x)), wanted) <= error:
             return rank
-    raise InputError("error", allowed="met by a rank that is tried", given=f"{error:.3g}")
+    raise InputError("error", allowed="met by some rank", given=f"{error:.3g}")
 
 
 def _one_kind(frozen: Any, target: Any) -> tuple[Any, Any]:
@@ -81,3 +148,36 @@ def _one_kind(frozen: Any, target: Any) -> tuple[Any, Any]:
     frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
     _checks.kind(type(frozen), target=target)
     return frozen, target
+
+
+def _in_place_of(given: Any, network: Network) -> Any:
+    """Write a network as what `as_network` read another of these sizes from."""
+    if isinstance(given, Network):
+        return network
+    if isinstance(given, nn.Module):
+        return _as_module(given, network)
+    if isinstance(given, Tensor | np.ndarray):
+        stack = network.weights[0] if given.ndim == 2 else torch.stack(network.weights, -3)
+        return stack if isinstance(given, Tensor) else stack.numpy()
+    pairs = zip(given, network.weights, strict=True)
+    return [weight if isinstance(one, Tensor) else weight.numpy() for one, weight in pairs]
+
+
+def _as_module(given: nn.Module, network: Network) -> nn.Module:
+    """Copy a module with the numbers of a network; it gets the biases that it lacks."""
+    module = deepcopy(given)
+    layers: Any = [
+        m for _, m in module.named_modules(remove_duplicate=False) if type(m) is nn.Linear
+    ]
+    for l, layer in enumerate(layers):
+        if any(layer is other for other in layers[:l]):
+            # A layer that is used twice is adapted in two ways.
+            assert isinstance(network, LinearNetwork | FNN)
+            return network.to_sequential()
+        with torch.no_grad():
+            layer.weight.copy_(network.weights[l])
+            if network.biases and layer.bias is None:
+                layer.bias = nn.Parameter(network.biases[l].clone())
+            elif network.biases:
+                layer.bias.copy_(network.biases[l])
+    return module

@@ -61,12 +61,11 @@ class LinearAdaptation(Adaptation):
     condition_numbers: Float[Tensor, "*batch layers"]
 
 
-def adapt(
+def adapt_linear(
     frozen: LinearNetwork | Any,
     target: LinearNetwork | Any,
     ranks: _checks.Ranks,
     *,
-    rtol: float | None = None,
     throw: bool = True,
 ) -> LinearAdaptation:
     """Bring ``∏(W_l + ΔW_l)`` as close to ``W̄`` as the ranks of the adapters allow.
@@ -77,8 +76,10 @@ def adapt(
     rounding error.
 
     Raises `InputError` for ranks out of range, networks that do not fit each other and products
-    that overflow, and `SingularError`, which names layer and members, where no splitting meets
-    ``rtol``. Source: [thm-optimal-adaptation], [lem-splitting], [lem-any-change].
+    that overflow, and `SingularError`, which names layer and members, where every splitting rounds
+    by more than half of the digits: ``rounding_error`` is above ``eps^{1/2}`` of ``‖W̄‖_2`` (of the
+    predicted error, if that is larger, and of ``‖E‖_2`` if ``W̄ = 0``). Source:
+    [thm-optimal-adaptation], [lem-splitting], [lem-any-change].
 
     Parameters
     ----------
@@ -88,34 +89,41 @@ def adapt(
         these.
     ranks : Ranks
         One for all layers, cut to each weight's smaller side, or one per layer, at most that side.
-    rtol : float, optional
-        Largest ``rounding_error`` over ``‖W̄‖_2`` (or over the predicted error, if that is larger,
-        or over ``‖E‖_2`` if ``W̄ = 0``). By default ``eps^{1/2}``, half of the digits; ``inf``
-        accepts any.
     throw : bool
         Raise an error where a member is not adapted acceptably; otherwise ``success`` says so.
+
+    Examples
+    --------
+    Four layers have rank 2 each, together the rank 8 of the difference.
+
+    >>> from lorapower.constructions import adapt_linear
+    >>> from lorapower.networks import LinearNetwork
+    >>> frozen, target = LinearNetwork.random(4, 8), LinearNetwork.random(1, 8, seed=1)
+    >>> found = adapt_linear(frozen, target, ranks=2)
+    >>> found.adapters
+    Adapters(ranks 2, 2, 2, 2, float64)
+    >>> found.adapters.merge(frozen).product().allclose(target.product())
+    True
+    >>> [round(float(adapt_linear(frozen, target, R).spectral_error), 3) for R in range(3)]
+    [1.161, 0.428, 0.0]
     """
     gap = Gap(frozen, target)
     per_layer = _checks.ranks_per_layer(ranks, [w.shape[-2:] for w in gap.frozen.weights])
-    return adapt_gap(gap, per_layer, rtol=rtol, throw=throw)
+    return adapt_gap(gap, per_layer, throw=throw)
 
 
 @torch.no_grad()
 def adapt_gap(
-    gap: Gap,
-    ranks: Sequence[int],
-    *,
-    rtol: float | None = None,
-    throw: bool = True,
+    gap: Gap, ranks: Sequence[int], *, throw: bool = True, first: int = 0
 ) -> LinearAdaptation:
-    """Adapt the frozen layers of a `Gap`, one rank per layer, as `adapt` does.
+    """Adapt the frozen layers of a `Gap`, one rank per layer, as `adapt_linear` does.
 
     The gap may be a batch of any shape, such as the blocks of ReLU networks ``[...]`` or the heads
     of transformers ``[..., L, H]``; all parts of the result have this shape. Decompositions that
-    the gap holds are used again. Raises what `adapt` raises.
+    the gap holds are used again. Raises what `adapt_linear` raises, with ``first`` layers before
+    those of the gap.
     """
     eps = torch.finfo(gap.frozen.dtype).eps
-    rtol = eps**0.5 if rtol is None else _checks.tolerance("rtol", rtol)
     ranks = gap.ranks(ranks)
     batch, total = gap.batch_shape, sum(ranks)
     spectral, frobenius = gap.error(total), gap.error(total, "fro")
@@ -127,25 +135,16 @@ def adapt_gap(
 
     gap = gap.flat()
     problem = _Problem(gap.frozen.weights, ranks, gap.reached(total), gap.svd, gap.noise[:, None])
-    best = _adapt_in_turn(problem, by_lemma=False)
-    splits = [_adapt_in_turn, _split_transposed]
-    if total > gap.spectrum.shape[-1]:
-        splits.insert(0, _split_lifted)
-    for split in splits:
-        poor = best.rounding > 4 * last_place * scale
-        if poor.any():
-            best.improve(poor, split(problem.members(poor)))
-
+    best = _split(problem, accepted=4 * last_place * scale)
     relative = best.rounding / scale.clamp(min=torch.finfo(scale.dtype).tiny)
-    success = (relative <= rtol).reshape(batch)
+    success = (relative <= eps**0.5).reshape(batch)
     if throw and not success.all():
         member = int(relative.argmax())
         layer = int(best.conditions[member].argmax())
         raise SingularError(
-            layer + 1,
+            first + layer + 1,
             float(best.conditions[member, layer]),
             float(relative[member]),
-            rtol,
             1 / last_place,
             _checks.failed_members(~success, member),
         )
@@ -194,6 +193,19 @@ class _Solution:
             A[members], B[members] = other_A[better], other_B[better]
         self.conditions[members] = other.conditions[better]
         self.rounding[members] = other.rounding[better]
+
+
+def _split(problem: _Problem, accepted: Tensor) -> _Solution:
+    """Split the change among the layers in one way after the other, while errors are larger."""
+    best = _adapt_in_turn(problem, by_lemma=False)
+    ways = [_adapt_in_turn, _split_transposed]
+    if sum(problem.ranks) > problem.svd.S.shape[-1]:
+        ways.insert(0, _split_lifted)
+    for way in ways:
+        poor = best.rounding > accepted
+        if poor.any():
+            best.improve(poor, way(problem.members(poor)))
+    return best
 
 
 def _split_transposed(problem: _Problem) -> _Solution:

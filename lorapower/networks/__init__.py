@@ -1,15 +1,19 @@
 """Networks as tensors in the paper's notation: weights act on columns ``[..., in, samples]``."""
 
+from .attention import Settings
 from .base import Network
-from .decoders import from_decoder, to_decoder
+from .decoder import Decoder, DecoderSettings
 from .gap import Gap
 from .layers import FNN, LinearNetwork, as_network, product
 from .partition import Partition, blocks
-from .segmentation import Segments, is_regular, segments
-from .transformer import Settings, Transformer
+from .pretrained import from_decoder, to_decoder
+from .segmentation import Segments, segments
+from .transformer import Transformer
 
 __all__ = [
     "FNN",
+    "Decoder",
+    "DecoderSettings",
     "Gap",
     "LinearNetwork",
     "Network",
@@ -20,7 +24,6 @@ __all__ = [
     "as_network",
     "blocks",
     "from_decoder",
-    "is_regular",
     "product",
     "segments",
     "to_decoder",

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import _checks
-from ..errors import InputError
 
 
 class Network(ABC):
@@ -103,13 +102,9 @@ class Network(ABC):
 
     def as_inputs(self, x: Any, name: str = "x") -> Float[Tensor, "*batch in n"]:
         """Read inputs in the network's type and on its device; `InputError` for other sizes."""
-        x = _checks.real_tensor(name, x, min_dims=2).to(self.device, self.dtype)
-        inputs = self.weights[0].shape[-1]
-        if x.shape[-2] != inputs:
-            columns = "tokens" if self.sequences else "samples"
-            allowed = f"of shape [..., {inputs}, {columns}], columns being {columns}"
-            raise InputError(name, allowed=allowed, given=f"shape {tuple(x.shape)}")
-        return x
+        word = "tokens" if self.sequences else "samples"
+        x = _checks.columns(name, x, self.weights[0].shape[-1], word)
+        return x.to(self.device, self.dtype)
 
     def fill(self, x: Float[Tensor, "*batch narrower n"]) -> Float[Tensor, "*batch in n"]:
         """Widen inputs of a narrower network with zeros; `InputError` for wider ones."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -15,23 +15,6 @@ from .. import _checks, lowrank
 from ..errors import InputError
 from ..lowrank import SVD, LowRank
 from .layers import LinearNetwork
-
-
-class _PairRanks(NamedTuple):
-    """What two adapted factors ``X Y`` need for a target ``M``, and the ranks that decide it."""
-
-    #: Of the factor that acts first, of the other, and of both together.
-    inner: Int[Tensor, "*batch"]
-    outer: Int[Tensor, "*batch"]
-    together: Int[Tensor, "*batch"]
-    #: ``rank M``, ``rank(M − X Y)``, ``rank Y`` and ``rank X``.
-    target: Int[Tensor, "*batch"]
-    difference: Int[Tensor, "*batch"]
-    rows: Int[Tensor, "*batch"]
-    columns: Int[Tensor, "*batch"]
-    #: Dimensions of ``Y ker M`` in ``ker X``, and of ``Xᵀ ker Mᵀ`` in ``ker Yᵀ``.
-    hidden: Int[Tensor, "*batch"]
-    hidden_outer: Int[Tensor, "*batch"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,13 +31,10 @@ class Gap:
 
     def __init__(self, frozen: LinearNetwork | Any, target: LinearNetwork | Any) -> None:
         frozen, target = LinearNetwork.of(frozen, "frozen"), LinearNetwork.of(target, "target")
-        ends = [(network.widths[0], network.widths[-1]) for network in (frozen, target)]
-        if ends[0] != ends[1]:
-            raise InputError(
-                "target",
-                given="{} inputs and {} outputs".format(*ends[1]),
-                allowed="of {} inputs and {} outputs, like the frozen network".format(*ends[0]),
-            )
+        needed, given = ((n.widths[0], n.widths[-1]) for n in (frozen, target))
+        if given != needed:
+            allowed = f"of {needed} inputs and outputs, like the frozen network"
+            raise InputError("target", allowed=allowed, given=given)
         _checks.like_frozen(target, frozen)
         _checks.common_shape("frozen and target", [frozen.batch_shape, target.batch_shape])
         object.__setattr__(self, "frozen", frozen)
@@ -71,12 +51,8 @@ class Gap:
         difference = self.target.product() - self.frozen.product()
         overflows = ~difference.isfinite().all((-2, -1))
         if overflows.any():
-            raise InputError(
-                f"frozen and target{_checks.failed_members(overflows)}",
-                allowed="of finite products",
-                given="a product that overflows",
-                remedy="scale the weights down",
-            )
+            name = f"frozen and target{_checks.failed_members(overflows)}"
+            raise InputError(name, allowed="of finite products", given="a product that overflows")
         return difference
 
     @cached_property
@@ -111,6 +87,7 @@ class Gap:
 
         ``σ_{r+1}(E)`` in the spectral norm, ``(Σ_{d>r} σ_d²)^{1/2}`` in the Frobenius norm.
         """
+        _checks.choice("ord", ord, (2, "fro"))
         tail = self.spectrum[..., _checks.integer("rank", rank, 0) :]
         if ord == "fro":
             return torch.linalg.vector_norm(tail, dim=-1)
@@ -156,56 +133,10 @@ class Gap:
                     allowed=f"at least {outputs} (the outputs) after each layer of a rank above 0 "
                     f"and at least {inputs} (the inputs) before it",
                     given=hidden,
-                    remedy="a narrower layer hides part of the target from the adapters; give rank "
-                    "0 to the layers that it cuts off",
+                    remedy="give rank 0 to the layers that narrower ones cut off",
                 )
             usable.append(0 if cut_off else min(rank, *weight.shape[-2:]))
         return usable
-
-    @cached_property
-    def pair_ranks(self) -> _PairRanks:
-        """The ranks that the middle two of four layers need [prop-narrow-heads]."""
-        (Y, X), (Y_target, X_target) = self.frozen.halves(), self.target.halves()
-        Q_Y, R_Y = torch.linalg.qr(Y_target.mT)
-        Q_X, R_X = torch.linalg.qr(X_target)
-        # M = Q_X core Q_Yᵀ.
-        core, scale = R_X @ R_Y.mT, lowrank.norm(R_X) * lowrank.norm(R_Y)
-        size, none = Y.shape[-2], torch.zeros_like(self.rank)
-        target, difference = lowrank.rank(core, scale=scale), self.rank
-        rows, columns = lowrank.rank(Y), lowrank.rank(X)
-        if size >= max(Y.shape[-1], X.shape[-2]):
-            inner = outer = hidden = hidden_outer = none
-            together = difference
-        else:
-            U, S, V = lowrank.svd(core)
-            counted = torch.arange(S.shape[-1]).to(S.device) < target[..., None]
-            # The product rounds, which rotates its range.
-            rounding = (scale / torch.where(counted, S, torch.inf).amin(-1)).clamp(min=1)
-
-            def joint_rank(factor: Tensor, basis: Tensor, frozen: Tensor) -> Int[Tensor, "*batch"]:
-                """Find ``rank [M frozen]``; if ``rank M = d``, the factor has its columns."""
-                exact = _rank_of_both(_of_norm_one(factor), frozen)
-                counted_basis = basis * counted[..., None, :]
-                return torch.where(
-                    target == size, exact, _rank_of_both(counted_basis, frozen, rounding)
-                )
-
-            Y, X = _of_norm_one(Y), _of_norm_one(X)
-            of_rows, of_columns = (Y_target.mT, Q_Y @ V), (X_target, Q_X @ U)
-            rows_with_Y, columns_with_X = joint_rank(*of_rows, Y.mT), joint_rank(*of_columns, X)
-            rows_seen, columns_seen = (
-                joint_rank(*of_rows, (X @ Y).mT),
-                joint_rank(*of_columns, X @ Y),
-            )
-            inner = (rows_with_Y - rows).clamp(min=0)
-            outer = (columns_with_X - columns).clamp(min=0)
-            hidden = torch.where(columns == size, 0, (rows_with_Y - rows_seen).clamp(min=0))
-            hidden_outer = torch.where(
-                rows == size, 0, (columns_with_X - columns_seen).clamp(min=0)
-            )
-            together = difference + (hidden + hidden_outer + target - size).clamp(min=0)
-        counts = inner, outer, together, target, difference, rows, columns, hidden, hidden_outer
-        return _PairRanks(*(count.expand_as(none) for count in counts))
 
     def flat(self) -> Gap:
         """Lay the gaps along one batch dimension; decompositions are kept."""
@@ -224,16 +155,3 @@ class Gap:
         svd = SVD(*(flatten(part, dims) for part, dims in zip(self.svd, (2, 1, 2), strict=True)))
         vars(gap).update(svd=svd, rounding_scale=flatten(self.rounding_scale, 0))
         return gap
-
-
-def _of_norm_one(matrix: Tensor) -> Tensor:
-    return (matrix / lowrank.norm(matrix)[..., None, None]).nan_to_num()
-
-
-def _rank_of_both(
-    left: Tensor, right: Tensor, rounding: Tensor | float = 1.0
-) -> Int[Tensor, "*batch"]:
-    """Find the rank of two matrices side by side, with a factor for larger rounding."""
-    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    both = torch.cat([m.expand(*batch, *m.shape[-2:]) for m in (left, right)], dim=-1)
-    return lowrank.rank(both, scale=rounding * lowrank.norm(both))

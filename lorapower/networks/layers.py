@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, reduce
-from itertools import pairwise
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -38,13 +37,25 @@ class _Layers(Network):
         """Draw square layers uniform on ``±1/√D``, like `torch.nn.Linear`, by seed and purpose.
 
         ``options`` are those of the network, such as ``linear_last``.
+
+        Examples
+        --------
+        >>> from lorapower.networks import FNN, LinearNetwork
+        >>> FNN.random(2, 4), LinearNetwork.random(3, 4, batch_shape=(5,))
+        (FNN(4→4→4, float64), LinearNetwork(4→4→4→4, batch [5], float64))
         """
-        depth, width = _checks.integer("depth", depth, 1), _checks.integer("width", width, 1)
         generator = randomness.generator(seed, cls._stream, purpose)
         shape = (*batch_shape, depth, width)
         shapes = [(*shape, width), shape] if cls is FNN else [(*shape, width)]
         drawn = [2 * randomness.uniform(generator, *each) - 1 for each in shapes]
         return cls(*((values / width**0.5).to(dtype) for values in drawn), **options)
+
+    @classmethod
+    def of(cls, value: Any, name: str = "network") -> Self:
+        """Read a network of this kind from what `as_network` takes; errors call it ``name``."""
+        network: Any = as_network(value, name)
+        _checks.kind(cls, **{name: network})
+        return network
 
     @property
     def depth(self) -> int:
@@ -93,13 +104,6 @@ class LinearNetwork(_Layers):
 
     def __init__(self, weights: Any, *, checked: bool = True) -> None:
         self.weights = tuple(_usable_layers(weights)[0] if checked else weights)
-
-    @classmethod
-    def of(cls, value: Any, name: str = "network") -> LinearNetwork:
-        """Read a linear network from what `as_network` takes; `InputError` calls it ``name``."""
-        network: Any = as_network(value, name)
-        _checks.kind(cls, **{name: network})
-        return network
 
     def with_parameters(
         self,
@@ -232,21 +236,30 @@ class FNN(_Layers):
 def as_network(value: Any, name: str = "network") -> Network:
     """Return a network as it is, or make one from a module or from matrices.
 
-    A `torch.nn.Sequential` has ``Linear`` layers with a ReLU between any two, or neither ReLUs nor
-    biases. These make a `LinearNetwork`, as do a matrix or several; the others make an `FNN`, whose
-    last layer is linear where no ReLU follows it, with zeros for missing biases. Sequentials may be
-    nested; ``Identity``, ``Dropout`` and a leading ``Flatten`` are left out, as in evaluation. The
-    module takes rows: ``network(x.mT).mT`` equals ``module(x)``. Raises `InputError`, which calls
-    the value ``name``, for anything else.
+    A `torch.nn.Linear` is one layer; a `torch.nn.Sequential` has several, with a ReLU between any
+    two, or with neither ReLUs nor biases. Without these they make a `LinearNetwork`, as do a matrix
+    or several; others make an `FNN`, whose last layer is linear where no ReLU follows it, with
+    zeros for missing biases. Sequentials may be nested; ``Identity``, ``Dropout`` and a leading
+    ``Flatten`` are left out, as in evaluation. The module takes rows: ``network(x.mT).mT`` equals
+    ``module(x)``. Raises `InputError`, which calls the value ``name``, for anything else.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from lorapower.networks import as_network
+    >>> as_network(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)))
+    FNN(3→5→2, float32)
+    >>> as_network([[[1.0, 0.0], [0.0, 1.0]]])
+    LinearNetwork(2→2, float64)
     """
     if isinstance(value, Network):
         return value
-    if isinstance(value, nn.Sequential):
+    if isinstance(value, nn.Sequential | nn.Linear):
         return _from_sequential(value, name)
     if isinstance(value, str) or not isinstance(value, Tensor | np.ndarray | Sequence):
         raise InputError(
             name,
-            allowed="a network (lorapower.networks), a torch.nn.Sequential of layers, or matrices",
+            allowed="a network (lorapower.networks), torch.nn.Linear or Sequential, or matrices",
             given=type(value).__name__,
             remedy="networks.from_decoder reads transformers" if hasattr(value, "config") else "",
         )
@@ -254,53 +267,49 @@ def as_network(value: Any, name: str = "network") -> Network:
     return LinearNetwork([value] if is_matrix else value)
 
 
-def _from_sequential(module: nn.Sequential, name: str) -> Network:
-    layers = _dense_layers(module, name)
+def _from_sequential(module: nn.Module, name: str) -> Network:
+    """Read the ``Linear`` layers of a Sequential; refuse all else that computes."""
+    layers: list[nn.Linear] = []
+    relus: list[bool] = []
+    for _, part in module.named_modules(remove_duplicate=False):
+        # Not isinstance: a subclass may compute anything.
+        kind = type(part)
+        flattens = kind is nn.Flatten and (part.start_dim, part.end_dim) == (1, -1)
+        if type(part) is nn.Linear:
+            layers.append(part)
+            relus.append(False)
+        elif kind is nn.ReLU and layers:
+            relus[-1] = True
+        elif not (kind in (nn.Sequential, nn.Identity, nn.Dropout) or (flattens and not layers)):
+            allowed = "a torch.nn.Sequential of Linear and ReLU layers"
+            raise InputError(name, allowed=allowed, given=repr(part))
     weights = [layer.weight for layer in layers]
-    if not any(layer.relu or layer.bias is not None for layer in layers):
+    if not any(relus) and all(layer.bias is None for layer in layers):
         return LinearNetwork(weights)
-    for l, inner in enumerate(layers[:-1], start=1):
-        if not inner.relu:
-            raise InputError(
-                name,
-                allowed="a Sequential with a ReLU between any two Linear layers",
-                given=f"none between its layers {l} and {l + 1}",
-                remedy="multiply the two into one",
-            )
+    if not all(relus[:-1]):
+        allowed = "a Sequential with a ReLU between any two Linear layers"
+        given = f"none after its layer {relus.index(False) + 1}"
+        raise InputError(name, allowed=allowed, given=given, remedy="multiply the two into one")
     biases = [
-        layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
-        for layer in layers
+        W.new_zeros(len(W)) if layer.bias is None else layer.bias
+        for W, layer in zip(weights, layers, strict=True)
     ]
-    return FNN(weights, biases, linear_last=not layers[-1].relu)
+    return FNN(weights, biases, linear_last=not relus[-1])
 
 
 def _usable_layers(weights: Any, biases: Any = None) -> tuple[list[Tensor], list[Tensor]]:
     """Read weights and biases (maybe none) of layers that chain, of one type and batch shape."""
     matrices = _per_layer("weight", weights, min_dims=2)
     vectors = [] if biases is None else _per_layer("bias", biases, min_dims=1)
-    for l, (inner, outer) in enumerate(pairwise(matrices), start=2):
-        if inner.shape[-2] != outer.shape[-1]:
-            allowed = f"of {inner.shape[-2]} columns, the outputs of layer {l - 1}"
-            given = f"shape {tuple(outer.shape)}"
-            raise InputError(f"weight of layer {l}", allowed=allowed, given=given)
-    if biases is not None and len(vectors) != len(matrices):
-        allowed = f"one for each of the {len(matrices)} layers"
-        raise InputError("biases", allowed=allowed, given=len(vectors))
-    for l, (weight, bias) in enumerate(zip(matrices, vectors, strict=False), start=1):
-        if bias.shape[-1] != weight.shape[-2]:
-            allowed = f"of {weight.shape[-2]} entries, the outputs of its weight"
-            given = f"shape {tuple(bias.shape)}"
-            raise InputError(f"bias of layer {l}", allowed=allowed, given=given)
-    name = "weights and biases" if vectors else "weights"
-    if len({part.dtype for part in (*matrices, *vectors)}) > 1:
-        allowed = "all float32 or all float64"
-        raise InputError(name, allowed=allowed, given="both", remedy="convert one")
-    shapes = [*(w.shape[:-2] for w in matrices), *(b.shape[:-1] for b in vectors)]
-    batch = _checks.common_shape(name, shapes)
-    return (
-        [w.expand(*batch, *w.shape[-2:]) for w in matrices],
-        [b.expand(*batch, b.shape[-1]) for b in vectors],
-    )
+    outputs, inputs = ([W.shape[dim] for W in matrices] for dim in (-2, -1))
+    if outputs[:-1] != inputs[1:]:
+        allowed = f"of {outputs[:-1]} columns after the first, the outputs of the layers before"
+        raise InputError("weights", allowed=allowed, given=inputs[1:])
+    if biases is not None and [b.shape[-1] for b in vectors] != outputs:
+        allowed = f"of {outputs} entries, the outputs of the layers"
+        raise InputError("biases", allowed=allowed, given=[b.shape[-1] for b in vectors])
+    expanded = _checks.one_batch([*((w, 2) for w in matrices), *((b, 1) for b in vectors)])
+    return expanded[: len(matrices)], expanded[len(matrices) :]
 
 
 def _per_layer(name: Literal["weight", "bias"], values: Any, *, min_dims: int) -> list[Tensor]:
@@ -316,29 +325,3 @@ def _per_layer(name: Literal["weight", "bias"], values: Any, *, min_dims: int) -
         _checks.real_tensor(f"{name} of layer {l}", value, min_dims=min_dims, copy=True)
         for l, value in enumerate(values, start=1)
     ]
-
-
-class _Dense(NamedTuple):
-    """The numbers of a ``Linear`` layer, and whether a ReLU follows it."""
-
-    weight: Tensor
-    bias: Tensor | None
-    relu: bool = False
-
-
-def _dense_layers(module: nn.Module, name: str) -> list[_Dense]:
-    """Read the ``Linear`` layers of a Sequential; refuses all else that computes."""
-    layers: list[_Dense] = []
-    for _, part in module.named_modules(remove_duplicate=False):
-        # Not isinstance: a subclass may compute anything.
-        kind = type(part)
-        if kind is nn.Linear:
-            layers.append(_Dense(part.weight, part.bias))
-        elif kind is nn.ReLU and layers:
-            layers[-1] = layers[-1]._replace(relu=True)
-        elif kind is nn.Flatten and not layers and (part.start_dim, part.end_dim) == (1, -1):
-            continue
-        elif kind not in (nn.Sequential, nn.Identity, nn.Dropout):
-            allowed = "a torch.nn.Sequential of Linear and ReLU layers"
-            raise InputError(name, allowed=allowed, given=repr(part))
-    return layers

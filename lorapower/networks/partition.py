@@ -29,7 +29,7 @@ class Partition:
     @classmethod
     def uniform(cls, depth: int, blocks: int) -> Partition:
         """Put ``⌊L/L̄⌋`` layers in each block; the last block also takes the remainder."""
-        blocks = _checks.integer("blocks", blocks, 1, depth, limit="the depth")
+        blocks = _checks.integer("blocks", blocks, 1, depth, limit="the depth, a layer for each")
         size = depth // blocks
         return cls([size] * (blocks - 1) + [depth - size * (blocks - 1)])
 
@@ -61,22 +61,11 @@ def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list
             given=f"one that ends {ends[target.linear_last]}",
             remedy="adapters leave the end as it is; FNN(…, linear_last=…) says which it is",
         )
-    if target.depth > frozen.depth:
-        raise InputError(
-            "target depth",
-            allowed=f"at most {frozen.depth}, the frozen depth",
-            given=target.depth,
-            remedy="each target layer needs a frozen layer at least",
-        )
     if partition is None:
         partition = Partition.uniform(frozen.depth, target.depth)
     if (partition.depth, len(partition.sizes)) != (frozen.depth, target.depth):
-        raise InputError(
-            "partition",
-            allowed=f"of {target.depth} blocks, one for each target layer, that cover the "
-            f"{frozen.depth} frozen layers",
-            given=f"{partition}, of {partition.depth}",
-        )
+        allowed = f"of {target.depth} blocks, the target's layers, with {frozen.depth} layers"
+        raise InputError("partition", allowed=allowed, given=partition)
     gaps = []
     for i, layers in enumerate(partition.slices):
         outputs, inputs = target.weights[i].shape[-2:]
@@ -87,8 +76,7 @@ def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list
                     f"{end} of target layer {i + 1}",
                     allowed=f"at most {frozen.widths[layer]}, what the frozen network has there",
                     given=needed,
-                    remedy="adapters leave the widths as they are, and fewer units hold fewer "
-                    "directions than the target tells apart",
+                    remedy="adapters leave the widths as they are",
                 )
         weights = list(frozen.weights[layers])
         weights[0] = weights[0][..., :inputs]

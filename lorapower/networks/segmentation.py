@@ -2,159 +2,127 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from .. import _checks, lowrank
 from ..errors import InputError
+from .decoder import Decoder
 from .gap import Gap
 from .layers import LinearNetwork
 from .transformer import Transformer
 
-_SETTINGS = ("residual", "norm", "activation", "final_norm", "causal", "gated", "rotary")
-
 T = TypeVar("T")
-S = TypeVar("S")
+AnyTransformer = Transformer | Decoder
+
+#: The adapted weights of each segment, in the order in which they act.
+ADAPTED: dict[str, tuple[str, ...]] = {
+    "query_key": ("W_Q", "W_K"),
+    "value_output": ("W_V", "W_O"),
+    "query": ("W_Q",),
+    "key": ("W_K",),
+    "value": ("W_V",),
+    "sent": ("W_O",),
+    "inner": ("W_1",),
+    "up": ("W_3",),
+    "outer": ("W_2",),
+    "output": ("W_2", "W_out"),
+}
+#: How many dimensions, of blocks and heads, the numbers of each segment have.
+DIMENSIONS = dict.fromkeys(ADAPTED, 2) | {"inner": 1, "up": 1, "outer": 1, "output": 0}
 
 
 class Segments(dict[str, T]):
-    """Something for each kind of segment; kinds are keys and attributes.
+    """Something for each segment of a transformer, by the segment's name.
 
-    Segments of a plain transformer multiply ``y``, where the tokens of block ``l`` are
+    In a `Transformer` segments multiply ``y``, where the tokens of block ``l`` are
     ``z = W_{2,l−1} y``, ``y = a + c``, with ``a`` the activations before and
-    ``W_{2,l−1} c = b_{2,l−1}``; in the first block ``y`` is the input and ``W_2 = I``:
+    ``W_{2,l−1} c = b_{2,l−1}``; in the first block ``y`` is the input and ``W_2 = I``.
 
-    - ``query_key``: scores are ``yᵀ M y``, ``M = W_2ᵀ W_Kᵀ W_Q W_2``; ``[..., L, H]``;
+    - ``query_key``: scores are ``yᵀ M y``, ``M = W_2ᵀ W_Kᵀ W_Q W_2``; ``[..., L, H]``.
     - ``value_output``: the activation receives ``Σ_h M_h y``, ``M = W_1 W_O W_V W_2``;
-      ``[..., L, H]``;
+      ``[..., L, H]``.
     - ``output``: ``W_out W_{2,L}``; ``[...]``.
 
-    For any other transformer let ``B = diag(g) V``: ``V`` is an orthonormal basis of the space of
-    normalized tokens, ``g`` the gains of the norm before; without norms ``B = I``. ``S = Vᵀ`` under
-    a final LayerNorm, which ignores means; otherwise ``S = I``:
+    In a `Decoder` let ``B = diag(g) V``: ``V`` is an orthonormal basis of the space of normalized
+    tokens, ``g`` the gains of the norm before; without norms ``B = I``. ``S = Vᵀ`` under a final
+    LayerNorm, which ignores means; otherwise ``S = I``. Weights that several heads share, or that
+    rotations separate, have a segment each.
 
-    - ``query_key``: scores are ``Bᵀ W_Kᵀ W_Q B``; ``[..., L, H]``;
-    - ``value_output``: tokens receive ``S W_O W_V B``; ``[..., L, H]``;
-    - ``inner``: the activation receives ``W_1 B``; ``[..., L]``;
-    - ``up``, if gated: the activation is multiplied by ``W_3 B``; ``[..., L]``;
+    - ``query_key``: scores are ``Bᵀ W_Kᵀ W_Q B``; ``[..., L, H]``. With rotary positions or grouped
+      heads instead ``query`` and ``key``: ``W_Q B`` and ``W_K B``, ``[..., L, groups]`` of keys.
+    - ``value_output``: tokens receive ``S W_O W_V B``; ``[..., L, H]``. With grouped heads instead
+      ``value``, ``W_V B``, ``[..., L, groups]``, and ``sent``, ``S W_O``.
+    - ``inner``: the activation receives ``W_1 B``; ``[..., L]``. If gated, it is multiplied by
+      ``up``, ``W_3 B``.
     - ``outer``: tokens receive ``S W_2``; ``[..., L]``.
 
-    Weights that several heads share, or that rotations separate, have a segment each:
-
-    - ``query``, ``key`` replace ``query_key`` for rotary positions or grouped heads: ``W_Q B`` and
-      ``W_K B``; ``[..., L, H]`` and ``[..., L, groups]``;
-    - ``value``, ``sent`` replace ``value_output`` for grouped heads: ``W_V B`` and ``S W_O``;
-      ``[..., L, groups]`` and ``[..., L, H]``.
-
-    Networks with equal segments and equal ``c`` or vectors are equal.
+    Networks with equal segments, and equal ``c`` or vectors, are equal.
     """
 
-    #: The adapted weights of each kind of segment, in the order in which they act.
-    WEIGHTS: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "query_key": ("W_Q", "W_K"),
-        "value_output": ("W_V", "W_O"),
-        "query": ("W_Q",),
-        "key": ("W_K",),
-        "value": ("W_V",),
-        "sent": ("W_O",),
-        "inner": ("W_1",),
-        "up": ("W_3",),
-        "outer": ("W_2",),
-        "output": ("W_2", "W_out"),
-    }
-    #: How many dimensions, of blocks and heads, each kind of segment has.
-    DIMENSIONS: ClassVar[Mapping[str, int]] = {
-        **dict.fromkeys(("query_key", "value_output", "query", "key", "value", "sent"), 2),
-        **dict.fromkeys(("inner", "up", "outer"), 1),
-        "output": 0,
-    }
-
-    def __getattr__(self, name: str) -> T:
-        if name not in self:
-            raise AttributeError(name)
-        return self[name]
-
-    def __repr__(self) -> str:
-        return f"Segments({', '.join(f'{name}={part}' for name, part in self.items())})"
-
-    def map(self, change: Callable[[str, T], S]) -> Segments[S]:
-        """Apply a function to each name and part."""
-        return Segments({name: change(name, part) for name, part in self.items()})
-
-    def largest(self: Segments[Any]) -> Tensor:
+    def largest(self: Segments[Tensor]) -> Tensor:
         """Find the largest of a network's numbers, where each part is numbers; ``[...]``."""
-        flat = []
-        for name, part in self.items():
-            dims = self.DIMENSIONS[name]
-            flat.append(part.flatten(-dims).amax(-1) if dims else part)
+        flat = (
+            part.flatten(-DIMENSIONS[name]).amax(-1) if DIMENSIONS[name] else part
+            for name, part in self.items()
+        )
         return torch.stack(torch.broadcast_tensors(*flat)).amax(0)
 
 
-def segments(frozen: Transformer, target: Transformer, *, throw: bool = True) -> Segments[Gap]:
+def segments(
+    frozen: AnyTransformer, target: AnyTransformer, *, throw: bool = True
+) -> Segments[Gap]:
     """Cut two transformers into the linear maps between non-linearities [lem-segments].
 
-    Unless plain, segments use the target's gains, which the adapted network takes on.
+    Segments of a `Decoder` use the target's gains, which the adapted network takes on.
 
-    Raises `InputError` for transformers of different sizes, types or settings; for plain ones also
-    where the feed-forward layer is not as wide as the tokens and, unless ``throw`` is false, where
-    `is_regular` fails.
+    Raises `InputError` for transformers of different kinds, sizes, types or settings; for a
+    `Transformer` also where the feed-forward layer is not as wide as the tokens and, unless
+    ``throw`` is false, where a weight that the theorem inverts is singular [ass-regular].
     """
-    _checks.kind(Transformer, frozen=frozen, target=target)
+    _checks.kind(Transformer, Decoder, frozen=frozen)
+    _checks.kind(type(frozen), target=target)
     _require_alike(frozen, target)
     batch = torch.broadcast_shapes(frozen.batch_shape, target.batch_shape)
-    if throw:
-        for name, conditions in _inverted(frozen, target).items():
-            bad = conditions > _largest_condition(frozen)
-            if bad.any():
-                block = int(bad.reshape(-1, bad.shape[-1]).any(0).nonzero()[0])
-                raise InputError(
-                    f"{name} of block {block + 1}{_checks.failed_members(bad[..., block])}",
-                    allowed="non-singular",
-                    given=f"condition number {float(conditions[..., block].max()):.1e}",
-                    remedy="the theorem inverts it; perturb it",
-                )
-    if frozen.is_plain:
-        sides = [_cut_plain(network, batch) for network in (frozen, target)]
-    else:
-        first, second = target.readings
-        ignores_means = target.settings.final_norm and target.settings.norm == "layer"
-        written = target.basis().mT if ignores_means else torch.eye(target.width).to(first)
-        sides = [_cut(network, first, second, written, batch) for network in (frozen, target)]
-    return Segments({name: Gap(part, sides[1][name]) for name, part in sides[0].items()})
+    for name, conditions in inverted(frozen, target).items() if throw else ():
+        if (bad := conditions > 1).any():
+            block = int(bad.reshape(-1, bad.shape[-1]).any(0).nonzero()[0])
+            raise InputError(
+                f"{name} of block {block + 1}{_checks.failed_members(bad[..., block])}",
+                allowed="non-singular",
+                given="one that is singular up to rounding",
+                remedy="the theorem inverts it; perturb it",
+            )
+    cut: Any = _cut if isinstance(target, Decoder) else _cut_plain
+    ours, theirs = (cut(network, target, batch) for network in (frozen, target))
+    return Segments({name: Gap(ours[name], theirs[name]) for name in ours})
 
 
-def is_regular(frozen: Transformer, target: Transformer) -> Bool[Tensor, "*batch"]:
-    """Say whether the weights that the theorem inverts are non-singular [ass-regular].
+def inverted(
+    frozen: AnyTransformer, target: AnyTransformer
+) -> dict[str, Float[Tensor, "*batch blocks"]]:
+    """Compute condition numbers of weights that the theorem inverts [ass-regular].
 
-    If plain, ``W_1``, ``W_2`` and the target's ``W_2`` of all blocks but the last; else none.
+    They are parts of the least that counts as singular. A `Decoder` has no such weights.
     """
-    limit, batch = _largest_condition(frozen), (frozen.batch_shape, target.batch_shape)
-    good = torch.ones(torch.broadcast_shapes(*batch), dtype=torch.bool).to(frozen.device)
-    for conditions in _inverted(frozen, target).values():
-        good = good & (conditions <= limit).all(-1)
-    return good
-
-
-def _largest_condition(network: Transformer) -> float:
-    return 1 / (network.width * torch.finfo(network.dtype).eps)
-
-
-def _inverted(frozen: Transformer, target: Transformer) -> dict[str, Float[Tensor, "*batch _"]]:
-    """Compute condition numbers of each kind of weight that is inverted."""
-    if not frozen.is_plain:
+    if not (isinstance(frozen, Transformer) and isinstance(target, Transformer)):
         return {}
-    return {
-        "W_1": lowrank.condition_number(frozen.W_1),
-        "W_2": lowrank.condition_number(frozen.W_2)[..., :-1],
-        "target's W_2": lowrank.condition_number(target.W_2)[..., :-1],
+    weights = {
+        "W_1": frozen.W_1,
+        "W_2": frozen.W_2[..., :-1, :, :],
+        "target's W_2": target.W_2[..., :-1, :, :],
     }
+    least = 1 / (frozen.width * torch.finfo(frozen.dtype).eps)
+    return {name: lowrank.condition_number(W) / least for name, W in weights.items()}
 
 
-def _cut_plain(network: Transformer, batch: torch.Size) -> dict[str, LinearNetwork]:
+def _cut_plain(
+    network: Transformer, target: Transformer, batch: torch.Size
+) -> dict[str, LinearNetwork]:
     identity = torch.eye(network.width).to(network.W_2).expand(*network.batch_shape, 1, -1, -1)
     before = torch.cat([identity, network.W_2[..., :-1, :, :]], dim=-3)[..., None, :, :]
     after = network.W_1[..., None, :, :]
@@ -166,10 +134,11 @@ def _cut_plain(network: Transformer, batch: torch.Size) -> dict[str, LinearNetwo
     }
 
 
-def _cut(
-    network: Transformer, first: Tensor, second: Tensor, written: Tensor, batch: torch.Size
-) -> dict[str, LinearNetwork]:
-    """Make segments that read through both norms' matrices and write through ``written``."""
+def _cut(network: Decoder, target: Decoder, batch: torch.Size) -> dict[str, LinearNetwork]:
+    """Cut a network that reads through the target's norms."""
+    first, second = target.readings
+    ignores_means = target.settings.final_norm and target.settings.norm == "layer"
+    written = target.basis().mT if ignores_means else torch.eye(target.width).to(first)
     of_blocks = (*batch, network.depth)
     of_heads, of_groups = (*of_blocks, network.heads), (*of_blocks, network.groups)
     grouped = network.groups < network.heads
@@ -187,29 +156,20 @@ def _cut(
     parts["inner"] = _chain(of_blocks, second, network.W_1)
     if network.settings.gated:
         parts["up"] = _chain(of_blocks, second, network.W_3)
-    parts["outer"] = _chain(of_blocks, network.W_2, written)
-    return parts
+    return parts | {"outer": _chain(of_blocks, network.W_2, written)}
 
 
 def _chain(batch: tuple[int, ...], *weights: Tensor) -> LinearNetwork:
     return LinearNetwork([w.expand(*batch, *w.shape[-2:]) for w in weights], checked=False)
 
 
-def _require_alike(frozen: Transformer, target: Transformer) -> None:
+def _require_alike(frozen: AnyTransformer, target: AnyTransformer) -> None:
     """Refuse two networks whose segments do not correspond."""
-    target.require_like(frozen, _SETTINGS if frozen.settings.norm is None else (*_SETTINGS, "eps"))
-    for side, size in frozen.sizes.items():
-        if target.sizes[side] != size:
-            raise InputError(
-                f"target's {side}",
-                allowed=f"{size}, as in the frozen network",
-                given=target.sizes[side],
-                remedy="segments are matched one to one, and adapters leave all sizes as they are",
-            )
-    if frozen.is_plain and frozen.sizes["hidden"] != frozen.width:
-        raise InputError(
-            "W_1",
-            allowed=f"square, with as many units as a token has coordinates ({frozen.width})",
-            given=f"{frozen.sizes['hidden']} units",
-            remedy="only then can adapters of the attention reach everything that the ReLU sees",
-        )
+    names = [field.name for field in fields(frozen.settings)]
+    if isinstance(frozen, Decoder) and frozen.settings.norm is None:
+        names.remove("eps")
+    target.require_like(frozen, names, tuple(frozen.sizes))
+    if isinstance(frozen, Transformer) and frozen.sizes["hidden"] != frozen.width:
+        # Only then can adapters of the attention reach everything that the activation sees.
+        allowed = f"square, with as many units as a token has coordinates ({frozen.width})"
+        raise InputError("W_1", allowed=allowed, given=f"{frozen.sizes['hidden']} units")

@@ -1,6 +1,6 @@
 """Gradient training: of many adapters at once by Adam, and of single ones to high precision."""
 
-from .descent import descend, settle
+from .descent import lbfgs
 from .engine import train
 from .fused import polish, train_fused
 from .tuning import Data, Fixed, Fresh, Training, Tuning
@@ -11,9 +11,8 @@ __all__ = [
     "Fresh",
     "Training",
     "Tuning",
-    "descend",
+    "lbfgs",
     "polish",
-    "settle",
     "train",
     "train_fused",
 ]

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .. import _checks
 from ..adapters import Adapters
-from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.base import Network
 
@@ -27,7 +26,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 @torch.enable_grad()
-def settle(
+def lbfgs(
     loss: Callable[..., Tensor],
     *starts: Tensor,
     iterations: int = 20_000,
@@ -41,6 +40,17 @@ def settle(
     tensors after each iteration and may end the descent by raising `StopIteration`. What is
     returned has the last tensors as ``parts``, the loss there as ``loss``, and the largest entry of
     its slope as ``slope``.
+
+    Examples
+    --------
+    The best product of rank 1 for a diagonal matrix keeps its largest entry:
+
+    >>> import torch
+    >>> from lorapower.training import lbfgs
+    >>> target, start = torch.diag(torch.tensor([3.0, 1.0]).double()), torch.ones(2, 1).double()
+    >>> end = lbfgs(lambda A, B: (A @ B.T - target).square().sum(), start, 2 * start)
+    >>> round(end.loss, 6)
+    1.0
     """
     sizes = [start.numel() for start in starts]
 
@@ -74,19 +84,12 @@ def descend(
     """Lower the mean squared error by L-BFGS; return the adapters of least validation error.
 
     All factors and all tuned biases move; no iteration raises the error on ``training``. Each pair
-    has inputs of the network and the outputs that it should give. The descent ends before
-    ``iterations`` where the error on ``validation`` stops falling. Raises `InputError` for batches
-    and for adapters that do not fit the network.
+    has inputs of the network and the outputs that it should give, and all is of one type. The
+    descent ends before ``iterations`` where the error on ``validation`` stops falling.
     """
-    adapters.merge(network)
-    if adapters.batch_shape or network.batch_shape:
-        raise InputError("adapters", allowed="of a single network", given=adapters)
-    fit = _labelled(network, "training", training)
-    select = _labelled(network, "validation", validation)
     # Balanced factors share a step alike.
     factors = [f for u in adapters.balanced().updates for f in (u.left, u.right)]
-    count, like = len(factors), network.weights[0]
-    start = [part.detach().to(like) for part in (*factors, *adapters.bias_updates)]
+    count, start = len(factors), [*factors, *adapters.bias_updates]
     moves = [True] * len(start)
     if adapters.tuned is not None and adapters.bias_updates:
         moves[count:] = adapters.tuned.biases.tolist()
@@ -101,7 +104,7 @@ def descend(
         tuned = network.with_parameters(weights, biases or None, checked=False)
         return (tuned(pair[0]) - pair[1]).square().mean()
 
-    best, least = start, float(error(select, start))
+    best, least = start, float(error(validation, start))
     done = waited = 0
 
     @torch.no_grad()
@@ -110,7 +113,7 @@ def descend(
         done += 1
         if done % CHUNK and done < iterations:
             return
-        now = float(error(select, parts))
+        now = float(error(validation, parts))
         waited = 0 if now < least * (1 - PROGRESS) else waited + 1
         if now < least:
             best, least = parts, now
@@ -119,18 +122,8 @@ def descend(
 
     def loss(*parts: Tensor) -> Tensor:
         pairs = zip(parts, start, moves, strict=True)
-        return error(fit, [part if moving else first for part, first, moving in pairs])
+        return error(training, [part if moving else first for part, first, moving in pairs])
 
-    settle(loss, *start, iterations=iterations, history=30, look=look)
+    lbfgs(loss, *start, iterations=iterations, history=30, look=look)
     updates = map(LowRank, best[:count:2], best[1:count:2])
     return Adapters(tuple(updates), tuple(best[count:]), adapters.tuned)
-
-
-def _labelled(network: Network, name: str, pair: Pair) -> Pair:
-    """Return inputs and outputs in the network's type; `InputError` where they do not fit."""
-    x = network.as_inputs(pair[0], name)
-    y = _checks.real_tensor(name, pair[1], min_dims=2).to(network.weights[0])
-    shape = tuple(network(x).shape)
-    if tuple(y.shape) != shape:
-        raise InputError(name, allowed=f"outputs of shape {shape}", given=tuple(y.shape))
-    return x, y

@@ -16,7 +16,7 @@ NEGLIGIBLE = 1e-12
 
 
 @torch.no_grad()
-def course(
+def flow(
     error: Float[Tensor, "out in"],
     right: Float[Tensor, "in rank"],
     times: Float[Tensor, " times"],
@@ -35,7 +35,7 @@ def course(
     E, B = error.to(torch.float64), right.to(torch.float64)
     # At rates 1 the same flow has √η_B A and √η_A B, and √(η_A η_B) E.
     root_A, root_B = (math.sqrt(rate) for rate in rates)
-    beta = root_A * _length(B, E.shape[1])
+    beta = root_A * _length(B)
     values, left, into = _eigenvectors(root_A * root_B * E, beta**2 / 2)
     echelon, pivots = _echelon(into.mT @ B * root_A)
     t = times.to(values)[:, None]
@@ -50,17 +50,13 @@ def course(
     return LowRank(left @ S / root_B, into @ S / root_A)
 
 
-def _length(B: Tensor, into: int) -> float:
-    """Return the length of the columns of ``B₀``, or refuse columns that `course` does not take."""
-    rank = B.shape[-1]
-    if B.shape != (into, rank) or not 0 < rank <= into:
-        allowed = f"of {into} rows and at least a column, but no more columns than rows"
-        raise InputError("right", allowed=allowed, given=f"shape {tuple(B.shape)}")
+def _length(B: Tensor) -> float:
+    """Return the length of the columns of ``B₀``, or refuse columns that `flow` does not take."""
     gram = B.mT @ B
-    square = float(gram.diagonal().mean())
-    if not 0 < square or (gram / square - torch.eye(rank).to(B)).abs().max() > 1e-8:
+    square = gram.diagonal().mean()
+    if not (gram / square - torch.eye(B.shape[-1]).to(B)).abs().max() <= 1e-8:
         raise InputError("right", allowed="of orthogonal columns of one length", given="others")
-    return math.sqrt(square)
+    return math.sqrt(float(square))
 
 
 def _eigenvectors(E: Tensor, half: float) -> tuple[Tensor, Tensor, Tensor]:

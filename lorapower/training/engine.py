@@ -1,26 +1,29 @@
-"""Gradient training of many adapters at once, by batched torch on the frozen network's device."""
+"""Gradient training of many adapters at once, on the frozen network's device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import cos, pi
+from functools import partial
+from math import cos, pi, prod
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from .. import _checks, randomness
 from ..adapters import Adapters, N, Tuned
 from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.base import Network
-from ._task import Task
+from ._objective import Objective
 from .tuning import Data, Training, Tuning
 
 # Standard deviation of B's entries at the start, where A is 0.
 FACTOR_SCALE = 0.25
-BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+# Bytes, below the 32 MiB above which glibc learns nothing from a block.
+KEPT = 31 * 2**20
 
 
 @torch.no_grad()
@@ -32,7 +35,6 @@ def train(
     *,
     steps: int = 5000,
     every: int = 1,
-    classes: Sequence[int] = (),
     until: float = 0.0,
     seed: int | Sequence[int] = 0,
 ) -> Training[N]:
@@ -42,296 +44,269 @@ def train(
     the other runs. All see the same inputs, and runs of one network share their first factors, of
     which a run of rank ``R`` has the first ``R`` columns. ``seed`` draws the first factors: one
     seed for the whole batch, or one for each member. The validation loss is taken every ``every``
-    steps. All is computed on the frozen network's device.
+    steps. All is computed on the frozen network's device. The loss is the mean squared error over
+    outputs, tokens and samples or, where labels are classes, the cross-entropy.
 
-    Raises `InputError` where there are no tunings, for ranks or layers out of range, for data that
-    does not fit the network or the loss, and for a loss that the network does not have.
-    Source: the protocol of the study's experiments.
+    Raises `InputError` for ranks or layers out of range, for data that does not fit the network or
+    the loss, and for a loss that the network does not have. Source: the protocol of the study's
+    experiments.
 
     Parameters
     ----------
-    classes : sequence of int
-        The class, counted from 0, for which each output votes. The softmax of the votes, summed
-        over outputs and tokens, is compared with the label by cross-entropy. Without classes the
-        loss is the mean squared error over outputs, tokens and samples.
     until : float
         A run ends when its validation loss is at most this part of the one before the first step.
+
+    Examples
+    --------
+    >>> from lorapower.networks import LinearNetwork
+    >>> from lorapower.training import Fresh, Tuning, train
+    >>> frozen, target = LinearNetwork.random(2, 4), LinearNetwork.random(1, 4, seed=1)
+    >>> tunings = [Tuning(ranks=rank, learning_rate=1e-2) for rank in (1, 2)]
+    >>> runs = train(frozen, tunings, Fresh(target, (4,)), steps=500, every=10)
+    >>> runs.adapters[1].ranks
+    (2, 2)
+    >>> bool(runs.best_loss[1] < runs.best_loss[0] / 10)
+    True
     """
     steps = _checks.integer("steps", steps, 1)
     every = _checks.integer("every", every, 1, steps, limit="the steps")
     until = _checks.tolerance("until", until)
-    runs = _Runs(frozen, tunings, data, classes, seed)
-    return runs.results(runs.descend(steps, every, until))
+    runs = _Runs(frozen, tunings, seed)
+    one_sided = runs.each(lambda tuning: tuning.loss == "one-sided")
+    objective = Objective(runs.frozen, data, one_sided)
+    optimizer = _Optimizer(runs, steps)
+    curve = _Curve(runs.start, steps, every, until)
+    # glibc keeps freed memory for reuse up to twice the largest block freed so far; beyond that
+    # every step would ask the system for its pages, in a third of its time.
+    torch.empty(KEPT, dtype=torch.uint8)
+    curve.validate(0, objective.validation_loss(runs.networks(runs.start)), runs.start)
+    for step, batch in zip(range(1, steps + 1), objective.batches(), strict=False):
+        with torch.enable_grad():
+            loss = objective.training_loss(runs.networks(optimizer.values()), batch)
+        optimizer.descend(loss)
+        curve.follow(step, loss.detach())
+        if step % every == 0:
+            values = optimizer.values()
+            curve.validate(step, objective.validation_loss(runs.networks(values)), values)
+            if not curve.running.any():
+                break
+    return runs.results(curve)
 
 
-class _Parts(NamedTuple):
-    """The numbers that training moves, or what belongs to each of them, in one buffer ``flat``.
+class _Optimizer:
+    """Adam at each run's own rate: runs of one rate, decay and schedule are one of its groups.
 
-    ``W = base + A B`` with ``A`` ``[weights, runs, D, D]``, zeros past a run's rank, and ``B``
-    alike, together ``factors``; ``b`` are biases ``[biases, runs, D]``. Smaller weights are padded
-    with zeros to the largest size ``D``. Where a weight is tuned in full, its base is 0 and ``B``
-    the identity.
+    The sum of all losses is descended. As Adam moves each number by its own slopes alone, runs do
+    not depend on each other; so must an optimizer that takes its place.
     """
 
-    flat: Tensor
-    factors: Float[Tensor, "2 M runs D D"]
-    A: Float[Tensor, "M runs D D"]
-    B: Float[Tensor, "M runs D D"]
-    b: Float[Tensor, "P runs D"]
+    def __init__(self, runs: _Runs, steps: int) -> None:
+        rows: dict[tuple[Any, ...], list[int]] = {}
+        for i, tuning in enumerate(runs.tunings):
+            pace = tuning.learning_rate, tuning.weight_decay, tuning.schedule
+            rows.setdefault(pace, []).extend(range(i * runs.members, (i + 1) * runs.members))
+        order = [row for group in rows.values() for row in group]
+        self.places = torch.tensor(order, device=runs.start.device).argsort()
+        self.leaves, groups = list[Tensor](), list[dict[str, Any]]()
+        for (rate, decay, _), group in rows.items():
+            leaf, tuned = runs.start[group].requires_grad_(), runs.tuned[group]
+            if not tuned.all():
+                leaf.register_hook(partial(torch.where, tuned, other=0.0))
+            self.leaves.append(leaf)
+            groups.append({"params": [leaf], "lr": rate, "weight_decay": decay})
+        self.optimizer = torch.optim.Adam(groups, fused=True)
 
-    @classmethod
-    def zeros(cls, like: Tensor, biases: int) -> _Parts:
-        """Make them for weights ``[M, runs, D, D]`` and so many biases."""
-        count, size = 2 * like.numel(), biases * like[0, ..., 0].numel()
-        flat = like.new_zeros(count + size)
-        factors, b = flat.split([count, size])
-        factors = factors.view(2, *like.shape)
-        return cls(flat, factors, factors[0], factors[1], b.view(biases, *like.shape[1:3]))
+        def falling(step: int) -> float:
+            return (1 + cos(pi * step / steps)) / 2
+
+        paces = [falling if schedule == "cosine" else lambda step: 1.0 for _, _, schedule in rows]
+        self.schedule = LambdaLR(self.optimizer, paces)
+
+    def values(self) -> Float[Tensor, "runs parameters"]:
+        if len(self.leaves) == 1:
+            return self.leaves[0]
+        return torch.cat(self.leaves).index_select(0, self.places)
+
+    @torch.enable_grad()
+    def descend(self, losses: Float[Tensor, " runs"]) -> None:
+        self.optimizer.zero_grad()
+        # Without anything to tune losses depend on nothing.
+        if losses.requires_grad:
+            losses.sum().backward()
+        self.optimizer.step()
+        self.schedule.step()
 
 
-class _Course(NamedTuple):
-    """What is recorded of each run."""
+class _Weight(NamedTuple):
+    """What is tuned of one weight: it becomes ``W + A B`` or, where it is tuned in full, ``F``."""
 
-    steps: Tensor
-    training: Float[Tensor, "runs points"]
-    validation: Float[Tensor, "runs points"]
-    best_loss: Float[Tensor, " runs"]
-    best_step: Tensor
-    best: _Parts
-    diverged: Bool[Tensor, " runs"]
+    A: Float[Tensor, "runs out rank"]
+    B: Float[Tensor, "runs rank in"]
+    F: Float[Tensor, "runs _ in"]
 
 
 class _Runs:
-    """All runs, tuning by tuning and for each the members of the frozen batch."""
+    """All runs, tuning by tuning and for each the members of the frozen batch.
+
+    A run's parameters are a row of numbers, at first of ``start``: `_Weight` after `_Weight`, then
+    the biases. They are added to ``weights`` and ``biases``, which are 0 where a run tunes them in
+    full. Numbers that a run does not tune are 0: columns past its rank, in which slopes are 0, and
+    what is not ``tuned``.
+    """
 
     def __init__(
-        self,
-        frozen: Network,
-        tunings: Sequence[Tuning],
-        data: Data,
-        classes: Sequence[int],
-        seed: int | Sequence[int],
+        self, frozen: Network, tunings: Sequence[Tuning], seed: int | Sequence[int]
     ) -> None:
         _checks.kind(Network, frozen=frozen)
-        if isinstance(tunings, Tuning) or not tunings:
-            allowed = "a list of Tuning, such as [Tuning(ranks=4)]"
-            raise InputError("tunings", allowed=allowed, value=tunings)
-        members = frozen.batch_shape.numel()
-        if not members:
-            given = f"batch shape {tuple(frozen.batch_shape)}"
-            raise InputError("frozen", allowed="at least one network", given=given)
-        # The network's own checks refuse numbers too large for single precision.
-        self.network: Any = frozen.to(torch.float32)
-        self.tunings, self.members = tunings, members
-        self.shapes = [tuple(weight.shape[-2:]) for weight in frozen.weights]
-        one_sided = self._per_run(lambda tuning: tuning.loss == "one-sided")
-        self.task = Task(self.network, data, classes, one_sided)
-        seeds = seed if isinstance(seed, Sequence) else [seed] * members
-        if len(seeds) != members:
-            allowed = f"one, or one for each of {members} networks"
+        self.members = frozen.batch_shape.numel()
+        seeds = seed if isinstance(seed, Sequence) else [seed] * self.members
+        if len(seeds) != self.members:
+            allowed = f"one, or one for each of {self.members} networks"
             raise InputError("seed", allowed=allowed, given=len(seeds))
-        # [runs, weights] and [runs, biases].
-        self.ranks = self._per_run(self._ranks)
-        self.moves = self._per_run(self._moves).bool()
-        self._start([*map(_checks.seed, seeds)])
+        # The network's own checks refuse numbers too large for single precision.
+        self.frozen: Any = frozen.to(torch.float32)
+        self.tunings = tunings
+        # [runs, weights], −1 where a weight is tuned in full, and [runs, biases].
+        self.ranks = self.each(self._ranks)
+        self.tuned_biases = self.each(self._tuned_biases).bool()
+        self._start(seeds)
 
-    def _per_run(self, value: Callable[[Tuning], Any]) -> Tensor:
-        values = torch.tensor([*map(value, self.tunings)], device=self.network.device)
+    def each(self, value: Callable[[Tuning], Any]) -> Tensor:
+        """Compute a value of each run's tuning."""
+        values = torch.tensor([*map(value, self.tunings)], device=self.frozen.device)
         return values.repeat_interleave(self.members, 0)
 
     def _ranks(self, tuning: Tuning) -> list[int]:
-        """Return the rank of each weight's adapter; −1 where the weight is tuned in full."""
-        network, count = self.network, len(self.shapes)
+        network, shapes = self.frozen, [weight.shape[-2:] for weight in self.frozen.weights]
         if tuning.final:
+            count = len(shapes)
             last = _checks.integer("final", tuning.final, 0, count, limit="the number of weights")
             return [0] * (count - last) + [-1] * last
-        ranks = _checks.ranks_per_layer(tuning.ranks, self.shapes)
+        ranks = _checks.ranks_per_layer(tuning.ranks, shapes)
         if network.sequences and isinstance(tuning.ranks, int):
             pairs = zip(ranks, network.adapted, strict=True)
             return [rank if adapted else 0 for rank, adapted in pairs]
         return list(ranks)
 
-    def _moves(self, tuning: Tuning) -> list[bool]:
+    def _tuned_biases(self, tuning: Tuning) -> list[bool]:
         """Say which biases are tuned."""
-        count, given = len(self.network.biases), tuning.biases
-        if isinstance(given, tuple):
-            if len(given) != count:
+        count, biases = len(self.frozen.biases), tuning.biases
+        if isinstance(biases, tuple):
+            if len(biases) != count:
                 allowed = f"True, False, or one of them for each of {count}"
-                raise InputError("biases", allowed=allowed, given=f"{len(given)} of them")
-            return list(given)
-        if not tuning.final or tuning.final == len(self.shapes):
-            return [given] * count
+                raise InputError("biases", allowed=allowed, given=f"{len(biases)} of them")
+            return list(biases)
+        whole = not tuning.final or tuning.final == len(self.frozen.weights)
         # In a transformer the last weight is W_out, which has no bias beside it.
-        first = count if self.network.sequences else count - tuning.final
-        return [given and l >= first for l in range(count)]
+        beside = 0 if self.frozen.sequences else tuning.final
+        return [biases and (whole or l >= count - beside) for l in range(count)]
 
     def _start(self, seeds: Sequence[int]) -> None:
         """Put all runs at their starts."""
-        network, tunings, width = self.network, len(self.tunings), max(map(max, self.shapes))
-        runs = tunings * self.members
-        self.base = network.weights[0].new_zeros(len(self.shapes), runs, width, width)
-        self.values = _Parts.zeros(self.base, len(network.biases))
-        for base, weight in zip(self.base, network.weights, strict=True):
-            out, into = weight.shape[-2:]
-            base[:, :out, :into] = weight.reshape(-1, out, into).repeat(tunings, 1, 1)
-        for b, bias in zip(self.values.b, network.biases, strict=True):
-            b[:, : bias.shape[-1]] = bias.reshape(self.members, -1).repeat(tunings, 1)
-        largest = self.ranks.amax(0).tolist()
-        for m, ((out, into), rank) in enumerate(zip(self.shapes, largest, strict=True)):
-            if rank > 0:
-                factors = [self._first_factors(seed, m, min(out, into), into) for seed in seeds]
-                B = torch.stack(factors).to(network.device).repeat(tunings, 1, 1)
-                self.values.B[m, :, : B.shape[1], :into] = B
-        places = torch.arange(width, device=network.device)
-        self.values.B.mul_((places < self.ranks.mT[..., None])[..., None])
-        full = self.ranks.mT < 0
-        self.values.A[full], self.base[full] = self.base[full], 0.0
-        self.values.B[full] = torch.eye(width, device=network.device)
+        self.weights, self.biases = list[Tensor](), list[Tensor]()
+        starts, tuned = list[Tensor](), list[Tensor]()
+        for m, weight in enumerate(self.frozen.weights):
+            W, ranks = self._stacked(weight, 2), self.ranks[:, m, None, None]
+            is_full, (runs, out, into) = ranks < 0, W.shape
+            largest = max(int(ranks.max()), 0)
+            A = W.new_zeros(runs, out, largest)
+            factors = [self._first_factors(seed, m, min(out, into), into) for seed in seeds]
+            B = self._stacked(torch.stack(factors)[:, :largest].to(W), 2)
+            B = B.where(torch.arange(largest, device=W.device)[:, None] < ranks, 0.0)
+            full = W.where(is_full, 0.0) if is_full.any() else W.new_zeros(runs, 0, into)
+            starts += [A, B, full]
+            tuned += [torch.ones_like(A), torch.ones_like(B), is_full.expand_as(full)]
+            self.weights.append(W.where(~is_full, 0.0))
+        for bias, is_tuned in zip(self.frozen.biases, self.tuned_biases.mT[..., None], strict=True):
+            b = self._stacked(bias, 1)
+            starts.append(b.where(is_tuned, 0.0))
+            tuned.append(is_tuned.expand_as(b))
+            self.biases.append(b.where(~is_tuned, 0.0))
+        self.sizes = [part.shape[1:] for part in starts]
+        self.start = torch.cat([part.flatten(1) for part in starts], 1)
+        self.tuned = torch.cat([part.flatten(1).bool() for part in tuned], 1)
+
+    def _stacked(self, values: Tensor, dims: int) -> Tensor:
+        """Repeat what each member of the frozen batch has for each tuning."""
+        rest = values.shape[values.ndim - dims :]
+        return values.reshape(self.members, *rest).repeat(len(self.tunings), *[1] * dims)
 
     @staticmethod
     def _first_factors(seed: int, m: int, rank: int, into: int) -> Tensor:
         generator = randomness.generator(seed, "factors", m)
         return FACTOR_SCALE * randomness.normal(generator, rank, into, dtype=torch.float32)
 
-    # Steps.
+    def _split(self, values: Tensor) -> tuple[list[_Weight], list[Tensor]]:
+        """Split parameters into those of each weight, and the biases."""
+        pieces = values.split([prod(size) for size in self.sizes], 1)
+        parts = [p.view(len(p), *size) for p, size in zip(pieces, self.sizes, strict=True)]
+        count = 3 * len(self.weights)
+        return [_Weight(*parts[m : m + 3]) for m in range(0, count, 3)], parts[count:]
 
-    def descend(self, steps: int, every: int, until: float) -> _Course:
-        """Take all steps of Adam, with its L2 penalty as `torch.optim.Adam` has it."""
-        now, biases = self.values, len(self.values.b)
-        slopes, first, second = (_Parts.zeros(self.base, biases) for _ in range(3))
-        rates = self._per_run(lambda tuning: tuning.learning_rate).float()
-        decay = self._per_run(lambda tuning: tuning.weight_decay).float()
-        falling = rates * self._per_run(lambda tuning: tuning.schedule == "cosine")
-        has_decay, has_falling = bool(decay.any()), bool(falling.any())
-        # Which slopes do not count: of B where it is the identity, and of biases that stay.
-        full, fixed = self.ranks.mT < 0, ~self.moves.mT
-        has_full, has_fixed = bool(full.any()), bool(fixed.any())
-        tuned = (self.ranks != 0).any(0)
-        if not self.network.sequences and biases:
-            tuned |= self.moves.any(0)
-        lowest = int(tuned.int().argmax()) if tuned.any() else len(tuned)
-        W, dW = torch.empty_like(self.base), torch.zeros_like(self.base)
-        base, A, B, all_W, all_dW, dA, dB = (
-            part.flatten(0, 1) for part in (self.base, now.A, now.B, W, dW, slopes.A, slopes.B)
-        )
-        task = self.task.bind(W, now.b, dW, slopes.b)
-        course = _Recorder(now, steps, every, until)
-        torch.baddbmm(base, A, B, out=all_W)
-        course.record(0, task.losses(task.validation))
-        for step, batch in enumerate(task.batches(steps), 1):
-            loss = task.slopes(batch, lowest)
-            torch.bmm(all_dW, B.mT, out=dA)
-            torch.bmm(A.mT, all_dW, out=dB)
-            if has_decay:
-                slopes.factors.addcmul_(decay[:, None, None], now.factors)
-                slopes.b.addcmul_(decay[:, None], now.b)
-            if has_full:
-                slopes.B.masked_fill_(full[..., None, None], 0.0)
-            if has_fixed:
-                slopes.b.masked_fill_(fixed[..., None], 0.0)
-            first.flat.lerp_(slopes.flat, 1 - BETA_1)
-            second.flat.mul_(BETA_2).addcmul_(slopes.flat, slopes.flat, value=1 - BETA_2)
-            # The slopes are used, and their place is free. torch.sqrt is ten times slower on zeros.
-            move = torch.rsqrt(second.flat, out=slopes.flat).reciprocal_()
-            move.mul_((1 - BETA_2**step) ** -0.5).add_(EPSILON)
-            torch.div(first.flat, move, out=move)
-            rate = rates
-            if has_falling:
-                rate = rates.add(falling, alpha=(cos(pi * (step - 1) / steps) - 1) / 2)
-            value = -1 / (1 - BETA_1**step)
-            now.factors.addcmul_(slopes.factors, rate[:, None, None], value=value)
-            now.b.addcmul_(slopes.b, rate[:, None], value=value)
-            torch.baddbmm(base, A, B, out=all_W)
-            course.follow(step, loss)
-            if step % every == 0:
-                course.record(step, task.losses(task.validation))
-                if not course.running.any():
-                    break
-        return course.course()
+    def networks(self, values: Float[Tensor, "runs parameters"]) -> Network:
+        """Make the networks of all runs, a batch, through which gradients flow."""
+        tuned, changes = self._split(values)
+        weights = []
+        for W, (A, B, full) in zip(self.weights, tuned, strict=True):
+            base = W + full if full.numel() else W
+            weights.append(torch.baddbmm(base, A, B) if A.numel() else base)
+        biases = [b + change for b, change in zip(self.biases, changes, strict=True)]
+        return self.frozen.with_parameters(weights, biases, checked=False)
 
-    # Results.
-
-    def results(self, course: _Course) -> Training[Any]:
-        """Return the runs' parameters and networks at the least validation loss of each."""
-        network, adapters = self.tuned(course.best)
+    def results(self, curve: _Curve) -> Training[Any]:
+        """Collect networks and adapters at the least validation loss of each run."""
+        shape, (tuned, _) = self._shape, self._split(curve.best)
+        updates = [LowRank(shape(weight.A), shape(weight.B).mT) for weight in tuned]
+        network = self.networks(curve.best).map(shape)
+        pairs = zip(network.biases, self.frozen.biases, strict=True)
+        which = Tuned(shape(self.ranks.clamp(min=0)), shape(self.tuned_biases))
         return Training(
             network,
-            adapters,
-            steps=course.steps,
-            training_loss=self._shape(course.training),
-            validation_loss=self._shape(course.validation),
-            best_loss=self._shape(course.best_loss),
-            best_step=self._shape(course.best_step),
-            diverged=self._shape(course.diverged),
+            Adapters.trimmed(updates, [new - old for new, old in pairs], which),
+            steps=curve.steps,
+            training_loss=shape(curve.training_loss),
+            validation_loss=shape(curve.validation_loss),
+            best_loss=shape(curve.best_loss),
+            best_step=shape(curve.best_step),
+            diverged=shape(curve.diverged),
         )
 
     def _shape(self, values: Tensor) -> Tensor:
-        return values.reshape(len(self.tunings), *self.network.batch_shape, *values.shape[1:])
-
-    def tuned(self, values: _Parts) -> tuple[Any, Adapters]:
-        """Return the networks with these numbers, and their adapters."""
-        network, shape = self.network, self._shape
-        updates, weights, biases = [], [], []
-        for m, (out, into) in enumerate(self.shapes):
-            A, B = values.A[m], values.B[m]
-            is_full = self.ranks[:, m, None, None] < 0
-            R = min(out, into)
-            left, right = (
-                torch.where(is_full, 0, part) for part in (A[:, :out, :R], B[:, :R, :into])
-            )
-            updates.append(LowRank(shape(left), shape(right).mT))
-            sums = network.weights[m] + updates[m].matrix()
-            weights.append(torch.where(shape(is_full), shape(A[:, :out, :into]), sums))
-        biases = [
-            shape(b)[..., : old.shape[-1]] for b, old in zip(values.b, network.biases, strict=True)
-        ]
-        changes = tuple(new - old for new, old in zip(biases, network.biases, strict=True))
-        tuned = Tuned(shape(self.ranks.clamp(min=0)), shape(self.moves))
-        return network.with_parameters(weights, biases), Adapters.trimmed(updates, changes, tuned)
+        return values.reshape(len(self.tunings), *self.frozen.batch_shape, *values.shape[1:])
 
 
-class _Recorder:
-    """Keeps losses, and the parameters at the least validation loss."""
+class _Curve:
+    """Losses of all runs, and the parameters at the least validation loss of each."""
 
-    def __init__(self, now: _Parts, steps: int, every: int, until: float) -> None:
-        self.now, self.every, self.until = now, every, until
-        runs = now.b.shape[1]
-        self.best = _Parts.zeros(now.A, len(now.b))
-        self.best.flat.copy_(now.flat)
-        self.training, self.validation = now.flat.new_full((2, runs, steps // every + 1), torch.nan)
-        self.best_loss = now.flat.new_full((runs,), torch.inf)
+    def __init__(self, start: Tensor, steps: int, every: int, until: float) -> None:
+        runs = len(start)
+        self.every, self.until, self.best = every, until, start
+        self.steps = torch.arange(0, steps + 1, every, device=start.device)
+        self.training_loss = start.new_full((runs, len(self.steps)), torch.nan)
+        self.validation_loss = self.training_loss.clone()
+        self.best_loss = start.new_full((runs,), torch.inf)
         self.best_step = torch.zeros_like(self.best_loss, dtype=torch.long)
-        self.goal = torch.zeros_like(self.best_loss)
         # Until a run is at its goal, or a loss is no finite number.
         self.running = torch.ones_like(self.best_loss, dtype=torch.bool)
 
     def follow(self, step: int, loss: Float[Tensor, " runs"]) -> None:
-        """Take note of the losses that a step was taken on."""
+        """Record the losses that a step was taken on; stop runs that diverge."""
         self.running &= loss < torch.inf
         if step % self.every == 0:
-            point = step // self.every
-            self.training[:, point] = torch.where(self.running, loss, torch.nan)
+            self.training_loss[:, step // self.every] = loss.where(self.running, torch.nan)
 
-    def record(self, step: int, loss: Float[Tensor, " runs"]) -> None:
+    def validate(self, step: int, loss: Float[Tensor, " runs"], values: Tensor) -> None:
         """Record validation losses, keep parameters where they are the least, stop at goals."""
         if step == 0:
             self.goal = self.until * loss
-        self.validation[:, step // self.every] = torch.where(self.running, loss, torch.nan)
+        self.validation_loss[:, step // self.every] = loss.where(self.running, torch.nan)
         better = self.running & (loss < self.best_loss)
-        self.best_loss = torch.where(better, loss, self.best_loss)
+        self.best_loss = loss.where(better, self.best_loss)
         self.best_step.masked_fill_(better, step)
-        best, now = self.best, self.now
-        torch.where(better[:, None, None], now.factors, best.factors, out=best.factors)
-        torch.where(better[:, None], now.b, best.b, out=best.b)
+        self.best = values.where(better[:, None], self.best)
         self.running &= (loss < torch.inf) & ~(better & (loss <= self.goal))
 
-    def course(self) -> _Course:
-        return _Course(
-            steps=torch.arange(self.training.shape[1], device=self.goal.device) * self.every,
-            training=self.training,
-            validation=self.validation,
-            best_loss=self.best_loss,
-            best_step=self.best_step,
-            best=self.best,
-            diverged=~self.running & ~(self.best_loss <= self.goal),
-        )
+    @property
+    def diverged(self) -> Tensor:
+        """Say which runs ended before their goal."""
+        return ~self.running & ~(self.best_loss <= self.goal)

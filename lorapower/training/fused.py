@@ -122,7 +122,7 @@ def train_fused(
         seed=[randomness.number(seed, "fused training", k) for k in range(starts)],
     )
     chosen = divmod(int(runs.best_loss.nan_to_num(torch.inf).argmin()), starts)
-    split = fused.carry_back(runs.adapters[chosen].to(frozen.dtype), region, throw=throw)
+    split = fused.split_among_layers(runs.adapters[chosen].to(frozen.dtype), region, throw=throw)
     return _FusedTraining(split.adapters, runs.best_loss, chosen, fused, runs)
 
 
@@ -141,7 +141,7 @@ def polish(
     All factors and biases of the fused network take at most ``iterations`` of L-BFGS, none of which
     raises the error on ``inputs``. Adapters of least error on the first half of ``held_out`` are
     kept; the other half gives the error that is returned. ``fitted`` is what
-    `constructions.fitted.adapt` returned for the same ``inputs`` and ``held_out``.
+    `constructions.adapt_fitted` returned for the same ``inputs`` and ``held_out``.
 
     Raises `InputError` for unusable numbers. Source: the adapters are [def-adapter]'s; nothing is
     promised but what is measured.

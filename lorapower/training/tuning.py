@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from ..adapters import Adapters, N
 from ..errors import InputError
 from ..networks.base import Network
 
+T = TypeVar("T")
 LARGEST = torch.finfo(torch.float32).max
 Schedule = Literal["constant", "cosine"]
 Loss = Literal["squared", "one-sided"]
@@ -42,6 +43,15 @@ class Tuning:
     loss : Loss
         ``"one-sided"`` [def-one-sided] is for networks that end with a ReLU and outputs of at least
         0. The best parameters are chosen by the squared error either way.
+
+    Examples
+    --------
+    >>> from lorapower.training import Tuning
+    >>> Tuning(ranks=[4, 0, 2], biases=False).ranks
+    (4, 0, 2)
+    >>> Tuning(ranks=2.7)
+    Traceback (most recent call last):
+    lorapower.errors.InputError: ranks must be an integer from 0; got 2.7
     """
 
     ranks: int | tuple[int, ...] = 0
@@ -53,16 +63,23 @@ class Tuning:
     loss: Loss = "squared"
 
     def __post_init__(self) -> None:
-        has_each = isinstance(self.ranks, tuple | list)
-        ranks: Any = tuple(map(int, self.ranks)) if has_each else int(self.ranks)  # type: ignore
+        ranks = _one_or_each(self.ranks, lambda rank: _checks.integer("ranks", rank, 0))
         object.__setattr__(self, "ranks", ranks)
+        object.__setattr__(self, "biases", _one_or_each(self.biases, bool))
         if _checks.integer("final", self.final, 0) and np.any(ranks):
             given = f"{self.final} with ranks {ranks}"
             raise InputError("final", allowed="0 where adapters have a rank", given=given)
         _checks.choice("schedule", self.schedule, get_args(Schedule))
         _checks.choice("loss", self.loss, get_args(Loss))
-        _checks.positive("learning_rate", self.learning_rate)
-        _checks.finite("weight_decay", self.weight_decay, 0.0)
+
+
+def _one_or_each(value: Any, read: Callable[[Any], T]) -> T | tuple[T, ...]:
+    """Read one value for all, or a sequence of them."""
+    if isinstance(value, np.ndarray | Tensor):
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(map(read, value))
+    return read(value)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -95,8 +112,8 @@ class Data(ABC):
     """Batches to train on, and labelled inputs ``validation`` to choose the best parameters by.
 
     Inputs are as the network takes them: ``[..., D, samples]``, for transformers ``[..., samples,
-    D, N]``. Labels are outputs of the same form or, for cross-entropy, integers ``[..., samples]``,
-    the class of each sample.
+    D, N]``. Labels are outputs of the same form or, for cross-entropy, integers ``[..., samples]``:
+    each sample's class, one of the outputs.
     """
 
     # Batches are drawn in blocks, so that they do not depend on the number of steps.
@@ -114,7 +131,7 @@ class Fresh(Data):
 
     ``label`` is a target network or another function of inputs, which lie on the device of its
     labels; ``shape`` is one input's, ``(D,)``, or ``(D, N)`` for N tokens; ``scale`` is ``s``. A
-    batch has ``samples`` inputs; ``validation_samples`` are drawn once. Equal ``seed`` and
+    batch has ``samples`` inputs; 256 are drawn once for the validation. Equal ``seed`` and
     ``purpose`` give equal inputs whatever is trained; different purposes give independent ones.
     """
 
@@ -125,31 +142,25 @@ class Fresh(Data):
         *,
         samples: int = 256,
         scale: float = 1.0,
-        validation_samples: int = 256,
         seed: int = 0,
         purpose: tuple[str, ...] = (),
     ) -> None:
-        if len(shape) not in (1, 2):
-            raise InputError("shape", allowed="(D,), or (D, N) for N tokens", given=shape)
         if isinstance(label, nn.Module):
             allowed = "a network or a function of columns, not a module, which takes rows"
             remedy = "networks.as_network makes a network of a Sequential"
             raise InputError("label", allowed=allowed, given=type(label).__name__, remedy=remedy)
         # Training is in single precision, and so are its labels.
         self.label = label.to(torch.float32) if isinstance(label, Network) else label
-        self.shape = shape
-        self.scale = _checks.positive("scale", scale)
-        self.samples = _checks.integer("samples", samples, 1)
-        self.seed, self.purpose = _checks.seed(seed), purpose
-        count = _checks.integer("validation_samples", validation_samples, 1)
-        self.validation = self._draw((), count, "validation inputs")
+        self.shape, self.samples, self.scale = tuple(shape), samples, scale
+        self.seed, self.purpose = seed, purpose
+        self.validation = self._draw((), 256, "validation inputs")
 
     def block(self, index: int) -> Labelled:
         return self._draw((self.BLOCK,), self.samples, "inputs", index)
 
     def test(self, samples: int) -> Labelled:
         """Draw labelled inputs for a test, independent of all others."""
-        return self._draw((), _checks.integer("samples", samples, 1), "test inputs")
+        return self._draw((), samples, "test inputs")
 
     def _draw(self, batch: tuple[int, ...], samples: int, *part: str | int) -> Labelled:
         shape = (samples, *self.shape) if len(self.shape) == 2 else (*self.shape, samples)
@@ -185,7 +196,7 @@ class Fixed(Data):
             allowed = f"of as many labels as inputs, {count}"
             raise InputError("training", allowed=allowed, given=f"labels of {tuple(y.shape)}")
         self.samples = count if samples is None else _checks.integer("samples", samples, 1, count)
-        self.seed, self.purpose = _checks.seed(seed), purpose
+        self.seed, self.purpose = seed, purpose
 
     def block(self, index: int) -> Labelled:
         x, y = self.training

@@ -181,6 +181,23 @@ def test_equal(predicted: object, measured: object, options: dict[str, float], h
 
 
 @pytest.mark.parametrize(
+    ("predicted", "measured", "options", "shown"),
+    [
+        ([1.0, 2.0], [1.0, 2.1], {"rtol": 0.1}, "off by 0.05"),
+        ([0.0, 0.0], [0.0, 0.0], {"rtol": 0.1}, "off by 0"),
+        ([0.0, 1.0], [1e-15, 9.0], {"rtol": 0.1}, "off by $10^{-15}$ where 0 is allowed"),
+        ([0.0, 1.0], [1.0, NAN], {"rtol": 0.1}, "off by NaN"),
+        ([1.0, 2.0], [NAN, 2.0], {}, "NaN"),
+    ],
+)
+def test_equal_shows_how_far_off_it_is(
+    predicted: list[float], measured: list[float], options: dict[str, Any], shown: str
+) -> None:
+    claim = claims.equal("s", "l", predicted=predicted, measured=measured, **options)
+    assert claim.measured == shown
+
+
+@pytest.mark.parametrize(
     ("measured", "bound", "below", "above"),
     [(1, 2, True, False), (2, 1, False, True), (1, 1, True, True), (NAN, 1, False, False)],
 )

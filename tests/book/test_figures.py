@@ -41,22 +41,24 @@ def legend(figure: Figure) -> set[str]:
 
 
 MANY = [f"line {i}" for i in range(12)]
-TABLE = pd.DataFrame({"x": [1, 1, 2, 2], "y": [1.0, 3.0, 5.0, 9.0]})
-
-
-def twelve(values: Any) -> dict[str, Any]:
-    return dict.fromkeys(MANY, values)
+TABLE = figures.tidy([1, 2], measured={name: [[1, 3], [5, 9]] for name in MANY})
+NAMED: Any = {"x": "x", "y": "measured", "xlabel": "", "ylabel": ""}
 
 
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: figures.error_against_rank(twelve([0, 1]), {}, twelve([2, 1]), ylabel="e"),
-        lambda: figures.curves([1, 2], twelve([[1], [2]]), xlabel="x", ylabel="y"),
-        lambda: figures.curves([1, 2], {"a": [1, 2]}, guides=twelve([1, 2]), xlabel="", ylabel=""),
-        lambda: figures.medians({"a": twelve(TABLE)}, "x", "y", xlabel="", ylabel=""),
-        lambda: figures.intervals({"a": [1, 0, 2]}, levels=twelve(1), xlabel="x"),
-        lambda: figures.scatter(twelve(([1, 2], [1, 2])), xlabel="x", ylabel="y"),
+        lambda: figures.error_against_rank(TABLE, ylabel="e"),
+        lambda: figures.curves(TABLE, **NAMED),
+        lambda: figures.curves(TABLE.assign(part="p"), panel="part", **NAMED),
+        lambda: figures.curves(
+            TABLE.assign(line=TABLE.method, method="trained"),
+            style="line",
+            label="{line}",
+            **NAMED,
+        ),
+        lambda: figures.curves(TABLE[:4], levels=dict.fromkeys(MANY, 1), **NAMED),
+        lambda: figures.curves(TABLE[:4], marks=dict.fromkeys(MANY, 1), **NAMED),
     ],
 )
 def test_every_line_given_is_drawn_and_named(draw: Callable[[], Figure]) -> None:
@@ -66,30 +68,52 @@ def test_every_line_given_is_drawn_and_named(draw: Callable[[], Figure]) -> None
     assert set(MANY) <= legend(drawn)
 
 
+def test_a_method_has_its_colour_whatever_the_legend_says() -> None:
+    data = pd.concat(TABLE[:4].assign(method=method) for method in ("fitted", "trained", "other"))
+    names = {"fitted": "trained", "trained": "fitted", "other": "construction"}
+    data["name"] = data.method.map(names)
+    for lines_of in (figures.curves(data, label="{name}", **NAMED), figures.curves(data, **NAMED)):
+        fitted, trained, other = (line.get_color() for line in lines_of.axes[0].lines)
+        assert (fitted, trained) == (figures.COLORS["fitted"], figures.COLORS["trained"])
+        assert other not in figures.COLORS.values()
+    assert legend(figures.curves(data, label="{name}", **NAMED)) == {*names.values()}
+
+
+def test_depths_have_shades_and_their_own_ranks() -> None:
+    data = figures.tidy({1: [0, 1], 4: [0]}, measured={1: [2, 1], 4: [3]})
+    drawn = figures.error_against_rank(data, label="depth {method}", ylabel="e")
+    first, fourth = drawn.axes[0].lines
+    assert legend(drawn) == {"depth 1", "depth 4"}
+    assert first.get_color() != fourth.get_color()
+    assert [len(y) for y in lines(drawn.axes[0])] == [2, 1]
+
+
 def test_markers_are_medians_and_lines_predictions_above_rounding() -> None:
-    figure = figures.error_against_rank(
-        {"a": [0, 1, 2]},
-        {"a": [1, 0.5, 1e-17]},
-        {"a": np.array([[1, 1], [0.25, 0.75], [1e-16, 3e-16]])},
-        thresholds={"a": 2},
-        levels={"constant": 1.0},
-        line="bound",
-        ylabel="e",
+    data = figures.tidy(
+        [0, 1, 2],
+        predicted={"a": [1, 0.5, 1e-17]},
+        measured={"a": np.array([[1, 1], [0.25, 0.75], [1e-16, 3e-16]])},
     )
+    figure = figures.error_against_rank(data, thresholds={"a": 2}, line="bound", ylabel="e")
     predicted, measured, *_ = lines(figure.axes[0])
     np.testing.assert_array_equal(predicted, [1, 0.5, np.nan])
     np.testing.assert_array_equal(measured[:2], [1, 0.5])
-    assert legend(figure) == {"a", "constant", "measured", "bound", "threshold"}
+    assert legend(figure) == {"a", "measured", "bound", "threshold"}
 
 
-def test_curves_are_medians_with_their_ranges() -> None:
-    curves = figures.curves([1, 2], {"a": [[1, 2, 9], [3, 4, 5]]}, xlabel="x", ylabel="y").axes[0]
-    np.testing.assert_array_equal(lines(curves), [[2, 4]])
-    (band,) = (np.asarray(path.vertices) for path in curves.collections[0].get_paths())
-    assert {(1, 1), (1, 9), (2, 3), (2, 5)} == {*map(tuple, band.tolist())}
-    table = pd.concat([TABLE.assign(x=TABLE.x + 2 * i) for i in range(2)])
-    rows = figures.medians({"p": {"a": table}}, "x", "y", xlabel="", ylabel="").axes[0]
-    np.testing.assert_array_equal(rows.lines[0].get_xydata(), [[1, 2], [2, 7], [3, 2], [4, 7]])
+def test_curves_are_medians_with_their_ranges_and_stars_published_values() -> None:
+    data = figures.tidy([1, 2], measured={"trained": [[1, 2, 9], [3, 4, 8]]})
+    stars = pd.DataFrame({"method": ["trained"], "x": [1], "measured": [0.5]})
+    # The axis is logarithmic, the median of 1 and 9 is not.
+    even = pd.concat([data, data.assign(x=3, measured=[1, 1, 1, 9, 9, 9])])
+    figure = figures.curves(even, published=stars, **NAMED)
+    median, star = figure.axes[0].lines
+    np.testing.assert_array_equal(median.get_xydata(), [[1, 2], [2, 4], [3, 5]])
+    np.testing.assert_array_equal(star.get_xydata(), [[1, 0.5]])
+    assert star.get_color() == median.get_color() == figures.COLORS["trained"]
+    (band,) = (np.asarray(path.vertices) for path in figure.axes[0].collections[0].get_paths())
+    assert {(1, 1), (1, 9), (2, 3), (2, 8), (3, 1), (3, 9)} == {*map(tuple, band.tolist())}
+    assert legend(figure) == {"trained", "published"}
 
 
 @given(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import sys
@@ -18,6 +19,7 @@ import pytest
 import torch
 from cells import CAPTION
 from conftest import CHAPTERS, ROOT
+from dependencies import code, imported
 from nbformat import NotebookNode
 
 from lorapower import InputError
@@ -55,6 +57,20 @@ def test_source_holds_nothing_of_a_run_or_a_machine(notebook: NotebookNode) -> N
         ran = cell.get("outputs") or cell.get("execution_count")
         assert not ran, f"{cell.id}: {tidy}"
         assert "injected-parameters" not in cell.metadata.get("tags", []), cell.id
+
+
+def private(code: ast.AST) -> set[str]:
+    """The private names and modules that code imports."""
+    return {name for name in imported(code) if re.search(r"(?:^|\.)_(?!_future__)", name)}
+
+
+def test_no_chapter_imports_what_is_private(chapter: Path) -> None:
+    """Import contracts do not see notebooks."""
+    assert private(ast.parse("import a._b\nfrom a import _c, d\nfrom __future__ import e")) == {
+        "a._b",
+        "a._c",
+    }
+    assert not private(code(chapter))
 
 
 def test_claims_and_figures_are_folded(notebook: NotebookNode) -> None:

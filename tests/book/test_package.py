@@ -57,7 +57,7 @@ def test_code_in_the_text_runs(
         "import torch\n"
         "from lorapower import adapters, bounds, lowrank, networks, randomness, regions\n"
         "from lorapower.adapters import Adapters\n"
-        "from lorapower.constructions import fitted, fnn, linear, transformer\n"
+        "from lorapower.constructions import *\n"
         "from lorapower.lowrank import LowRank\n"
         "from lorapower.networks import FNN, Gap, LinearNetwork, Partition, Transformer\n"
         "from lorapower.regions import Ball, Box, Samples\n",

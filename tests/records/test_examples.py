@@ -10,8 +10,8 @@ import checkpoint_files as files
 import numpy as np
 import pytest
 
-from loraplan import Adapter, Pair
-from records import examples, pairs
+from loraplan import Adapter, Pair, lab
+from records import examples, pairs, parts
 from records.examples import Example, Lost, Prepared
 
 PROBLEM = Example(seed=3, sentences=61)
@@ -50,12 +50,12 @@ def test_losses_are_those_of_the_command(measured: Found) -> None:
             adapter = example.make(way, planner.parameters(rank))
             one = found[way, rank]
             assert adapter.parameters == one.parameters <= planner.parameters(rank)
-            assert one.error == pytest.approx(planner.measure(adapter).error, rel=1e-4)
+            assert one.error == pytest.approx(lab.measure(planner, adapter).error, rel=1e-4)
             ranks = zip(example.modules, one.ranks, strict=True)
             assert {name: rank for name, rank in ranks if rank} == adapter.ranks
     for half in ("attention", "mlp"):
-        assert found[half, 0].error == pytest.approx(planner.only(half), rel=1e-4)
-    base = planner.measure(Adapter({}, {}))
+        assert found[half, 0].error == pytest.approx(parts.only(planner, half), rel=1e-4)
+    base = lab.measure(planner, Adapter({}, {}))
     assert found["none", 0].error == pytest.approx(base.error, rel=1e-4)
     for aim in examples.AIMS:
         adapter = planner.smallest(aim)

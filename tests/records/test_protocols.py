@@ -12,7 +12,7 @@ import pytest
 
 import records
 from lorapower import InputError
-from records import Results, again, protocols, tables
+from records import Results, again, protocols
 
 # Rates of these ways on sentences were chosen again.
 AGAIN = [1, 4]
@@ -26,9 +26,9 @@ def unrun(settings: list[Any]) -> list[Results]:
 def test_rows_of_a_table_are_settings(name: str, made: tuple[Any, Callable[..., Any]]) -> None:
     """A table that is made again has the same settings in its rows."""
     recorded = records.read(name)
-    settings = tables.settings(recorded, made[0])
+    settings = again.settings(recorded, made[0])
     assert len({*settings}) == len(recorded)
-    found = records.run(settings, unrun, progress=False).drop(columns=["version", "revision"])
+    found = records.run(settings, unrun).drop(columns=["version", "revision"])
     there = [column for column in found if column in recorded]
     # Recipes are columns of tables that have other than the plain one.
     assert {*found} - {*there} <= {"recipe"}

@@ -11,10 +11,10 @@ import torch
 from checkpoint_files import Patch
 
 import records
-from loraplan import Pair, Planner
+from loraplan import Pair, Planner, lab
 from loraplan.lab import stream
 from lorapower import lowrank, randomness
-from lorapower.networks import Transformer
+from lorapower.networks import Decoder
 from records import neighbours, pairs, parts, plans
 from records.plans import AdapterRun
 
@@ -30,7 +30,7 @@ def test_adapters_for_tunings_are_measured(tmp_path: Path, monkeypatch: Patch) -
     assert all(pair.change(name).any() for name in pair.modules)
     plans.tune("movies", 3, plans.other(AdapterRun(tuning="a", method="mergekit", asked=1)))
     chosen = [s for s in plans.every("a") if s.asked <= 1 and s.method != "least uniform"]
-    table = records.run(chosen, plans.work, size=1, progress=False)
+    table = records.run(chosen, plans.work, size=1)
     table = records.complete(table).set_index("method")
     others = ["mergekit", *neighbours.RULES]
     assert {*table.index} == {*others, "effect of blocks", "effect", "least effect"}
@@ -57,7 +57,7 @@ def test_losses_of_a_few_directions_are_measured(tmp_path: Path) -> None:
     adapter = planner.uniform(planner.parameters(2))
     unshifted = parts.Unshifted(planner.test, stream(pair, "base", planner.device))
     found = {row[2]: row[3] for row in parts.measure(planner, unshifted, "rank", adapter)}
-    expected = planner.measure(adapter)
+    expected = lab.measure(planner, adapter)
     assert found["error"] == pytest.approx(expected.error, rel=1e-4)
     assert found["agreement"] == pytest.approx(expected.agreement)
     tokens = files.apart(planner.test.batches)
@@ -76,10 +76,10 @@ def test_losses_of_a_few_directions_are_measured(tmp_path: Path) -> None:
 
 def test_heads_differ_by_the_rank_of_their_changes() -> None:
     kind: Any = {"head_size": 4, "groups": 2, "residual": True, "norm": "rms", "rotary": 1e4}
-    one = Transformer.random(2, 16, 4, hidden=16, gated=True, activation="silu", **kind)
+    one = Decoder.random(2, 16, 4, hidden=16, gated=True, activation="silu", **kind)
     A, B = (randomness.normal(randomness.generator(0, name), 16, 1) for name in "AB")
     adapted = one.replace(W_Q=one.W_Q + (A @ B.mT).reshape(4, 4, 16))
-    other = Transformer.random(2, 16, 4, hidden=16, gated=True, activation="silu", seed=1, **kind)
+    other = Decoder.random(2, 16, 4, hidden=16, gated=True, activation="silu", seed=1, **kind)
     found = {}
     for name, tuned in {"adapted": adapted, "other": other}.items():
         for block, part, quantity, value in parts.heads(one, tuned):

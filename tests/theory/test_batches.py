@@ -16,9 +16,9 @@ from torch import Tensor
 from lorapower import bounds, lowrank, regions
 from lorapower.adapters import Adapters
 from lorapower.bounds import samples
-from lorapower.constructions import fnn, linear, transformer
+from lorapower.constructions import adapt_linear, adapt_relu, adapt_transformer
 from lorapower.lowrank import LowRank
-from lorapower.networks import FNN, Gap, LinearNetwork, Network, Transformer, blocks
+from lorapower.networks import FNN, Decoder, Gap, LinearNetwork, Network, Transformer, blocks
 from lorapower.regression import reduced_rank, second_moment_root, truncate
 
 # An argument is made from its batch shape and a seed.
@@ -42,8 +42,8 @@ def heads(batch: tuple[int, ...], seed: int) -> Transformer:
     return moderate(2, 4, 2, batch, seed)
 
 
-def normed(batch: tuple[int, ...], seed: int) -> Transformer:
-    return Transformer.random(1, 4, 2, batch_shape=batch, seed=seed, purpose=f"{seed}", **PRENORM)
+def normed(batch: tuple[int, ...], seed: int) -> Decoder:
+    return Decoder.random(1, 4, 2, batch_shape=batch, seed=seed, purpose=f"{seed}", **PRENORM)
 
 
 def adapters_of(left: Tensor, right: Tensor, bias: Tensor) -> Adapters:
@@ -92,13 +92,13 @@ def plainly(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def of_transformer(frozen: Transformer, target: Transformer) -> list[Tensor]:
-    found = transformer.adapt(frozen, target, 2, throw=False)
+    found = adapt_transformer(frozen, target, 2, throw=False)
     return [found.success, found.adapters.merge(frozen)(X[:, :3])]
 
 
 def of_fnn(frozen: FNN, target: FNN, radius: Tensor) -> list[Tensor]:
     ball = regions.Ball(1 + radius[..., 0, 0].abs())
-    found = fnn.adapt(frozen, target, 2, ball, throw=False)
+    found = adapt_relu(frozen, target, 2, ball, throw=False)
     evidence = [found.success, found.block_errors, found.digits_lost]
     return [*evidence, found.adapters.merge(frozen)(X)]
 
@@ -108,7 +108,7 @@ def least_rank(frozen: Transformer, target: Transformer) -> Tensor:
 
 
 def of_linear_adapt(frozen: LinearNetwork, target: LinearNetwork) -> list[Tensor]:
-    found = linear.adapt(frozen, target, 1, throw=False)
+    found = adapt_linear(frozen, target, 1, throw=False)
     evidence = [found.success, found.spectral_error, found.frobenius_error]
     return [*evidence, found.adapters.merge(frozen).product()]
 
@@ -143,7 +143,7 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
     "LinearNetwork": (of_linear, [deep(3), INPUTS]),
     "FNN": (of_relu, [relu(3), INPUTS]),
     "Transformer": (lambda network, z: network(z), [heads, TOKENS]),
-    "Transformer, norms": (lambda network, z: network(z), [normed, TOKENS]),
+    "Decoder": (lambda network, z: network(z), [normed, TOKENS]),
     "merge": (
         lambda network, *parts: adapters_of(*parts).merge(network)(X),
         [relu(1), matrix(4, 2), matrix(4, 2), matrix(4, 1)],
@@ -162,10 +162,10 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
     ),
     "sure": (lambda A: DESIGN.sure(lowrank.spectrum(A)), [matrix(4, 6)]),
     "shrink_values": (lambda A: DESIGN.shrink_values(lowrank.spectrum(A)), [matrix(4, 6)]),
-    "linear.adapt": (of_linear_adapt, [deep(2), deep(1)]),
-    "fnn.adapt": (plainly(of_fnn), [relu(3), relu(2), ONE]),
-    "transformer.adapt": (plainly(of_transformer), [heads, heads]),
-    "transformer.adapt, norms": (plainly(of_transformer), [normed, normed]),
+    "adapt_linear": (of_linear_adapt, [deep(2), deep(1)]),
+    "adapt_relu": (plainly(of_fnn), [relu(3), relu(2), ONE]),
+    "adapt_transformer": (plainly(of_transformer), [heads, heads]),
+    "adapt_transformer, norms": (plainly(of_transformer), [normed, normed]),
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorapower import InputError, bounds, lowrank
 from lorapower.bounds import samples
-from lorapower.constructions import fnn
+from lorapower.constructions import adapt_relu
 from lorapower.networks import FNN, LinearNetwork, Partition
 from lorapower.regions import Ball, Box, Region, Samples
 from lorapower.regression import reduced_rank
@@ -53,7 +53,7 @@ def test_bounds_hold_for_any_ranks_and_partition(
     ends = [0, *sorted(cuts), depth]
     sizes = Partition([b - a for a, b in pairwise(ends)])
     region = Ball(3.0, 0.5) if kind == "ball" else Box(-2.0, 1.0)
-    found = fnn.adapt(frozen, target, ranks, region, sizes, throw=False)
+    found = adapt_relu(frozen, target, ranks, region, sizes, throw=False)
     adapted = found.adapters.merge(frozen)
     for block, weight, error in zip(sizes.slices, target.weights, found.block_errors, strict=True):
         E = weight.numpy() - product(frozen, block)
@@ -74,11 +74,12 @@ def test_the_bound_takes_the_trace_of_the_second_moment() -> None:
     frozen = FNN(torch.eye(D).expand(2, D, D), torch.zeros(2, D))
     target = FNN([(1 + sigma) * torch.eye(D)], [torch.full((D,), 9.0)])
     x = normal(D, 20000).float()
-    found = fnn.adapt(frozen, target, 0, Samples(x))
+    found = adapt_relu(frozen, target, 0, Samples(x))
     squared = rms(found.adapters.merge(frozen)(x) - target(x)) ** 2
     assert squared > 0.9 * sigma**2 * D
     assert squared <= bounds.fnn_error(frozen, target, 0, x.square().sum(0).mean()) ** 2 * 1.001
-    assert bounds.fnn_error(frozen, target, 0, float(D)) ** 2 == pytest.approx(sigma**2 * D)
+    for trace in (float(D), D, np.int64(D)):
+        assert bounds.fnn_error(frozen, target, 0, trace) ** 2 == pytest.approx(sigma**2 * D)
 
 
 @given(st.integers(2, 10), batch_shapes, dtypes, seeds)
@@ -124,7 +125,7 @@ def test_all_units_of_a_linear_layer_are_seen(units: int, inputs: int, seed: int
 def test_the_floor_behind_a_linear_layer_is_what_its_null_space_holds() -> None:
     frozen = of_widths([6, 4], linear_last=True, seed=1)
     target = of_widths([6, 3], linear_last=True, seed=2)
-    found = bounds.final_layers_floor(frozen, target, samples=20000, steps=32)
+    found = bounds.final_layers_floor(frozen, target, samples=20000)
     # Given what the layer passes on, x is normal in its null space about the projection of x.
     null = torch.linalg.svd(frozen.weights[0])[2][4:]
     exact = float((target.weights[0] @ null.mT).square().sum() / 3)
@@ -150,7 +151,7 @@ def test_the_floor_is_the_conditional_variance_found_by_rejection(seed: int) -> 
             same = np.concatenate([same, kept])
         variances.append(np.maximum(same @ V.T + c, 0).var(0, ddof=1).mean())
     networks = FNN([W], [b]), FNN([V], [c])
-    found = bounds.final_layers_floor(*networks, samples=20000, steps=150, seed=seed)
+    found = bounds.final_layers_floor(*networks, samples=20000, seed=seed)
     noise = np.hypot(np.std(variances) / len(variances) ** 0.5, float(found.standard_error))
     assert abs(np.mean(variances) - float(found.mean_squared_error)) < 4 * noise
 
@@ -335,15 +336,14 @@ def test_what_leaves_the_rank_open_is_refused() -> None:
         ("noise", frozen, x[:, :4], x[:, :4]),
         ("frozen", narrow, x, x),
         ("frozen", singular, x, x),
-        ("inputs", frozen, 0 * x, x),
+        ("span", frozen, 0 * x, x),
         ("outputs", frozen, x, x[:, 1:]),
-        ("outputs", frozen, x, 1e200 * x),
     ):
         with pytest.raises(InputError, match=f"^{name}"):
             samples.fit(network, inputs, outputs)
     with pytest.raises(InputError, match=r"^spectrum"):
         samples.Design(9, 2, 3, 1.0).sure(torch.ones(3))
-    for noise in (-1.0, torch.inf, 1e200):
+    for noise in (-1.0, torch.inf):
         with pytest.raises(InputError, match=r"^noise"):
             samples.Design(9, 2, 3, noise)
 

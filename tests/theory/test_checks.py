@@ -49,7 +49,7 @@ def test_messages_are_single_lines_of_bounded_length(length: int, lines: int) ->
     "error",
     [
         InputError("it", allowed="short", value=[1], remedy="shorten it"),
-        SingularError(2, 1e9, 0.1, 1e-6, 1e8, " of batch member 1"),
+        SingularError(2, 1e9, 0.1, 1e8, " of batch member 1"),
         PrecisionError(1, 12.0, limit=8.0, dtype=torch.float64),
         ResultsError(Path("runs"), "is torn", remedy="mend it"),
     ],

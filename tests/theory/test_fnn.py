@@ -13,7 +13,7 @@ from strategies import batch_shapes, benign, dtypes, normal, of_widths, seeds
 from torch import Tensor
 
 from lorapower import InputError, PrecisionError, SingularError, bounds
-from lorapower.constructions import fnn
+from lorapower.constructions import FNNAdaptation, adapt_relu
 from lorapower.networks import FNN, LinearNetwork, Partition, blocks
 from lorapower.regions import Ball, Box, Region, Samples
 
@@ -32,7 +32,7 @@ def region_of(kind: str, width: int, seed: int) -> Region:
     return {"ball": Ball(4.0, x[:, 0]), "box": Box(-3.0, 2.0), "samples": Samples(x)}[kind]
 
 
-def worst_inputs(found: fnn.FNNAdaptation, adapted: FNN, kind: str) -> Tensor:
+def worst_inputs(found: FNNAdaptation, adapted: FNN, kind: str) -> Tensor:
     """Where some unit of the first block's inner layers comes closest to being switched off."""
     region = found.region
     inner = LinearNetwork([w[..., : region.width] for w in adapted.weights[:1]]).product()
@@ -45,7 +45,7 @@ def worst_inputs(found: fnn.FNNAdaptation, adapted: FNN, kind: str) -> Tensor:
     return region.centre + steps.mT
 
 
-def tolerance(found: fnn.FNNAdaptation, x: Tensor) -> Tensor:
+def tolerance(found: FNNAdaptation, x: Tensor) -> Tensor:
     """Set by the type and by what the construction itself says about rounding."""
     lost = 10 ** found.digits_lost.amax(-1)
     unit = torch.finfo(x.dtype).eps * lost
@@ -103,7 +103,7 @@ def test_exact_from_the_threshold_on_all_over_the_region(
     target = FNN.random(layers, width, linear_last=linear_last, seed=seed + 1)
     rank = min(int(bounds.fnn_threshold(frozen, target).max()) + spare, width)
     region = region_of(kind, width, seed)
-    found = fnn.adapt(frozen, target, rank, region, throw=False)
+    found = adapt_relu(frozen, target, rank, region, throw=False)
     adapted = found.adapters.merge(frozen)
     assert found.adapters.ranks == (rank,) * frozen.depth
     assert found.digits_lost.shape == (*batch, layers)
@@ -127,7 +127,7 @@ def test_exact_from_the_threshold_on_all_over_the_region(
 def test_digits_are_lost_as_expected(dtype: torch.dtype, radius: float) -> None:
     frozen = FNN.random(4, 16, batch_shape=(40,), seed=3, dtype=dtype)
     target = FNN.random(2, 16, batch_shape=(40,), seed=4, dtype=dtype)
-    found = fnn.adapt(frozen, target, 8, Ball(radius), throw=False)
+    found = adapt_relu(frozen, target, 8, Ball(radius), throw=False)
     x = normal(16, 500).to(dtype)
     x = x * (4.0 / x.norm(dim=0)).clamp(max=1)
     exact = target.to(torch.float64)(x.double())
@@ -142,14 +142,14 @@ def test_digits_are_lost_as_expected(dtype: torch.dtype, radius: float) -> None:
 def test_a_region_that_swallows_the_precision_is_refused_unless_accepted(far: float) -> None:
     frozen, target, region = FNN.random(2, 8), FNN.random(1, 8, seed=2), Ball([1.0, far, 1.0])
     with pytest.raises(PrecisionError, match=r"block 1 of batch member 1.* at most 7\.8") as error:
-        fnn.adapt(frozen, target, 4, region)
+        adapt_relu(frozen, target, 4, region)
     assert error.value.block == 1
     assert error.value.digits_lost > 10
-    accepted = fnn.adapt(frozen, target, 4, region, throw=False)
+    accepted = adapt_relu(frozen, target, 4, region, throw=False)
     assert accepted.success.tolist() == [True, False, True]
     # One layer alone needs no biases; the network fails with the block that does.
     one, partition = FNN.random(3, 8, seed=1), Partition([1, 2])
-    found = fnn.adapt(one, FNN.random(2, 8, seed=2), 8, Ball(far), partition, throw=False)
+    found = adapt_relu(one, FNN.random(2, 8, seed=2), 8, Ball(far), partition, throw=False)
     assert found.digits_lost[0] == 0
     assert found.digits_lost[1] > 10
     assert not found.success
@@ -166,7 +166,7 @@ def test_a_last_block_of_one_linear_layer_needs_no_region(
     target = FNN(
         [*frozen.weights[:-1], *last.weights], [*frozen.biases[:-1], *last.biases], linear_last=True
     )
-    found = fnn.adapt(frozen, target, [0] * before + [rank], Ball(0.1))
+    found = adapt_relu(frozen, target, [0] * before + [rank], Ball(0.1))
     adapted = found.adapters.merge(frozen)
     x = 1e3 * normal(width, 50, seed=seed)
     assert found.covers(frozen, x).all()
@@ -199,10 +199,10 @@ def test_layers_of_any_sizes_are_exact_from_the_threshold_on_and_not_below(
     except InputError as refused:
         for R in range(1, largest + 1):
             with pytest.raises(InputError, match=f"^{re.escape(str(refused))}$"):
-                fnn.adapt(frozen, target, R, Ball(2.0), throw=False)
+                adapt_relu(frozen, target, R, Ball(2.0), throw=False)
         return
     for R in range(largest + 1):
-        found = fnn.adapt(frozen, target, R, Ball(2.0), throw=False)
+        found = adapt_relu(frozen, target, R, Ball(2.0), throw=False)
         x = found.region.sample(100, edge=True, seed=seed)
         outputs, expected = found.adapters.merge(frozen)(frozen.fill(x)), target(x)
         off = outputs[: outline[-1]] - expected
@@ -223,7 +223,7 @@ def test_layers_of_any_sizes_are_exact_from_the_threshold_on_and_not_below(
 def test_at_a_single_point_few_digits_are_lost() -> None:
     # Rounding alone decides which units are active.
     frozen = FNN.random(3, 8, batch_shape=(50,), seed=1)
-    point = fnn.adapt(frozen, FNN.random(1, 4, seed=2), 2, Box(0.5, 0.5), throw=False)
+    point = adapt_relu(frozen, FNN.random(1, 4, seed=2), 2, Box(0.5, 0.5), throw=False)
     assert point.covers(frozen, torch.full((4, 1), 0.5).double()).all()
     assert (point.digits_lost < 3).all()
 
@@ -232,7 +232,7 @@ def test_a_singular_block_is_named_by_its_layer_in_the_network() -> None:
     frozen = FNN.random(4, 4)
     weights = [*frozen.weights[:2], torch.zeros(4, 4).double(), torch.zeros(4, 4).double()]
     with pytest.raises(SingularError, match=r"layer [34] ") as error:
-        fnn.adapt(FNN(weights, frozen.biases), FNN.random(2, 4, seed=1), 2, Ball(1.0))
+        adapt_relu(FNN(weights, frozen.biases), FNN.random(2, 4, seed=1), 2, Ball(1.0))
     assert error.value.layer in (3, 4)
 
 

@@ -52,6 +52,9 @@ def test_a_gap_is_what_numpy_finds(
     ):
         np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=unit)
     assert gap.best(rank).rank == min(rank, inputs, outputs)
+    unknown: Any = "nuc"
+    with pytest.raises(InputError, match=r"^ord must be one of 2, 'fro'; got 'nuc'"):
+        gap.error(rank, unknown)
     assert gap.batch_shape == gap.rank.shape == torch.Size(E.shape[:-2])
 
 
@@ -119,7 +122,7 @@ def test_a_batch_goes_on_without_its_bad_members(kind: str) -> None:
     # Errors of a transformer's segments are relative to their factors.
     bad = 0.0 if kind == "transformer" else 1e120
     broken, region = scaled(1.0, 0.0, bad, 1.0), [Ball(4.0)] * (kind == "fnn")
-    found: Any = constructions.adapt(broken, target, 2, *region, throw=False)
+    found: Any = constructions.adapt(broken, target, 2, *region, throw=False).evidence
     assert found.success.tolist() == [True, False, False, True]
     if kind == "linear":
         assert found.rounding_error[1] > 0.01

@@ -10,12 +10,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import PRENORM, dtypes, normal, seeds
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorapower import InputError, bounds
-from lorapower.constructions import adapt, fitted, fnn, fused, linear, rank_for_error, transformer
-from lorapower.networks import FNN, Gap, LinearNetwork, Partition, Transformer
+from lorapower.constructions import (
+    FittedAdaptation,
+    adapt,
+    adapt_fitted,
+    adapt_linear,
+    adapt_relu,
+    adapt_transformer,
+    rank_for_error,
+)
+from lorapower.constructions.fitted import nearest
+from lorapower.constructions.fused import fuse
+from lorapower.networks import FNN, Decoder, Gap, LinearNetwork, Transformer
 from lorapower.regions import Ball, Samples
+from lorapower.regression import relative_error
 from lorapower.training import Fresh, Tuning, polish, train
 
 KINDS = ["linear", "fnn", "transformer"]
@@ -30,31 +41,71 @@ def problem(kind: str, *, seed: int = 0) -> tuple[Any, Any, Tensor]:
     if kind == "fnn":
         return FNN.random(4, 4, seed=seed), FNN.random(2, 4, **other), x[0]
     options = PRENORM if kind == "residual" else {"scale": 0.5}
-    frozen = Transformer.random(2, 4, 2, seed=seed, **options)
-    return frozen, Transformer.random(2, 4, 2, **options, **other), x
+    cls: Any = Decoder if kind == "residual" else Transformer
+    return cls.random(2, 4, 2, seed=seed, **options), cls.random(2, 4, 2, **options, **other), x
 
 
 def relative(frozen: Any, target: Any, rank: int, x: Tensor) -> float:
     """The mean squared error that the construction leaves, computed sequence by sequence."""
-    inputs = {"inputs": Samples(x)} if isinstance(frozen, FNN) else {}
-    found = adapt(frozen, target, rank, throw=False, **inputs)
-    adapted = found.adapters.merge(frozen)
+    on = Samples(x) if isinstance(frozen, FNN) else None
+    adapted = adapt(frozen, target, rank, on, throw=False).network
     each = x if x.ndim > 2 else x[None]
     errors = [(adapted(one) - target(one)).numpy() for one in each]
-    return float(np.mean(np.square(errors)) / np.mean([target(one).numpy() ** 2 for one in each]))
+    variance = np.concatenate([target(one).numpy() for one in each], -1).var(-1).mean()
+    return float(np.mean(np.square(errors)) / variance)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapt_is_the_construction_of_the_kind(kind: str) -> None:
     frozen, target, _ = problem(kind)
-    region = [Ball(2.0)] if kind == "fnn" else []
-    construct: Any = {"linear": linear, "fnn": fnn, "transformer": transformer}[kind].adapt
-    found = adapt(frozen, target, 3, *region, rtol=1e-5)
-    expected = construct(frozen, target, 3, *region, rtol=1e-5)
-    assert type(found) is type(expected)
+    on = [Ball(2.0)] if kind == "fnn" else []
+    construct = {"linear": adapt_linear, "fnn": adapt_relu, "transformer": adapt_transformer}[kind]
+    found = adapt(frozen, target, 3, *on)
+    expected: Any = construct(frozen, target, 3, *on)  # type: ignore[operator]
+    assert type(found.evidence) is type(expected)
     assert bool(found.success)
-    for update, other in zip(found.adapters.updates, expected.adapters.updates, strict=True):
-        assert torch.equal(update.matrix(), other.matrix())
+    assert type(found.network) is type(frozen)
+    for mine, other in zip(found.adapters.updates, expected.adapters.updates, strict=True):
+        assert torch.equal(mine.matrix(), other.matrix())
+
+
+def test_modules_and_matrices_come_back_as_they_were_given() -> None:
+    linear = nn.Linear(4, 3, bias=False).double()
+    alone: Any = adapt(linear, nn.Linear(4, 3, bias=False).double(), 3).network
+    assert (type(alone), alone.bias) == (nn.Linear, None)
+    relu = [nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)]
+    layers: Any = (*relu[:2], nn.Dropout(), nn.Linear(4, 4, bias=False))
+    deep, shallow = nn.Sequential(*layers).double(), nn.Sequential(relu[2]).double()
+    shallow.append(nn.Linear(4, 4)).double()
+    x = normal(9, 4)
+    adapted = adapt(deep, shallow, 4, x.mT).network
+    assert [type(part) for part in adapted] == [type(part) for part in deep]
+    assert adapted.eval()(x).allclose(shallow(x))
+    # Of a layer that is used twice both uses are adapted.
+    twice = nn.Sequential(linear_4 := nn.Linear(4, 4, bias=False).double(), linear_4)
+    assert adapt(twice, torch.eye(4).double(), 2).network(x).allclose(x)
+    W, goal = normal(2, 3, 4)
+    for matrix in (W, W.numpy()):
+        single: Any = adapt(matrix, goal, 3).network
+        assert type(single) is type(matrix)
+        np.testing.assert_allclose(single, goal, atol=1e-12)
+    several = adapt([normal(4, 4), W.numpy()], goal, [1, 2]).network
+    assert [type(part) for part in several] == [Tensor, np.ndarray]
+    stacked = adapt(normal(2, 4, 4), normal(4, 4, seed=1), 2).network
+    assert stacked.shape == (2, 4, 4)
+
+
+def test_rows_in_place_of_columns_are_named() -> None:
+    frozen, target, x = problem("fnn")
+    for ask in (adapt, adapt_relu):
+        with pytest.raises(InputError, match=r"^on must be of shape .*columns: pass x\.mT$"):
+            ask(frozen, target, 4, x.mT)
+
+
+def test_layers_without_relus_are_adapted_wherever() -> None:
+    frozen, target = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+    x = 100 * normal(9, 4)
+    assert adapt(frozen, target, 3).network(x).allclose(target(x))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "residual"])
@@ -77,20 +128,20 @@ def test_the_rank_is_the_first_that_an_exhaustive_search_finds(kind: str, seed: 
 
 
 def test_no_rank_is_enough() -> None:
+    # Something always rounds.
     frozen, target, x = problem("fnn")
-    with pytest.raises(InputError, match=r"^error must be met by a rank that is tried; got 1e-09"):
-        rank_for_error(frozen, target, 1e-9, x, ranks=[0, 1])
-    assert rank_for_error(frozen, target, 1e9, x, ranks=[0, 1]) == 0
+    with pytest.raises(InputError, match=r"^error must be met by some rank; got 0"):
+        rank_for_error(frozen, target, 0.0, x)
+    assert rank_for_error(frozen, target, 1e9, x) == 0
 
 
 def test_nothing_is_needed_where_nothing_is_to_be_done() -> None:
     frozen, _, x = problem("linear")
     assert rank_for_error(frozen, frozen.product(), 1e-28, x) == 0
     zero = torch.zeros(4, 4, dtype=torch.float64)
-    assert rank_for_error([zero, zero], zero, 0.0, x) == 0
-    # Any error is infinitely large beside a target of zeros.
-    with pytest.raises(InputError, match=r"^error must be"):
-        rank_for_error(frozen, zero, 1e9, x, ranks=[0, 1])
+    # Nothing is relative to a target whose outputs do not differ.
+    with pytest.raises(InputError, match=r"^outputs of the target must be different from input to"):
+        rank_for_error(frozen, zero, 1e9, x)
 
 
 def test_a_hidden_layer_that_is_too_narrow_is_said_to_be() -> None:
@@ -107,8 +158,7 @@ def test_a_hidden_layer_that_is_too_narrow_is_said_to_be() -> None:
 def test_adapted_and_trained_networks_stay_on_their_device(kind: str) -> None:
     frozen, target, x = problem(kind)
     frozen, target = (network.to(device="cuda") for network in (frozen, target))
-    found = adapt(frozen, target, 2, *[Ball(1.0)] * (kind == "fnn"), throw=False)
-    merged = found.adapters.merge(frozen)
+    merged = adapt(frozen, target, 2, *[Ball(1.0)] * (kind == "fnn"), throw=False).network
     assert merged.device.type == merged(x).device.type == "cuda"
     if kind == "fnn":
         assert bounds.fnn_threshold(frozen, target).device.type == "cuda"
@@ -130,19 +180,19 @@ def test_what_fused_networks_reach_is_carried_back(
     depth: int, width: int, rank: int, seed: int
 ) -> None:
     frozen, target = relu(2 * depth, depth, width, seed=seed)
-    x, pair = normal(width, 9, seed=seed), fused.fuse(frozen, target, rank)
+    x, pair = normal(width, 9, seed=seed), fuse(frozen, target, rank)
     tuned = train(
         pair.network, [Tuning(ranks=pair.fused_ranks, learning_rate=1e-2)],
         Fresh(target, (width,), samples=8), steps=5,
     ).adapters[0].to(torch.float64)  # fmt: skip
-    found = pair.carry_back(tuned, Ball(20.0), throw=False)
+    found = pair.split_among_layers(tuned, Ball(20.0), throw=False)
     assert max(found.adapters.ranks, default=0) <= rank
     made, wanted = found.adapters.merge(frozen)(x), tuned.merge(pair.network)(x)
     assert found.success
     assert made.allclose(wanted, rtol=1e-7, atol=1e-7)
 
 
-def fused_error(found: fitted.FittedAdaptation, x: Tensor) -> float:
+def fused_error(found: FittedAdaptation, x: Tensor) -> float:
     """The mean squared error of the fit before it is carried back."""
     adapted = found.fused_adapters.merge(found.fused.network)
     return float((adapted(x) - found.fused.target(x)).square().mean())
@@ -151,10 +201,10 @@ def fused_error(found: fitted.FittedAdaptation, x: Tensor) -> float:
 def test_fits_lose_to_no_construction_and_no_iteration_makes_them_worse() -> None:
     frozen, target = relu(4, 2, 8)
     x, others = normal(8, 400), normal(8, 800, seed=1)
-    found = fitted.adapt(frozen, target, 2, x, others)
-    built = fnn.adapt(frozen, target, 2, Ball.about(torch.cat([x, others], 1), 1.25))
+    found = adapt_fitted(frozen, target, 2, x, others)
+    built = adapt_relu(frozen, target, 2, Ball.about(torch.cat([x, others], 1), 1.25))
     left, of_built = (
-        fitted.relative_error(each.adapters.merge(frozen), target, others[:, :400])
+        relative_error(each.adapters.merge(frozen)(others[:, :400]), target(others[:, :400]))
         for each in (found, built)
     )
     assert left <= of_built * (1 + 1e-9)
@@ -167,12 +217,12 @@ def test_fits_lose_to_no_construction_and_no_iteration_makes_them_worse() -> Non
 def test_partitions_unequal_ranks_and_linear_ends() -> None:
     frozen, target = relu(5, 2, 6, linear_last=True)
     x, others = normal(6, 100), normal(6, 200, seed=1)
-    found = fitted.adapt(frozen, target, [1, 2, 0, 1, 2], x, others, partition=Partition([2, 3]))
+    found = adapt_fitted(frozen, target, [1, 2, 0, 1, 2], x, others)
     assert found.adapters.ranks == (1, 2, 0, 1, 2)
     better = polish(found, x, others, iterations=20)
     choosing, test = others.tensor_split(2, -1)
     assert fused_error(better, choosing) <= fused_error(found, choosing)
-    error = fitted.relative_error(better.adapters.merge(frozen), target, test)
+    error = relative_error(better.adapters.merge(frozen)(test), target(test))
     assert float(better.error) == pytest.approx(float(error))
 
 
@@ -183,9 +233,9 @@ def test_degenerate_inputs(kind: str) -> None:
     other = {"few": x[:, :2], "repeated": x[:, :1].expand(6, 9), "zeros": 0 * x}
     x = other.get(kind, constant)
     for frozen, target in (relu(2, 1, 6), relu(4, 2, 6)):
-        assert fitted.adapt(frozen, target, 3, x, others).error < 1e-18
-        assert fitted.adapt(frozen, target, 1, x, others).error.isfinite()
-        assert polish(fitted.adapt(frozen, target, 1, x, others), x, others).error.isfinite()
+        assert adapt_fitted(frozen, target, 3, x, others).error < 1e-18
+        assert adapt_fitted(frozen, target, 1, x, others).error.isfinite()
+        assert polish(adapt_fitted(frozen, target, 1, x, others), x, others).error.isfinite()
 
 
 @given(st.integers(2, 6), st.integers(0, 4), st.booleans(), dtypes, seeds)
@@ -195,8 +245,8 @@ def test_nearest_layers_are_the_nearest(
     frozen, target = (n.to(dtype) for n in relu(4, 2, width, seed=seed, linear_last=linear_last))
     mixed = normal(width, width, seed=seed) ** 3
     x = (1 + mixed @ normal(width, 50, seed=seed + 1)).to(dtype)
-    pair = fused.fuse(frozen, target, min(rank, width))
-    near = fitted.nearest(pair, x).merge(pair.network)
+    pair = fuse(frozen, target, min(rank, width))
+    near = nearest(pair, x).merge(pair.network)
     assert isinstance(near, FNN)
     assert near.linear_last == linear_last
     z, eps = x, torch.finfo(dtype).eps

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from strategies import batch_shapes, conditioned, dtypes, of_widths, plain_splitting, seeds
 
 from lorapower import InputError, SingularError, lowrank
-from lorapower.constructions import linear
+from lorapower.constructions import adapt_linear
 from lorapower.networks import Gap, LinearNetwork
 
 Norm = Literal["fro"] | float
@@ -44,7 +44,7 @@ def test_measured_error_is_the_predicted_one(
     other = data.draw(st.sampled_from([batch, ()])) if other != batch else batch
     frozen = conditioned(depth, width, batch_shape=batch, seed=seed, dtype=dtype)
     target = LinearNetwork.random(1, width, batch_shape=other, seed=seed, dtype=dtype)
-    solution = linear.adapt(frozen, target, ranks)
+    solution = adapt_linear(frozen, target, ranks)
     adapted = solution.adapters.merge(frozen)
     assert solution.adapters.ranks == tuple(ranks)
     assert solution.condition_numbers.shape == (*batch, depth)
@@ -76,10 +76,10 @@ def test_one_rank_for_layers_of_any_sizes(widths: list[int], rank: int, seed: in
     except InputError as refused:
         for R in range(1, max(sides) + 1):
             with pytest.raises(InputError, match=f"^{re.escape(str(refused))}$"):
-                linear.adapt(frozen, target, R)
+                adapt_linear(frozen, target, R)
         return
     for R in range(max(sides) + 1):
-        found = linear.adapt(frozen, target, R)
+        found = adapt_linear(frozen, target, R)
         off = distance(found.adapters.merge(frozen), target)
         if R < threshold:
             assert found.spectral_error >= 1 / 2 - 1e-10
@@ -94,8 +94,8 @@ def test_alternatives_rescue_what_the_plain_splitting_loses() -> None:
     frozen = LinearNetwork.random(6, 16, batch_shape=(20,), seed=0)
     target = LinearNetwork.random(1, 16, batch_shape=(20,), seed=1)
     with plain_splitting():
-        plain = linear.adapt(frozen, target, 3, rtol=torch.inf)
-    best = linear.adapt(frozen, target, 3)
+        plain = adapt_linear(frozen, target, 3, throw=False)
+    best = adapt_linear(frozen, target, 3)
     assert (best.rounding_error <= plain.rounding_error).all()
     assert best.rounding_error.median() < 1e-3 * plain.rounding_error.median()
 
@@ -104,7 +104,7 @@ def test_alternatives_rescue_what_the_plain_splitting_loses() -> None:
 def test_rank_to_spare_keeps_deep_networks_from_being_singular(depth: int) -> None:
     # Without it the product of so many layers rounds by 1e-8 to 1e3.
     frozen = LinearNetwork.random(depth, 16, batch_shape=(20,), seed=depth)
-    found = linear.adapt(frozen, LinearNetwork.random(1, 16, seed=1), 16)
+    found = adapt_linear(frozen, LinearNetwork.random(1, 16, seed=1), 16)
     assert found.rounding_error.max() < 1e-12
 
 
@@ -150,7 +150,7 @@ def test_every_change_of_the_total_rank_is_reached(
     cuts = sorted(data.draw(st.integers(0, least)) for _ in range(depth - 1))
     ranks = [b - a for a, b in itertools.pairwise([0, *cuts, least])]
     # A target that is 0 but for rounding has no digits of its own to be reached.
-    solution = linear.adapt(frozen, [target], ranks, rtol=torch.inf)
+    solution = adapt_linear(frozen, [target], ranks, throw=False)
     reached = np.eye(width)
     for weight, update, R in zip(frozen.weights, solution.adapters.updates, ranks, strict=True):
         matrix = update.left.numpy() @ update.right.numpy().T
@@ -166,7 +166,7 @@ def test_one_singular_layer_with_rank_to_spare_is_adapted_first(singular: int) -
     U, S, Vh = torch.linalg.svd(weights[singular])
     weights[singular] = (U * torch.where(S > S[-2], S, 0)) @ Vh
     frozen, target = LinearNetwork(weights), LinearNetwork.random(1, 6, seed=4)
-    solution = linear.adapt(frozen, target, 2)
+    solution = adapt_linear(frozen, target, 2)
     assert distance(solution.adapters.merge(frozen), target) < 1e-12
 
 
@@ -180,7 +180,7 @@ def test_a_target_that_is_reached_already_needs_nothing(
         conditioned(depth, width, dtype=dtype),
     ):
         target = LinearNetwork([frozen.product()])
-        solution = linear.adapt(frozen, target, rank)
+        solution = adapt_linear(frozen, target, rank)
         assert all(not update.matrix().any() for update in solution.adapters.updates)
         assert Gap(frozen, target).threshold == 0
 
@@ -191,7 +191,7 @@ def test_rounding_is_not_mistaken_for_a_small_error() -> None:
     frozen = LinearNetwork([diagonal, np.linalg.inv(diagonal)])
     target = LinearNetwork([2 * np.eye(2)])
     assert Gap(frozen, target).threshold == 1
-    solution = linear.adapt(frozen, target, 1)
+    solution = adapt_linear(frozen, target, 1)
     assert distance(solution.adapters.merge(frozen), target) < 1e-12
 
 
@@ -199,6 +199,6 @@ def test_rounding_is_not_mistaken_for_a_small_error() -> None:
 def test_a_network_too_deep_for_the_arithmetic_is_refused(grow: float) -> None:
     frozen = LinearNetwork.random(64, 4).map(lambda weight: grow * weight)
     target = LinearNetwork.random(1, 4, seed=1)
-    with pytest.raises(SingularError, match="more than rtol"):
-        linear.adapt(frozen, target, 1)
-    assert linear.adapt(frozen, target, 1, rtol=torch.inf).rounding_error > 1e-6
+    with pytest.raises(SingularError, match="more than half of the digits"):
+        adapt_linear(frozen, target, 1)
+    assert adapt_linear(frozen, target, 1, throw=False).rounding_error > 1e-6

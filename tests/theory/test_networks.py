@@ -119,7 +119,7 @@ WRONG: list[tuple[nn.Sequential, str]] = [
     (nn.Sequential(nn.ReLU(), FIRST), r"; got ReLU\("),
     (nn.Sequential(FIRST, nn.Flatten()), r"; got Flatten\("),
     (nn.Sequential(nn.Flatten(0), FIRST), r"; got Flatten\("),
-    (nn.Sequential(nn.Linear(2, 2), FIRST), "none between its layers 1 and 2"),
+    (nn.Sequential(nn.Linear(2, 2), FIRST), "none after its layer 1"),
 ]
 
 

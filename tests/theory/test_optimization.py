@@ -19,7 +19,7 @@ from lorapower.lowrank import LowRank
 from lorapower.networks import FNN, LinearNetwork
 from lorapower.networks.layers import product
 from lorapower.training import Fixed, Fresh, Tuning, train, train_fused
-from lorapower.training.dynamics import course
+from lorapower.training.dynamics import flow
 
 
 def relu(depth: int, width: int, seed: int = 0, batch: tuple[int, ...] = ()) -> FNN:
@@ -203,7 +203,7 @@ def test_the_closed_course_is_that_of_an_integration(size: Any, beta: float, rat
     E, B = aligned(size, beta)
     times = np.linspace(0, 8, 9)
     by = integrate(E, B, times, rates)
-    found = course(E, B, torch.from_numpy(times), rates=rates)
+    found = flow(E, B, torch.from_numpy(times), rates=rates)
     for left, right, expected in (
         (found.left, found.right, by.left @ by.right.mT),
         (found.left, found.left, by.left @ by.left.mT),
@@ -219,7 +219,7 @@ def test_the_limit_is_the_best_product_whatever_the_sizes(
     rank, rates = min(rank, into), (1.0, 0.5)
     E, B = aligned((out, into, rank), 0.8, seed=seed)
     late = torch.tensor([1e4], dtype=E.dtype) / rate_of(E, rank, 0.8, rates)
-    torch.testing.assert_close(course(E, B, late, rates=rates).matrix()[0], best(E, rank))
+    torch.testing.assert_close(flow(E, B, late, rates=rates).matrix()[0], best(E, rank))
 
 
 def test_a_direction_that_is_missed_is_never_learned_and_by_a_little_late() -> None:
@@ -232,7 +232,7 @@ def test_a_direction_that_is_missed_is_never_learned_and_by_a_little_late() -> N
     E = (U * S) @ V.mT
     for B, kept, atol in ((rows, [1, 2], 1e-12), (both, [0, 2], 1e-12), (near, [0, 1], 1e-7)):
         limit = (U[:, kept] * S[kept]) @ V[:, kept].mT
-        far = course(E, V @ B, torch.tensor([1000.0], dtype=S.dtype)).matrix()[0]
+        far = flow(E, V @ B, torch.tensor([1000.0], dtype=S.dtype)).matrix()[0]
         torch.testing.assert_close(far, limit, rtol=0, atol=atol)
 
 
@@ -255,6 +255,6 @@ def test_an_aligned_direction_is_learned_as_the_proposition_says(
             wanted = [mp.sqrt(eta_A / eta_B) * mp.mpf(beta) ** 2 * r / (1 - r**2) for r in rho]
             one = torch.ones(1, 1, dtype=torch.float64)
             at = torch.tensor(times, dtype=torch.float64)
-            found = course(sigma * one, beta * one, at, rates=rates).matrix()
+            found = flow(sigma * one, beta * one, at, rates=rates).matrix()
             error = np.abs(found.flatten().numpy() - [float(p) for p in wanted])
             assert error.max() <= 1e-12 * sigma

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lorapower import InputError, bounds
 from lorapower.adapters import Adapters, Tuned
-from lorapower.constructions import attention_only, transformer
-from lorapower.networks import Transformer, from_decoder, to_decoder
-from lorapower.networks.transformer import ACTIVATIONS, PARTS
-from lorapower.training import descend
+from lorapower.constructions import adapt_attention, adapt_transformer
+from lorapower.networks import Decoder, DecoderSettings, Transformer, from_decoder, to_decoder
+from lorapower.networks.attention import ACTIVATIONS, PARTS
+from lorapower.training.descent import descend
 from records.models import DoublePrecision
 
 activations = st.sampled_from(sorted(ACTIVATIONS))
@@ -33,16 +33,18 @@ decoders = st.fixed_dictionaries(
 )
 
 
-def relative(network: Transformer, target: Transformer, x: Tensor) -> float:
+def relative(network: Decoder, target: Decoder, x: Tensor) -> float:
     wanted, found = target(x), network(network.fill(x))
     if not network.settings.final_norm:
         torch.testing.assert_close(found, network.fill(found[..., : target.width, :]))
     return float((found[..., : target.width, :] - wanted).square().mean() / wanted.var())
 
 
-def by_hand(network: Transformer, z: Tensor) -> Tensor:
-    """The definition."""
-    p, settings = network.parameters, network.settings
+def by_hand(network: Transformer | Decoder, z: Tensor) -> Tensor:
+    """The definition; a plain network has neither residual connections nor norms."""
+    p, settings = network.parameters, DecoderSettings(residual=True)
+    settings = network.settings if isinstance(network, Decoder) else settings
+    causal, residual = network.settings.causal, isinstance(network, Decoder) and settings.residual
 
     def norm(z: Tensor, place: str, l: Any) -> Tensor:
         if settings.norm is None:
@@ -56,7 +58,7 @@ def by_hand(network: Transformer, z: Tensor) -> Tensor:
         return made if bias is None else made + bias[l][:, None]
 
     for l in range(network.depth):
-        n, u = norm(z, "1", l), z if settings.residual else torch.zeros_like(z)
+        n, u = norm(z, "1", l), z if residual else torch.zeros_like(z)
         u = u + p["b_O"][l][:, None] if "b_O" in p else u
         for h in range(network.heads):
             group = h * len(p["W_K"][l]) // network.heads
@@ -64,13 +66,13 @@ def by_hand(network: Transformer, z: Tensor) -> Tensor:
             if settings.rotary is not None:
                 queries, keys = (turned(part, settings.rotary) for part in (queries, keys))
             scores = keys.mT @ queries
-            if settings.causal:
+            if causal:
                 scores = scores.masked_fill(torch.ones_like(scores).tril(-1).bool(), -torch.inf)
             u = u + p["W_O"][l, h] @ p["W_V"][l, group] @ n @ scores.softmax(0)
         reads = norm(u, "2", l)
-        active = ACTIVATIONS[settings.activation](affine("1", l, reads))
+        active = ACTIVATIONS[network.settings.activation](affine("1", l, reads))
         made = affine("2", l, active * affine("3", l, reads) if "W_3" in p else active)
-        z = u + made if settings.residual else made
+        z = u + made if residual else made
     if "W_out" in p:
         return p["W_out"] @ z
     return norm(z, "f", ...) if settings.final_norm else z
@@ -92,11 +94,13 @@ def test_it_computes_what_the_definition_says(
     options = kind | {"residual": data.draw(st.booleans(), "residual"), "head_size": 3}
     if data.draw(st.booleans(), "without norms"):
         options["norm"] = None
-    if options["norm"] is not None or options["residual"]:
+    if is_plain := options["norm"] is None and not options["residual"]:
+        options = {name: options[name] for name in ("activation", "causal", "head_size")}
+    else:
         options |= decodes
-    if options["norm"] is not None:
-        options["final_norm"] = data.draw(st.booleans(), "final norm")
-    network = Transformer.random(depth, width, 2, hidden=width + 2, seed=seed, **options)
+        options["final_norm"] = options["norm"] is not None and data.draw(st.booleans(), "final")
+    cls: Any = Transformer if is_plain else Decoder
+    network = cls.random(depth, width, 2, hidden=width + 2, seed=seed, **options)
     x = normal(width, 4, seed=seed)
     expected, trace = by_hand(network, x.clone()), network.trace(x)
     torch.testing.assert_close(network(x), expected)
@@ -106,7 +110,7 @@ def test_it_computes_what_the_definition_says(
 
 
 def test_a_constant_token_has_no_direction() -> None:
-    network = Transformer.random(1, 4, 1, eps=0.0, **PRENORM)
+    network = Decoder.random(1, 4, 1, eps=0.0, **PRENORM)
     x = torch.ones(4, 1).double()
     assert not network.normalize(x).any()
     assert network(x).isfinite().all()
@@ -166,7 +170,7 @@ def test_the_ranks_of_the_theorem_are_exact(
     if not gains:
         vectors = ("g_1", "s_1", "g_2", "s_2")
         target = target.replace(**{name: getattr(frozen, name) for name in vectors})
-    found = transformer.adapt(frozen, target, bounds.transformer_ranks(frozen, target))
+    found = adapt_transformer(frozen, target, bounds.transformer_ranks(frozen, target))
     assert found.success.all()
     x = normal(5, width, 4, seed=seed)
     merged = found.adapters.merge(frozen)
@@ -181,7 +185,7 @@ def test_the_ranks_of_the_theorem_are_exact(
 @given(seeds)
 def test_the_ranks_of_the_theorem_are_exact_without_norms(seed: int) -> None:
     frozen, target = residual_pair(seed, 2, 6, 2, norm=None)
-    found = transformer.adapt(frozen, target, bounds.transformer_ranks(frozen, target))
+    found = adapt_transformer(frozen, target, bounds.transformer_ranks(frozen, target))
     bound = max(1e-20, (1e-15 * float(found.condition_number)) ** 2)
     assert relative(found.adapters.merge(frozen), target, normal(5, 6, 4, seed=seed)) < bound
 
@@ -194,18 +198,19 @@ def test_what_is_called_a_success_is_one(head_size: int, rank: int, seed: int) -
     flat = target.with_parameters([0 * w if n[:3] == "W_Q" else w for n, w in names])
     ranks = dict.fromkeys(frozen.weight_kinds, 6)
     ranks |= dict.fromkeys(PARTS["attention"], min(rank, head_size))
-    found = transformer.adapt(frozen, flat, ranks, throw=False)
-    exact = all(float(part.spectral_error.max()) < 1e-9 for part in found.solutions.values())
+    found = adapt_transformer(frozen, flat, ranks, throw=False)
+    solutions = found.solutions.values()
+    exact = all(float(each.spectral_error.max()) < 1e-9 for each in solutions)
     if exact and found.success:
         assert relative(found.adapters.merge(frozen), flat, normal(9, 6, 4, seed=seed)) < 1e-18
     elif not found.success:
         refused = "non-singular on what norms let through|exactly or not at all"
         with pytest.raises(InputError, match=refused):
-            transformer.adapt(frozen, flat, ranks)
+            adapt_transformer(frozen, flat, ranks)
 
 
 @st.composite
-def unrelated(draw: Any) -> tuple[Transformer, Transformer]:
+def unrelated(draw: Any) -> tuple[Decoder, Decoder]:
     """Draw two networks of which [thm-needed] speaks, with hidden units enough."""
     width, norm = draw(st.integers(4, 9)), draw(norms)
     activation = draw(st.sampled_from(["relu", "gelu", "silu"]))
@@ -233,7 +238,7 @@ def test_every_vertex_is_exact_with_frozen_gains(pair: Any, data: Any) -> None:
         while ranks[kind] and bounds.ranks_suffice(frozen, ranks | {kind: ranks[kind] - 1}):
             ranks[kind] -= 1
     used = {kind: min(rank, *frozen.parameters[kind].shape[-2:]) for kind, rank in ranks.items()}
-    found = transformer.adapt(frozen, target, used)
+    found = adapt_transformer(frozen, target, used)
     merged = found.adapters.merge(frozen)
     for kind in ("g_1", "s_1", "g_2", "s_2"):
         assert torch.equal(merged.parameters[kind], frozen.parameters[kind])
@@ -254,8 +259,8 @@ def test_units_are_ordered_block_by_block() -> None:
         part[0] = frozen.parameters[kind][0]
     near = target.replace(**same)
     stacks = {k: torch.stack([frozen.parameters[k], p]) for k, p in target.parameters.items()}
-    for goal in (near, target.replace(W_2=frozen.W_2), Transformer(stacks, target.settings)):
-        found = transformer.adapt(frozen, goal, ranks).adapters.merge(frozen)
+    for goal in (near, target.replace(W_2=frozen.W_2), Decoder(stacks, target.settings)):
+        found = adapt_transformer(frozen, goal, ranks).adapters.merge(frozen)
         assert relative(found, goal, x) < 1e-20
 
 
@@ -266,7 +271,7 @@ def test_units_that_cannot_be_ordered_stay() -> None:
     errors = []
     for rank in (4, 5, 6):
         ranks = {"W_Q": 2, "W_K": 2, "W_V": 2, "W_O": 2, "W_1": rank, "W_2": 6}
-        found = transformer.adapt(frozen, target, ranks)
+        found = adapt_transformer(frozen, target, ranks)
         errors.append(relative(found.adapters.merge(frozen), target, x))
     assert errors[0] > errors[1] > errors[2]
 
@@ -311,7 +316,7 @@ def test_attention_is_taken_away_though_values_become_singular(norm: Any) -> Non
     target = frozen.with_parameters([0 * w if n[:3] == "W_V" else w for n, w in names])
     v = normal(6, 200)
     ranks = [3 * (name[:3] in ("W_V", "W_O")) for name in frozen.weight_names]
-    built = attention_only(frozen, target, v, ranks).merge(frozen)
+    built = adapt_attention(frozen, target, v, ranks).merge(frozen)
     assert bounds.far_error(built, target, v, 1e5)[0] < 1e-16
     # The feed-forward layers are equal.
     assert bounds.attention_floor(frozen, target, v).value < 1e-28

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from strategies import batch_shapes, dtypes, normal, seeds
 
 from lorapower import InputError, SingularError, bounds, randomness
-from lorapower.constructions import transformer
-from lorapower.constructions._heads import adapt_narrow
+from lorapower.bounds.narrow_heads import narrow_head_ranks
+from lorapower.constructions import adapt_transformer
+from lorapower.constructions.narrow_heads import adapt_narrow_heads
 from lorapower.networks import Gap, Transformer, segments
 
 ADAPTED = Transformer.random(1, 1, 1).adapted_kinds
@@ -61,7 +62,7 @@ def test_exact_at_the_threshold_segment_by_segment(
     )
     rank = int(bounds.transformer_ranks(frozen, target).largest().max())
     assert rank == -(-width // 2)
-    solution = transformer.adapt(frozen, target, rank, rtol=torch.inf)
+    solution = adapt_transformer(frozen, target, rank, throw=False)
     adapted = solution.adapters.merge(frozen)
     assert adapted.batch_shape == batch
     assert torch.equal(adapted.W_1, frozen.W_1)
@@ -96,11 +97,11 @@ def test_a_segment_that_is_reached_needs_nothing() -> None:
     frozen, target = (Transformer.random(1, 5, 2, scale=0.4, seed=s) for s in (1, 2))
     target = target.replace(W_Q=frozen.W_Q, W_K=frozen.W_K)
     ranks = bounds.transformer_ranks(frozen, target)
-    assert ranks.query_key.tolist() == [[0, 0]]
-    assert ranks.value_output.tolist() == [[3, 3]]
-    assert ranks.output == 3
+    assert ranks["query_key"].tolist() == [[0, 0]]
+    assert ranks["value_output"].tolist() == [[3, 3]]
+    assert ranks["output"] == 3
     each = dict.fromkeys(ADAPTED, 3) | {"W_Q": 0, "W_K": 0}
-    solution = transformer.adapt(frozen, target, each)
+    solution = adapt_transformer(frozen, target, each)
     assert relative_error(solution.adapters.merge(frozen), target, tokens(frozen)) < 1e-20
 
 
@@ -119,7 +120,7 @@ def assert_needs(gap: Gap, ranks: list[int], size: int, least: float) -> None:
     """The ranks on the inner side, on the outer side and together; below them errors are larger."""
     for inner, outer in product(range(size + 1), repeat=2):
         enough = inner >= ranks[0] and outer >= ranks[1] and inner + outer >= ranks[2]
-        missed = float(adapt_narrow(gap, inner, outer).rounding_error)
+        missed = float(adapt_narrow_heads(gap, inner, outer).rounding_error)
         assert (missed < 1e-10) if enough else (missed > least)
 
 
@@ -127,7 +128,7 @@ def assert_needs(gap: Gap, ranks: list[int], size: int, least: float) -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(False, False), (True, False), (True, True)])
 def test_a_narrow_target_of_any_rank_needs_what_is_said(k: int, rows: bool, columns: bool) -> None:
     gap = of_rank(k, rows, columns)
-    assert_needs(gap, [int(rank) for rank in gap.pair_ranks[:3]], 3, 1e-4)
+    assert_needs(gap, [int(rank) for rank in narrow_head_ranks(gap)[:3]], 3, 1e-4)
 
 
 def test_frozen_halves_of_lower_rank_need_what_is_said() -> None:
@@ -140,7 +141,7 @@ def test_frozen_halves_of_lower_rank_need_what_is_said() -> None:
     silent = Gap([eye, Y, zero, eye], [eye, torch.stack([y, b]), A, eye])
     empty = Gap([eye, zero.mT, zero, eye], [eye, torch.stack([y, b]), A, eye])
     for gap, ranks in ((hidden, [1, 1, 3]), (silent, [1, 2, 3]), (empty, [2, 2, 2])):
-        assert torch.stack(gap.pair_ranks[:3]).tolist() == ranks
+        assert torch.stack(narrow_head_ranks(gap)[:3]).tolist() == ranks
         assert_needs(gap, ranks, 2, 1e-7)
 
 
@@ -151,7 +152,7 @@ def test_rows_that_take_the_place_of_hidden_ones_are_as_large(width: int, size: 
     X = X * (torch.arange(size) < size // 2)
     eye = torch.eye(width).double()
     gap = Gap([eye, Y, X, eye], [eye, C, A, eye])
-    found = adapt_narrow(gap, size, size)
+    found = adapt_narrow_heads(gap, size, size)
     assert found.rounding_error < 1e-12 * gap.rounding_scale
     assert found.condition_numbers.max() < 1e3
 
@@ -160,13 +161,15 @@ def test_narrow_heads_of_two_ranks_are_adapted_in_one_batch() -> None:
     gaps = [of_rank(k, False, False) for k in (3, 1)]
     sides = ([getattr(gap, side).weights for gap in gaps] for side in ("frozen", "target"))
     both = Gap(*([*map(torch.stack, zip(*side, strict=True))] for side in sides))
-    assert both.pair_ranks.inner.tolist() == [int(gap.pair_ranks.inner) for gap in gaps]
-    assert (adapt_narrow(both, 3, 3).rounding_error < 1e-10).all()
+    assert narrow_head_ranks(both).inner.tolist() == [
+        int(narrow_head_ranks(gap).inner) for gap in gaps
+    ]
+    assert (adapt_narrow_heads(both, 3, 3).rounding_error < 1e-10).all()
 
 
 def test_heads_wider_than_the_tokens_are_like_square_ones() -> None:
     frozen, target = (Transformer.random(1, 4, 2, head_size=6, scale=0.4, seed=s) for s in (1, 2))
-    solution = transformer.adapt(frozen, target, 2)
+    solution = adapt_transformer(frozen, target, 2)
     assert relative_error(solution.adapters.merge(frozen), target, tokens(frozen)) < 1e-20
 
 
@@ -177,7 +180,7 @@ def test_segments_are_of_square_layers_and_ranks_of_kinds() -> None:
     with pytest.raises(InputError, match="W_1 must be square"):
         segments(wide, wide)
     with pytest.raises(InputError, match="one integer, or one for each of W_Q, W_K"):
-        transformer.adapt(small, small, several)
+        adapt_transformer(small, small, several)
 
 
 @pytest.mark.parametrize(("kind", "owner"), [("W_1", ""), ("W_2", ""), ("W_2", "target's ")])
@@ -186,8 +189,10 @@ def test_singular_layers_are_named(kind: str, owner: str) -> None:
     broken = getattr(networks[owner], kind).clone()
     broken[0, 1] = broken[0, 0]
     networks[owner] = networks[owner].replace(**{kind: broken})
-    with pytest.raises(InputError, match=f"^{owner}{kind} of block 1 must be non-singular; got co"):
-        transformer.adapt(networks[""], networks["target's "], 2)
+    with pytest.raises(
+        InputError, match=f"^{owner}{kind} of block 1 must be non-singular; got one"
+    ):
+        adapt_transformer(networks[""], networks["target's "], 2)
 
 
 def test_a_segment_that_cannot_be_reached_is_named() -> None:
@@ -195,9 +200,9 @@ def test_a_segment_that_cannot_be_reached_is_named() -> None:
     zero = torch.zeros_like(frozen.W_Q)
     frozen = frozen.replace(W_Q=zero, W_K=zero)
     with pytest.raises(SingularError, match=r"query–key segment of block \d, head \d"):
-        transformer.adapt(frozen, target, 2)
+        adapt_transformer(frozen, target, 2)
     frozen = Transformer.random(1, 4, 1, batch_shape=(2,))
     frozen = frozen.replace(W_out=torch.zeros(4, 4, dtype=torch.float64))
     ranks = FULL | {"W_2": 4, "W_out": 0}
     with pytest.raises(SingularError, match=r"output segment of batch member 0 \(one of 2 "):
-        transformer.adapt(frozen, Transformer.random(1, 4, 1, seed=2), ranks)
+        adapt_transformer(frozen, Transformer.random(1, 4, 1, seed=2), ranks)

@@ -14,12 +14,12 @@ The *base* is the model before tuning, *tuned* after it. An adapter adds an *upd
 
 from ._errors import InputError, LoraplanError, ResultsError
 from ._export import save_peft
-from ._limits import Evidence, quantile_limit
+from ._limits import LEAST_TEXTS, Evidence, quantile_limit
 from ._measuring import Measured
-from ._texts import LEAST_TEXTS, Text, read_texts
+from ._texts import Text, read_texts
 from .pair import Adapter, Module, Pair
 from .planner import Planner
-from .workflow import Plan, check, extract, plan, prices
+from .workflow import Plan, PlanOptions, check, extract, plan, prices
 
 __all__ = [
     "LEAST_TEXTS",
@@ -31,6 +31,7 @@ __all__ = [
     "Module",
     "Pair",
     "Plan",
+    "PlanOptions",
     "Planner",
     "ResultsError",
     "Text",

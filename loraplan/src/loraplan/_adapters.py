@@ -69,7 +69,7 @@ class MergedCheckpoint:
     def __init__(self, base: Checkpoint, source: str, folder: Path) -> None:
         from peft import PeftConfig, load_peft_weights
 
-        self.base, self.source, self.size = base, source, base.size
+        self.base, self.source = base, source
         #: Where the tokenizer is.
         self.folder = folder if (folder / "tokenizer_config.json").is_file() else base.folder
         try:

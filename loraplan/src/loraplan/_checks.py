@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 
 from ._errors import InputError
@@ -26,6 +27,13 @@ def choice(name: str, value: Any, options: Sequence[str]) -> None:
     """Refuse a value that is not one of the options."""
     if value not in options:
         raise InputError(name, allowed=f"one of {', '.join(map(repr, options))}", value=value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Read ``True`` or ``False``, and nothing that only counts as one of them."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise InputError(name, allowed="True or False", value=value)
 
 
 @contextmanager

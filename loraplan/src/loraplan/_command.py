@@ -23,9 +23,9 @@ from rich.progress import Progress
 from . import _example, workflow
 from ._export import measure_peft, megabytes, most, percent, without_nan
 from ._folders import require_apart
-from ._limits import DOUBT, SIZES, Evidence
+from ._limits import DOUBT, PROMISE, SELDOM, SIZES, UNIT, Evidence, confidence, fewest
 from ._measuring import Measured
-from ._texts import read_texts
+from ._texts import MOST_TEXTS, read_texts
 from .planner import Report
 from .workflow import Plan
 
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 DONE, SHORT = 0, 1
 # Share of tokens unknown to the tokenizer above which it is said.
 UNKNOWN = 0.05
-# What is said of every certificate.
-_PROMISE = "at least 90% of texts like these lose at most"
-_UNIT = "of what tuning typically changes in a text"
 # Seconds between lines of a long stage, where there is no terminal.
 PAUSE = 20.0
 
@@ -80,11 +77,6 @@ class _Options:
     tokens: int | None = _flag("Each text is cut to this many tokens; 128, or as in the plan.")
     any_base: bool = _flag("Take adapters that name another base.", False, "--any-base")
     seed: int = _flag("Draws texts and probes.", 0)
-    dtype: Literal["float32", "bfloat16"] = _flag(
-        "bfloat16: say too what is lost with weights and values of that, and select in it where "
-        "the device has it. Certificates are for float32.",
-        "float32",
-    )
     device: str = _flag("Where networks run: cpu, cuda, cuda:1, mps.", "cpu")
     as_json: bool = _flag("Print the report as JSON and nothing else.", False, "--json")
     quiet: bool = _flag("Report no progress.", False, "--quiet")
@@ -119,7 +111,8 @@ class _PlanOptions(_Options):
     )
     details: bool = _flag("Print the size, rank and loss of each module.", False, "--details")
     thorough: bool = _flag(
-        "Plan with 256 texts of any length, certify with 251, and differentiate twice as much.",
+        f"Plan with {MOST_TEXTS} texts of any length, certify with {fewest(MOST_TEXTS)}, and "
+        "differentiate twice as much.",
         False,
         "--thorough",
     )
@@ -144,12 +137,8 @@ class _ExtractOptions(_PlanOptions):
     """What `extract` and `shrink` take."""
 
     out: Path = _flag("Folder for the adapter.", ...)
-    merged: Path | None = _flag("Folder for the adapted model in full, in float32, too.")
     overwrite: bool = _flag(
-        "Replace what an earlier run has written to these folders, unless files were changed or "
-        "added since.",
-        False,
-        "--overwrite",
+        "Replace an adapter there. A folder with other files is refused.", False, "--overwrite"
     )
 
 
@@ -159,10 +148,20 @@ class _CheckOptions(_Options):
 
     adapter: str = typer.Argument(help="Folder of an adapter that peft reads.", metavar="ADAPTER")
     tuned: str = typer.Argument(help="What it stands in for, as in `plan`.", metavar="TUNED")
+    dtype: Literal["float32", "bfloat16"] = _flag(
+        "bfloat16: say too what is lost with weights and values of that. Certificates are for "
+        "float32.",
+        "float32",
+    )
 
 
 def _command(options: type[_Options], **about: Any) -> Callable[[Callable[[Any], None]], Any]:
-    """Make a function of options a command, whose arguments and flags are their fields."""
+    """Make a function of options a command, whose arguments and flags are their fields.
+
+    Its docstring, with what `_limits` says of certificates, is the command's help.
+    """
+    words = {"promise": PROMISE, "unit": UNIT, "confidence": confidence(), "seldom": SELDOM}
+    words["doubt"] = f"{DOUBT:.0%}"
 
     def decorate(function: Callable[[Any], None]) -> Callable[[Any], None]:
         @functools.wraps(function)
@@ -170,7 +169,8 @@ def _command(options: type[_Options], **about: Any) -> Callable[[Callable[[Any],
             function(options(**given))
 
         run.__dict__["__signature__"] = inspect.signature(options, eval_str=True)
-        app.command(**about)(run)
+        help = inspect.cleandoc(function.__doc__ or "").format(**words)
+        app.command(**{"help": help} | about)(run)
         return function
 
     return decorate
@@ -183,11 +183,11 @@ def plan(options: _PlanOptions) -> None:
     Without --error, --parameters or --rank: a list of sizes and what each is certified to lose, all
     at once, so that you may look and then take one with --parameters.
 
-    With --error the status is 0 if the plan is certified: at least 90% of texts like these lose at
-    most so much of what tuning typically changes in a text. The confidence is 95%: of all first
-    plans made this way, at most one in 20 gets a certificate that is wrong. Texts (or groups of
-    them) must be independent draws. Half of them certify: no adapter is made with these, they only
-    end the search. Losses are measured in float32 on texts as given; nothing is generated.
+    With --error the status is 0 if the plan is certified: {promise} so much {unit}. The confidence
+    is {confidence}: of all first plans made this way, {seldom} gets a certificate that is wrong.
+    Texts (or groups of them) must be independent draws. Half of them certify: no adapter is made
+    with these, they only end the search. Losses are measured in float32 on texts as given; nothing
+    is generated.
     With --estimate only the root mean square over these texts is compared.
     """
     if options.error is options.parameters is options.rank is None and not options.estimate:
@@ -206,7 +206,7 @@ def extract(options: _ExtractOptions) -> None:
     """Write the adapter as a folder that peft reads, with its errors in report.json.
 
     With --error it is written, and the status is 0, if it is certified, as `plan --help` explains;
-    with --parameters or --rank in any case, with what it is certified to lose.
+    with --parameters or --rank if it loses less than the base, with what it is certified to lose.
     """
     _show(_call(workflow.extract, options), options, options.out)
 
@@ -217,7 +217,8 @@ def check(options: _CheckOptions) -> None:
 
     Of an adapter with a certificate it says CONFIRMED, FAILED or, until there are enough texts,
     UNDECIDED, and keeps count in report.json: check again with new texts as often as you like. A
-    wrong certificate is ever confirmed in at most 5% of cases, and a true one fails in at most 5%.
+    wrong certificate is ever confirmed in at most {doubt} of cases, and a true one fails in at most
+    {doubt}.
     The status is 1 if it failed.
     """
     measured = _call(workflow.check, options)
@@ -262,8 +263,8 @@ def _call(function: Callable[..., Any], options: _Options) -> Any:
     if isinstance(options, _PlanOptions):
         given["serving"] = given.pop("form") == "serving"
     files = {name: given[name] for name in ("texts", "held_out") if name in given}
-    for name in given.keys() & {"out", "merged"}:
-        require_apart(name, given[name], files.values())
+    if "out" in given:
+        require_apart("out", given["out"], files.values())
     about = {"models": (given["tuned"], given["base"]), "group": given.pop("group", None)}
     given |= {name: read_texts(file, **about) for name, file in files.items()}
     if options.quiet or options.as_json:
@@ -325,9 +326,9 @@ def _show_prices(prices: pd.DataFrame, options: _PlanOptions) -> None:
     for numbers, size, error, limit in prices.itertuples(index=False):
         lines.append(f"{numbers:>12,} {megabytes(size):>9} {percent(error):>7} {most(limit):>22}")
     _tell([("Prices" * (not k), line) for k, line in enumerate(lines)], wrap=False)
-    by = f"by {prices.attrs['texts']} texts at 95%, for all sizes at once"
+    by = f"by {prices.attrs['texts']} texts at {confidence()}, for all sizes at once"
     rows = [
-        ("Certified", f"the last column, {by}: parts {_UNIT}"),
+        ("Certified", f"the last column, {by}: parts {UNIT}"),
         ("Next", "extract with --parameters NUMBERS and --out FOLDER writes one of these"),
     ]
     _tell(_neighbours(prices.attrs["neighbours_alike"]) + rows)
@@ -337,15 +338,18 @@ def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
     """What was asked, whether it holds, and what the adapter loses and takes."""
     rows, measured, planner = [], plan.measured, plan.planner
     if plan.aim is None:
-        rows += _certificate(measured, f"{1 - DOUBT / SIZES:.1%}, as each size of the price list")
+        rows += _certificate(
+            measured, f"{confidence(DOUBT / SIZES)}, as each size of the price list"
+        )
     elif plan.estimate:
         aim = f"{100 * plan.aim:.4g}%"
         rows.append(("Asked", f"an estimated loss of at most {aim} over the texts to certify with"))
         rows.append(("Verdict", "REACHED, as an estimate" if plan.reached else "NOT REACHED"))
     else:
-        rows.append(("Asked", f"{_PROMISE} {100 * plan.aim:.4g}% {_UNIT}"))
+        rows.append(("Asked", f"{PROMISE} {100 * plan.aim:.4g}% {UNIT}"))
         drawn = ", one of each group," * planner.texts.grouped
-        verdict = f"CERTIFIED by {measured.texts} texts{drawn} at 95% (float32, nothing generated)"
+        verdict = f"CERTIFIED by {measured.texts} texts{drawn} at {confidence()} (float32, nothing "
+        verdict += "generated)"
         made = ". No adapter was made with these texts; they only ended the search"
         rows.append(("Verdict", verdict + made if plan.reached else f"NOT {verdict}"))
     if not plan.reached:
@@ -389,6 +393,9 @@ def _remedy(plan: Plan) -> str:
     if not math.isfinite(plan.stated):
         none = "Tuning changes none of the texts for choosing."
         return f"{none} Give texts on which it does something."
+    if plan.aim is None:
+        less = "NOTHING TO OFFER: without an adapter the base loses less, 100%"
+        return f"{less}. Raise --max-rank or --parameters, or --leave more as in the base."
     high = max(plan.ranks.values(), default=0) >= plan.planner.max_rank
     more = "Raise --max-rank, or allow a larger error." if high else "Allow a larger error."
     nearest = f"The best adapter that was tried loses {most(plan.stated)}"
@@ -400,8 +407,8 @@ def _remedy(plan: Plan) -> str:
 
 def _certificate(measured: Measured, also: str = "") -> list[tuple[str, str]]:
     """What texts certify of an adapter on which they did not decide."""
-    by = f"by {measured.texts} texts at {also or '95%'}"
-    return [("Certified", f"{_PROMISE} {most(measured.certified)} {_UNIT} ({by})")]
+    by = f"by {measured.texts} texts at {also or confidence()}"
+    return [("Certified", f"{PROMISE} {most(measured.certified)} {UNIT} ({by})")]
 
 
 def _evidence(evidence: Evidence, kept: bool) -> list[tuple[str, str]]:
@@ -419,7 +426,7 @@ def _measured(measured: Measured, *, certified: bool = True) -> list[tuple[str, 
     """What an adapter loses, for people; an estimate where texts decided on it."""
     rows = [("Estimate", f"{percent(measured.error)} lost over all {measured.texts} texts")]
     if math.isfinite(measured.own_effect):
-        how = "95%" if certified else "estimate"
+        how = confidence() if certified else "estimate"
         own = f"{most(measured.own_effect)} of what tuning changed in that text ({how})"
         rows.insert(0, ("Own effect", f"9 of 10 texts lose at most {own}"))
     if math.isfinite(measured.agreement):

@@ -18,11 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import _randomness
-from ._folders import Work
+from ._folders import StageCache
 from ._lowrank import LowRank
 from ._measuring import Readout, sum_by_text
 from ._models import has_bfloat16
-from ._streams import Pass, ahead
+from ._streams import TextStates
 from .pair import Module, Sliced
 
 #: Random combinations of a text's outputs that are differentiated.
@@ -67,11 +67,6 @@ class Directions(NamedTuple):
     values: Float[Tensor, " k"]
     shift: Float[Tensor, " out"]
     mean: Float[Tensor, " in"]
-
-    def bias(self, rank: int) -> Float[Tensor, " out"]:
-        """``(E − K_r)μ``, added to the tuned bias beside the best update of a rank."""
-        best = self.update.leading(rank)
-        return self.shift - best.left @ (best.right.mT @ self.mean)
 
 
 class _Metric(NamedTuple):
@@ -144,37 +139,24 @@ def find_directions(
     return Directions(LowRank(left, right), *others)
 
 
-class Pool:
+class Candidates:
     """Directions of modules to choose from, side by side in the order of the modules.
 
-    A direction is a column of the factors of the module's change. ``bundles`` numbers those that
-    are taken together: each alone or, where factors are ``served`` at one rank, which each module
-    pays for, all of the modules that are `Module.fused`.
+    A direction is a column of the factors of the module's change, and ``costs`` as many numbers as
+    that has. ``places`` are those of each module's directions.
     """
 
-    def __init__(
-        self,
-        directions: Mapping[str, Directions],
-        modules: Mapping[str, Module],
-        served: int | None = None,
-    ) -> None:
+    def __init__(self, directions: Mapping[str, Directions], modules: Mapping[str, Module]) -> None:
         costs: list[int] = []
-        bundles: list[int] = []
-        numbers: dict[tuple[str, int] | str, int] = {}
         self.places: dict[str, slice] = {}
-        for name, found in directions.items():
-            module, number = modules[name], len(found.values)
+        for name, leading in directions.items():
+            number = len(leading.values)
             self.places[name] = slice(len(costs), len(costs) + number)
-            costs += [module.cost] * number
-            if served and number:
-                costs[-1] += module.cost * (served - number)
-            keys = (module.fused if served else (name, i) for i in range(number))
-            bundles += [numbers.setdefault(key, len(numbers)) for key in keys]
+            costs += [modules[name].cost] * number
         self.costs = torch.tensor(costs, dtype=torch.float64)
-        self.bundles = torch.tensor(bundles, dtype=torch.int64)
 
 
-def fast(readout: Readout) -> AbstractContextManager[Any]:
+def autocast_bfloat16(readout: Readout) -> AbstractContextManager[Any]:
     """Make products of a language model in bfloat16, where the processor has it."""
     kind = readout.network.device.type
     half = readout.task == "language" and has_bfloat16(kind)
@@ -231,7 +213,7 @@ class Slopes:
 
     def __init__(
         self,
-        passed: Pass,
+        passed: TextStates,
         readout: Readout,
         modules: Mapping[str, Module],
         known: Mapping[str, Directions],
@@ -241,7 +223,7 @@ class Slopes:
         self._network, self._taking, self._known = passed.network, taking, known
         #: Directions of all modules whose stage has been passed.
         self.directions: dict[str, Directions] = {**known}
-        # Of the head: its name, what its directions take in, and the joint root.
+        # Of the head: its name, what its directions take in, and the joint metric.
         self._head: tuple[str, Tensor, Tensor] | None = None
         for name, found in known.items():
             if self._network.has_head_of(name):
@@ -249,15 +231,15 @@ class Slopes:
                 if modules[name].kind == "embedding":
                     # Which are the transpose of a head.
                     taken, given = given, taken
-                self._head = name, taken, readout.root_with(given)
+                self._head = name, taken, readout.logit_metric_with(given)
 
-    def take(
+    def collect_derivatives(
         self,
         find: Callable[[str, Moments | None], Directions | None],
         draw: Callable[[int, Tensor], Sequence[Tensor]] | None,
         *,
         seed: int,
-        work: Work | None = None,
+        work: StageCache | None = None,
         report: Callable[[int, int], None] = lambda *_: None,
     ) -> list[Float[Tensor, "rows directions"]]:
         """Take moments, find directions, and differentiate along them: one pass over all stages.
@@ -275,14 +257,14 @@ class Slopes:
         stages: dict[int, list[str]] = {k: [] for k in range(len(network.blocks), -1, -1)}
         for name in self._modules:
             stages.setdefault(network.stage(name), []).append(name)
-        work, finished = work or Work(None, {}), 0
+        work, finished = work or StageCache(None, {}), 0
         if before := work.find("slopes"):
             finished, once, many, products, kept = before
             for name, (two, *about) in kept.items():
                 self.directions[name] = Directions(LowRank(*two), *about)
         report(finished, len(stages))
-        loaded = ahead([*stages][finished:], network.stage_weights, network.device)
-        for done, (k, weights) in enumerate(loaded, 1 + finished):
+        for done, k in enumerate([*stages][finished:], 1 + finished):
+            weights = network.stage_weights(k)
             runs: dict[int, _Run] = {}
             rows: dict[str, list[Any]] = {n: [] for n in stages[k] if n not in self._known}
             for i in self._taking if k >= 0 else ():
@@ -356,7 +338,7 @@ class Slopes:
         network, passed, last = self._network, self._passed, len(self._network.blocks)
         batch, of_states = passed.batches[i], None
         more: list[Tensor] = []
-        with torch.enable_grad(), fast(self._readout), network.watch(names) as seen:
+        with torch.enable_grad(), autocast_bfloat16(self._readout), network.watch(names) as seen:
             if k < 0:
                 outputs, _ = network.begin(batch, passed.outer)
                 return _Run([], outputs, outputs, None, seen)
@@ -376,14 +358,14 @@ class Slopes:
         """Rows of states with what the head's directions add, nothing here, to differentiate by."""
         if self._head is None:
             return self._readout.rows(states), None
-        _, taken, root = self._head
+        _, taken, metric = self._head
         of_states = states.detach().float() @ taken.to(states.device)
         added = torch.zeros_like(of_states, requires_grad=True)
         both = torch.cat([states, added.to(states)], -1)
-        return self._readout.rows(both, root), of_states, added
+        return self._readout.rows(both, metric), of_states, added
 
 
-class Choice:
+class GreedySelection:
     """Directions in the order in which they are taken, and the gains of any number of them.
 
     To first order gains ``c`` lose ``(c − 1)ᵀH(c − 1)``, where ``H`` are the products of ``J_d``,
@@ -394,14 +376,14 @@ class Choice:
 
     def __init__(
         self,
-        pool: Pool,
+        candidates: Candidates,
         features: Float[Tensor, "rows directions"],
         intensity: float,
         most: float,
         growth: float = _GROWTH,
     ) -> None:
         """Take directions until their cost is at most ``most``; ``intensity`` is ``α``."""
-        self._pool, self._growth = pool, growth
+        self._candidates, self._growth = candidates, growth
         squares = features.square().mean(0)
         # A row for each direction, as some of them are taken often.
         self._rows = (features.mT * ((1 - intensity) / len(features)) ** 0.5).contiguous()
@@ -413,19 +395,14 @@ class Choice:
         self.order = self._pursue(most)
 
     def gains(self, parameters: float) -> Float[Tensor, " directions"]:
-        """Gains of as many whole bundles as this cost pays for; 0 for other directions."""
-        bundles = self._pool.bundles[self.order]
-        costs = self._pool.costs[self.order].cumsum(0)
-        ends = torch.cat([bundles[1:] != bundles[:-1], bundles.new_ones(1, dtype=torch.bool)])
-        paid = (ends[: len(costs)] & (costs <= parameters)).nonzero().flatten()
-        taken = self.order[: int(paid[-1]) + 1 if len(paid) else 0]
+        """Gains of as many directions as this cost pays for; 0 for others."""
+        costs = self._candidates.costs[self.order].cumsum(0)
+        taken = self.order[: int((costs <= parameters).sum())]
         return self._fit(taken, self._inner(taken))
 
     def _pursue(self, most: float) -> Int[Tensor, " taken"]:
-        costs, bundles = self._pool.costs, self._pool.bundles
-        number = int(bundles.max()) + 1
-        price = torch.zeros(number, dtype=costs.dtype).index_add_(0, bundles, costs)
-        free = torch.ones(number, dtype=torch.bool)
+        costs = self._candidates.costs
+        free = torch.ones(len(costs), dtype=torch.bool)
         rest, spent = self._whole, 0.0
         taken: list[Tensor] = []
         inner: Tensor | float = 0.0
@@ -433,23 +410,19 @@ class Choice:
             slopes = self._rows @ rest
             # What texts say nothing of is not taken for its own sake.
             falls = (slopes + self._weights).square() / self._own - self._floor
-            density = torch.zeros_like(price).index_add_(0, bundles, falls) / price
-            density[~free | (price > most - spent)] = 0
+            density = falls / costs
+            density[~free | (costs > most - spent)] = 0
             ranked = density.argsort(descending=True)
-            room = max(self._growth * spent, float(price[ranked[0]]))
-            fits = (price[ranked].cumsum(0) <= min(room, most - spent)) & (density[ranked] > 0)
+            room = max(self._growth * spent, float(costs[ranked[0]]))
+            fits = (costs[ranked].cumsum(0) <= min(room, most - spent)) & (density[ranked] > 0)
             chosen = ranked[: int(fits.long().cumprod(0).sum())]
             if not len(chosen):
                 break
             free[chosen] = False
-            spent += float(price[chosen].sum())
-            # Within a step the best come first.
-            rank = torch.full((number,), number)
-            rank[chosen] = torch.arange(len(chosen))
-            members = (rank[bundles] < number).nonzero().flatten()
-            taken.append(members[rank[bundles[members]].argsort(stable=True)])
+            spent += float(costs[chosen].sum())
+            taken.append(chosen)
             # Those taken before have been multiplied.
-            inner = inner + self._inner(taken[-1])
+            inner = inner + self._inner(chosen)
             together = torch.cat(taken)
             rest = self._whole - self._fit(together, inner)[together] @ self._rows[together]
         return torch.cat(taken) if taken else torch.zeros(0, dtype=torch.int64)
@@ -486,22 +459,22 @@ def predict(features: Tensor, gains: Tensor) -> float:
     return float((features @ (1 - gains)).square().mean())
 
 
-def choose(pool: Pool, fit: Tensor, select: Tensor, parameters: int) -> Choice:
+def choose(candidates: Candidates, fit: Tensor, select: Tensor, parameters: int) -> GreedySelection:
     """Directions for so many parameters, with the intensity that the other sketch chooses."""
 
     def lost(intensity: float) -> float:
-        coarse = Choice(pool, fit, intensity, parameters, _COARSE)
+        coarse = GreedySelection(candidates, fit, intensity, parameters, _COARSE)
         return predict(select, coarse.gains(parameters))
 
-    return Choice(pool, fit, min(INTENSITIES, key=lost), parameters)
+    return GreedySelection(candidates, fit, min(INTENSITIES, key=lost), parameters)
 
 
 def predict_least(
-    pool: Pool, fit: Tensor, select: Tensor, aim: float, numbers: Sequence[int]
+    candidates: Candidates, fit: Tensor, select: Tensor, aim: float, numbers: Sequence[int]
 ) -> int:
     """The first of rising numbers that is predicted to lose at most ``aim``, or the last."""
     for number in numbers:
-        path = Choice(pool, fit, INTENSITIES[len(INTENSITIES) // 2], number, _COARSE)
+        path = GreedySelection(candidates, fit, INTENSITIES[len(INTENSITIES) // 2], number, _COARSE)
         if predict(select, path.gains(number)) <= aim:
             break
     return number

@@ -1,4 +1,4 @@
-"""Adapters in folders: written by peft with a report and a card, merged, and read back."""
+"""Adapters in folders: written by peft with a report and a card, and read back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ._errors import InputError, ResultsError
 from ._folders import rewrite
 from ._limits import Evidence
 from ._lowrank import LowRank
-from ._models import PEFT_CONFIG, Rows, public_name, quiet, tokenizer
+from ._models import PEFT_CONFIG, Rows, public_name, quiet
 from ._streams import Network
 from ._texts import TOKENS
 from .pair import Adapter, Pair
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _DEQUANTIZED = "The base's weights were dequantized; with weights of full precision errors differ."
 _TIED = (
     "Do not merge it with `merge_and_unload` of peft: embeddings and head share their weight, to "
-    "which that adds the factors twice. `loraplan extract --merged DIR` writes the merged model."
+    "which that adds the factors twice. With `--leave embedding` there are none of these."
 )
 _UNEQUAL = (
     "Its modules have different ranks. The converter of llama.cpp takes one `lora_alpha` for all "
@@ -40,6 +40,8 @@ _UNEQUAL = (
     "`loraplan extract --format serving` writes one rank for all."
 )
 REPORT, CARD = "report.json", "README.md"
+#: Names of all files of an adapter.
+FILES = PEFT_CONFIG, "adapter_model.safetensors", REPORT, CARD
 # What peft adds to the names of parameters within an adapter.
 _WRAPPED = re.compile(
     r"\.(base_layer|original_module|token_adapter|modules_to_save\.default)(?=\.)"
@@ -160,9 +162,8 @@ def _wrap(network: Any, ranks: Mapping[str, int], *, biases: bool = False, **opt
         return get_peft_model(network, config)
 
 
-def _peft_options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
+def _peft_options(pair: Pair, adapter: Adapter) -> dict[str, Any]:
     """Say what `save_peft` is to keep beside the factors, without what is in ``leave``."""
-    words = network.get_input_embeddings()
     whole: dict[str, None] = {}
     rows: dict[str, list[int]] = {}
     biases = bool(adapter.biases)
@@ -172,7 +173,7 @@ def _peft_options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
         owner = other.name.rpartition(".")[0]
         if other.kind == "bias":
             biases = True
-        elif network.get_submodule(owner) is words and pair.base.has(other.name):
+        elif other.kind == "embedding" and pair.base.has(other.name):
             rows[owner] = pair.differing_rows(other.name)
         elif owner.startswith(pair.prefix):
             whole[owner] = None
@@ -191,8 +192,28 @@ def _peft_options(pair: Pair, network: Any, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def save(folder: Path, pair: Pair, adapter: Adapter) -> None:
-    """Write an adapter through peft."""
+def _pad(pair: Pair, adapter: Adapter, rank: int | None) -> Adapter:
+    """The same adapter with one rank for servers, by zeros, if there is to be one.
+
+    Modules that servers compute as one (`Module.fused`) get factors together.
+    """
+    if rank is None:
+        return adapter
+    together = {pair.modules[name].fused for name in adapter.factors}
+    factors = {}
+    for name, module in pair.modules.items():
+        if module.fused in together:
+            nothing = LowRank(*(torch.zeros(side, 0) for side in module.shape))
+            update = adapter.factors.get(name, nothing)
+            zeros = (0, rank - update.rank)
+            sides = (nn.functional.pad(side, zeros) for side in (update.left, update.right))
+            factors[name] = LowRank(*sides)
+    return adapter._replace(factors=factors)
+
+
+def save(folder: Path, pair: Pair, adapter: Adapter, rank: int | None = None) -> None:
+    """Write an adapter through peft, for servers with one ``rank`` for all its modules."""
+    adapter = _pad(pair, adapter, rank)
     read = pair.reader(Adapter({}, adapter.biases))
     skeleton = pair.skeleton("base")
     words, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
@@ -200,7 +221,7 @@ def save(folder: Path, pair: Pair, adapter: Adapter) -> None:
     embeds = any(pair.modules[name].kind == "embedding" for name in adapter.factors)
     # A head that is tied to embeddings with factors needs them, to share them, on a device.
     network = pair.network("base", read) if tied and embeds else pair.build(empty=True)
-    options = _peft_options(pair, network, adapter)
+    options = _peft_options(pair, adapter)
     with quiet():
         wrapped = _attach(network, adapter.factors, **options)
         model = wrapped.base_model.model
@@ -222,16 +243,6 @@ def save(folder: Path, pair: Pair, adapter: Adapter) -> None:
 def plain_name(name: str) -> str:
     """The name that a parameter has without the adapter into which peft has wrapped it."""
     return _WRAPPED.sub("", name)
-
-
-def save_merged(folder: Path, pair: Pair, adapter: Adapter) -> None:
-    """Write the base with an adapter merged into it, and the tokenizer."""
-    # peft would add what embeddings and a tied head share twice.
-    merged = pair.network(adapter)
-    with quiet():
-        merged.config.use_cache = True
-        merged.save_pretrained(folder)
-        tokenizer(str(pair.tuned.folder)).save_pretrained(folder)
 
 
 def load(folder: Path | str, pair: Pair, device: torch.device) -> Network:
@@ -307,12 +318,13 @@ def load_merged(folder: str, pair: Pair, device: torch.device) -> Network | None
     return None
 
 
-def estimate(pair: Pair, adapter: Adapter) -> tuple[int, int]:
-    """Count the numbers that saving would write, and about how many bytes they take."""
+def estimate(pair: Pair, adapter: Adapter, rank: int | None = None) -> tuple[int, int]:
+    """Count the numbers that `save` would write, and about how many bytes they take."""
     from peft import get_peft_model_state_dict
 
+    adapter = _pad(pair, adapter, rank)
     network = pair.build(empty=True)
-    wrapped = _wrap(network, adapter.ranks, **_peft_options(pair, network, adapter))
+    wrapped = _wrap(network, adapter.ranks, **_peft_options(pair, adapter))
     with quiet():
         tensors = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     numbers = sum(tensor.numel() for tensor in tensors.values())

@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,9 +19,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ._errors import InputError, ResultsError
-
-#: A file with the digests and the names of those that were written to its folder with it.
-WRITTEN = ".loraplan"
 
 
 def digest(file: Path) -> str:
@@ -61,6 +59,12 @@ def digest_numbers(tensors: Iterable[Tensor]) -> str:
     return found.hexdigest()[:16]
 
 
+def versions() -> dict[str, str]:
+    """Find the versions of the packages on which results depend."""
+    names = "loraplan", "torch", "transformers", "peft"
+    return {name: metadata.version(name) for name in names}
+
+
 def nearest(folder: Path) -> Path:
     """Find the folder, or the first above it that exists."""
     return next(part for part in (folder, *folder.parents) if part.exists())
@@ -75,22 +79,30 @@ def require_apart(name: str, place: Path | str, inputs: Iterable[Path | str]) ->
             raise InputError(name, "apart from all that is read", f"{folder}, where {other} is")
 
 
-def require_free(name: str, place: Path | str, *, overwrite: bool) -> Path:
-    """Find the folder to write to: a new or empty one or, to overwrite, one that has `WRITTEN`."""
+def require_free(
+    name: str, place: Path | str, *, overwrite: bool, own: Collection[str] = ()
+) -> Path:
+    """Find the folder to write to: new, empty or, to overwrite, with all ``own`` files alone."""
     folder = Path(place).expanduser()
     above = nearest(folder.absolute().parent)
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(name, "in a folder that can be written to", f"{folder}, in {above}")
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return folder
-    written = (folder / WRITTEN).is_file()
-    if not written or not overwrite:
-        remedy = "name another" + ", or replace it with --overwrite (overwrite=True)" * written
-        raise InputError(name, "a new folder, or one that this command has written", folder, remedy)
-    if others := _others(folder):
-        given, remedy = f"{folder}, where {others[0]} is another", "move that, or name another"
-        raise InputError(name, "a folder whose files are as this command wrote them", given, remedy)
+    names = _names(folder)
+    if names and not (overwrite and names == {*own}):
+        others = sorted(names - {*own})
+        given = f"{folder}, with {others[0]}" if others and folder.is_dir() else folder
+        remedy = "name another"
+        if names == {*own}:
+            remedy += ", or replace it with --overwrite (overwrite=True)"
+        raise InputError(name, "a new folder, or one that this command has written", given, remedy)
     return folder
+
+
+def _names(folder: Path) -> set[str]:
+    """Name what is in a folder; a file names itself."""
+    if not folder.is_dir():
+        return {folder.name} if folder.exists() else set()
+    return {path.name for path in folder.iterdir()}
 
 
 @contextlib.contextmanager
@@ -119,10 +131,10 @@ def _replacing(file: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def write_folder(folder: Path, *, listed: bool = False) -> Iterator[Path]:
+def write_folder(folder: Path, *, own: Collection[str] = ()) -> Iterator[Path]:
     """Give a folder to fill, which takes its name when complete and is gone if anything fails.
 
-    If it is ``listed`` what is written, another one may replace that.
+    It takes the place of one with all ``own`` files and nothing else.
     """
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -130,15 +142,11 @@ def write_folder(folder: Path, *, listed: bool = False) -> Iterator[Path]:
             new, old = Path(scratch, "new"), Path(scratch, "old")
             new.mkdir()
             yield new
-            files = sorted(file for file in new.rglob("*") if file.is_file())
             for file in new.rglob("*"):
                 file.chmod(0o755 if file.is_dir() else 0o644)
-            if listed:
-                lines = (f"{digest(file)}  {file.relative_to(new).as_posix()}\n" for file in files)
-                (new / WRITTEN).write_text("".join(lines), encoding="utf-8")
             if folder.exists():
-                if others := _others(folder):
-                    problem = f"has {others[0]}, which this command has not written"
+                if (names := _names(folder)) and names != {*own}:
+                    problem = f"has {', '.join(sorted(names))}, which this command has not written"
                     raise ResultsError(folder, problem, remedy="move it, or name another folder")
                 folder.rename(old)
             try:
@@ -150,49 +158,35 @@ def write_folder(folder: Path, *, listed: bool = False) -> Iterator[Path]:
 
 
 def rewrite(file: Path, text: str) -> None:
-    """Replace a file; if it was as this command wrote it, the list in its folder follows."""
-    listing, before = file.with_name(WRITTEN), digest(file)
+    """Replace a file by a whole one."""
     with _replacing(file) as partial:
         partial.write_text(text, encoding="utf-8")
-    if listing.is_file():
-        entry, now = f"{before}  {file.name}\n", f"{digest(file)}  {file.name}\n"
-        listed = listing.read_text("utf-8").replace(entry, now)
-        with _replacing(listing) as partial:
-            partial.write_text(listed, encoding="utf-8")
 
 
-def _others(folder: Path) -> list[str]:
-    """Name the files of a folder that are not as they were written with its list."""
-    listing = folder / WRITTEN
-    lines = listing.read_text("utf-8", "replace").splitlines() if listing.is_file() else []
-    known = {name: kept for kept, _, name in (line.partition("  ") for line in lines)}
-    files = (file for file in sorted(folder.rglob("*")) if file.is_symlink() or file.is_file())
-    names = (file.relative_to(folder).as_posix() for file in files if file != listing)
-    return [n for n in names if not (folder / n).is_file() or digest(folder / n) != known.get(n)]
-
-
-class Work:
+class StageCache:
     """Results of finished stages in a folder, from which a run that was killed goes on.
 
     They are tensors by name, each written whole or not at all; without a folder nothing. Raises
-    `InputError` for a folder with something else than results ``about`` the same, and
-    `ResultsError` for one that cannot be written.
+    `InputError` for a folder with something else than results ``about`` the same from the same
+    `versions`, and `ResultsError` for one that cannot be written.
     """
 
     def __init__(self, folder: Path | str | None, about: Mapping[str, Any]) -> None:
         self._folder = None if folder is None else Path(folder).expanduser()
         if self._folder is None:
             return
-        text, file = json.dumps(about, sort_keys=True, indent=2), self._folder / "about.json"
+        text = json.dumps({**about, "versions": versions()}, sort_keys=True, indent=2)
+        file = self._folder / "about.json"
         with writing(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             there = file.read_text("utf-8") if file.is_file() else None
             others = [path for path in self._folder.iterdir() if not path.name.startswith(".")]
         if there != text and others:
-            allowed = "a new folder, or that of a run with these models, texts and options"
+            allowed = (
+                "a new folder, or that of a run with these models, texts, options and versions"
+            )
             raise InputError("work", allowed, folder, "name another folder, or remove this one")
-        with _replacing(file) as partial:
-            partial.write_text(text, encoding="utf-8")
+        rewrite(file, text)
 
     def find(self, name: str) -> Any:
         """Find what was saved by a name; ``None`` if nothing was."""

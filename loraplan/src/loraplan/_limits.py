@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +14,15 @@ from numpy.typing import NDArray
 
 #: The share of texts that a certificate speaks of.
 SHARE = 0.9
-#: How often a certificate may be wrong.
+#: How often a certificate may be wrong. All that is said of the confidence follows from this.
 DOUBT = 0.05
 #: Sizes of adapters that are certified together, each at this part of the doubt.
 SIZES = 7
+#: What is certified and what it is a part of, in words.
+PROMISE = f"at least {SHARE:.0%} of texts like these lose at most"
+UNIT = "of what tuning typically changes in a text"
+#: How often a certificate of first plans is wrong, in words.
+SELDOM = f"at most one in {1 / DOUBT:.3g}"
 # Evidence for or against a certificate is enough at this logarithm of a likelihood ratio.
 _ENOUGH = math.log(1 / DOUBT)
 # Logarithms of likelihood ratios of one text that does not exceed a limit and of one that does: if
@@ -23,6 +30,11 @@ _ENOUGH = math.log(1 / DOUBT)
 _RATIOS = [(math.log(0.95 / 0.9), math.log(0.5)), (math.log(0.8 / 0.9), math.log(2))]
 # Of independent draws 1% have a larger rank correlation of neighbours, in units of its spread.
 _ALIKE = 2.33
+
+
+def confidence(doubt: float = DOUBT) -> str:
+    """Write the confidence of a certificate for people."""
+    return f"{1 - doubt:.1%}".replace(".0%", "%")
 
 
 def ratio(squares: NDArray[np.float64], effect: NDArray[np.float64]) -> float:
@@ -49,6 +61,11 @@ def allowed(texts: int, doubt: float = DOUBT) -> int:
     return most - int(scipy.stats.binom.cdf(most, texts, 1 - SHARE) > doubt)
 
 
+#: Texts that each part needs, or groups of them: two of these may exceed what they certify, of
+#: fewer one; and fewer say little about the inputs of modules.
+LEAST_TEXTS = next(n for n in itertools.count(1) if allowed(n) == 2)
+
+
 def fewest(texts: int) -> int:
     """Find the fewest texts of which as many may exceed a limit as of so many [prop-certificate].
 
@@ -58,13 +75,27 @@ def fewest(texts: int) -> int:
 
 
 def quantile_limit(losses: NDArray[np.float64], doubt: float = DOUBT) -> float:
-    """Compute an upper limit at 95% of what 90% of texts lose at most [prop-certificate].
+    """Compute an upper limit of what 90% of texts lose at most [prop-certificate].
 
     It holds for any distribution from which the ``losses``, ``[n]``, were drawn independently, but
-    for a share ``doubt`` of such draws. Infinite for too few losses: fewer than 29, at 95%.
+    for a share ``doubt`` of such draws. Infinite for too few losses: fewer than 29 at 0.05.
     """
     exceeding = allowed(len(losses), doubt)
     return math.inf if exceeding < 0 else float(np.sort(losses)[-1 - exceeding])
+
+
+def search(
+    lost: Callable[[int], float], number: int, start: int, aim: float, *, estimate: bool = False
+) -> int:
+    """Find the last of adapters before the first that loses more than the aim [prop-certificate].
+
+    Of so many, from large to small, those from ``start`` on are tried. If the first one misses, it
+    is that; for an ``estimate`` the first from there to larger ones that does not. A loss that is
+    no number ends the search.
+    """
+    if estimate and lost(start) > aim:
+        return next((k for k in reversed(range(start)) if not lost(k) > aim), 0)
+    return max(itertools.takewhile(lambda k: lost(k) <= aim, range(start, number)), default=start)
 
 
 class Evidence(NamedTuple):
@@ -94,8 +125,8 @@ class Evidence(NamedTuple):
     def verdict(self) -> str:
         """``"failed"``, ``"confirmed"`` or ``"undecided"``.
 
-        A certificate that is wrong is ever confirmed in at most 5% of cases, however often one
-        checks, and a true one ever fails in at most 5%.
+        A certificate that is wrong is ever confirmed in at most a share ``DOUBT`` of cases, however
+        often one checks, and a true one ever fails in at most as many.
         """
         if self.contradicting >= _ENOUGH:
             return "failed"

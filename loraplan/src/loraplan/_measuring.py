@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._limits import DOUBT, Evidence, quantile_limit, ratio
-from ._streams import Network, Pass, advance, centre
+from ._streams import Network, TextStates, advance, centre
 from ._texts import Batch
 from .pair import Task
 
@@ -67,7 +67,7 @@ class Measured(NamedTuple):
         Whether that file has the evidence now, so that the next check goes on from there.
     bfloat16 : float
         The error of the adapter, merged, with weights and values in bfloat16, against the tuned
-        outputs in float32; NaN unless asked for, and where peft cannot merge the adapter.
+        outputs in float32; NaN unless a check asks for it, and where peft cannot merge the adapter.
     tuned_bfloat16 : float
         The same of the tuned network.
     differing : dict
@@ -112,17 +112,20 @@ class Readout:
 
     ``states`` have a row for each text, or each token: last hidden states, or a classifier's logits
     minus their mean. A language model's logits minus their mean are linear in its states, so that
-    their distances are those of ``states @ root.T`` with few columns. Their second moments need no
-    logits, as many of which there are as words. Only where the model caps logits, as Gemma 2 does,
-    is ``root`` the weight of the head itself.
+    their distances are those of ``states @ logit_metric.T`` with few columns. Their second moments
+    need no logits, as many of which there are as words. Only where the model caps logits, as Gemma
+    2 does, is ``logit_metric`` the weight of the head itself.
     """
 
     def __init__(self, network: Network) -> None:
         self.network, self.task = network, network.task
-        self.root = self.root_with(None) if self.task == "language" else None
+        language = self.task == "language"
+        self.logit_metric = self.logit_metric_with(None) if language else None
 
-    def root_with(self, columns: Float[Tensor, "words more"] | None) -> Float[Tensor, "all all"]:
-        """``root`` of this head, with more columns that logits are made of beside its own."""
+    def logit_metric_with(
+        self, columns: Float[Tensor, "words more"] | None
+    ) -> Float[Tensor, "all all"]:
+        """Find the metric of logits of this head and of more columns that they are made of."""
 
         def rows() -> Iterator[Tensor]:
             done = 0
@@ -142,16 +145,16 @@ class Readout:
         values, vectors = torch.linalg.eigh(total.cpu())
         return (values.clamp(0).sqrt()[:, None] * vectors.mT).to(mean)
 
-    def rows(self, states: Float[Tensor, "rows n"], root: Tensor | None = None) -> Tensor:
-        """Rows with the distances of outputs of this head, or of another ``root``."""
-        root = self.root if root is None else root
-        if root is None:
+    def rows(self, states: Float[Tensor, "rows n"], metric: Tensor | None = None) -> Tensor:
+        """Rows with the distances of outputs of this head, or of another metric."""
+        metric = self.logit_metric if metric is None else metric
+        if metric is None:
             return states
-        values, cap = states @ root.to(states).mT, self.network.cap
+        values, cap = states @ metric.to(states).mT, self.network.cap
         return centre(cap * (values / cap).tanh()) if cap else values
 
 
-class Reference:
+class TunedOutputs:
     """The tuned network's states on some texts, and ``effect``, ``‖f_0 − f̄‖²`` of each text."""
 
     def __init__(self, batches: Sequence[Batch], readout: Readout, states: list[Tensor]) -> None:
@@ -173,11 +176,11 @@ class Reference:
         self.effect = compared.squares
         self._accuracies = float(compared.right.mean()), float(decided.double().mean())
 
-    def longest(self, part: float) -> Reference:
+    def longest(self, part: float) -> TunedOutputs:
         """Take the batches of the longest texts that are at least this part of all."""
         sizes = np.cumsum([len(batch.input_ids) for batch in reversed(self.batches)])
         number = 1 + int(np.searchsorted(sizes, part * sizes[-1]))
-        return Reference(self.batches[-number:], self.readout, self.states[-number:])
+        return TunedOutputs(self.batches[-number:], self.readout, self.states[-number:])
 
     @torch.no_grad()
     def rounding(self) -> float:
@@ -211,6 +214,10 @@ class Reference:
         """``η`` of a network with these squared distances."""
         return ratio(squares, self.effect)
 
+    def stated(self, squares: NDArray[np.float64]) -> float:
+        """The error or, if that is more, what these texts certify."""
+        return max(self.error(squares), quantile_limit(self.losses(squares)))
+
     def losses(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
         """The part of the tuning's typical effect that each text loses."""
         typical = math.sqrt(self.effect.mean()) if math.isnan(self.typical) else self.typical
@@ -220,7 +227,7 @@ class Reference:
     def squares(self, network: Network, states: list[Tensor]) -> NDArray[np.float64]:
         """Measure the squared distance of each text's outputs from the tuned network's."""
         readout = self.readout
-        if readout.root is None or (network.same_head and not readout.network.cap):
+        if readout.logit_metric is None or (network.same_head and not readout.network.cap):
             # Of one head, so that states tell distances.
             offs = (x.float() - y for x, y in zip(states, self.states, strict=True))
             parts = (readout.rows(off).double().square().sum(-1) for off in offs)
@@ -325,10 +332,10 @@ def _sum(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, " rows"]:
     return rows.sum(-1, dtype=torch.float64).cpu()
 
 
-class Trial(NamedTuple):
+class Measurement(NamedTuple):
     """What a network gives for texts of which the tuned network's states are known."""
 
-    reference: Reference
+    reference: TunedOutputs
     network: Network
     states: list[Tensor]
 
@@ -342,12 +349,12 @@ class Trial(NamedTuple):
         return self.reference.compare(self.network, self.states)
 
 
-def run_trials(trials: Sequence[tuple[Network, Reference]]) -> list[Trial]:
+def measure_networks(networks: Sequence[tuple[Network, TunedOutputs]]) -> list[Measurement]:
     """Pass texts through networks, all together, block by block."""
-    passes = [Pass(network, reference.batches) for network, reference in trials]
+    passes = [TextStates(network, reference.batches) for network, reference in networks]
     advance(passes)
-    each = zip(trials, passes, strict=True)
-    return [Trial(reference, network, one.states) for (network, reference), one in each]
+    each = zip(networks, passes, strict=True)
+    return [Measurement(reference, network, one.states) for (network, reference), one in each]
 
 
 def _parts(squares: NDArray[np.float64], wholes: NDArray[np.float64]) -> NDArray[np.float64]:

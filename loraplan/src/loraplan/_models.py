@@ -73,8 +73,6 @@ _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _TYPES = {"F32", "F16", "BF16", "I64", "BOOL"}
 # What libraries raise for files that they cannot read.
 _UNREADABLE = OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError
-# Where Linux says what memory a container may have.
-_CGROUP = Path("/sys/fs/cgroup")
 # Notices on the stream for errors; a higher level of this logger silences them.
 _LOG = logging.getLogger("loraplan")
 
@@ -326,11 +324,6 @@ class Checkpoint:
                 given = f"{key} with {bad} entries that are NaN or infinite"
                 raise InputError(self.name, "of finite weights", given)
 
-    @property
-    def size(self) -> int:
-        """How many bytes the files take."""
-        return sum(file.stat().st_size for file in {about[0] for about in self._tensors.values()})
-
     def shape(self, key: str) -> tuple[int, ...]:
         """The sizes of a tensor."""
         return self._tensors[key][2]
@@ -385,22 +378,11 @@ def has_bfloat16(device: str) -> bool:
     return device == "cpu" and any(has() for has in own)
 
 
-def free_memory() -> float:
-    """Find how many bytes of memory are free, on this machine and in this container."""
-    import psutil  # type: ignore[import-untyped]
-
-    free = float(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        limit, used = (int((_CGROUP / f"memory.{n}").read_text()) for n in ("max", "current"))
-        parts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        # Copies of files are dropped when memory is needed.
-        free = min(free, limit - used + int(parts["active_file"]) + int(parts["inactive_file"]))
-    return free
-
-
 def require_memory(needed: float) -> str:
     """Say how much memory work takes and how much is free; refuse it if that is too little."""
-    need, free = f"about {needed / 1e9:.1f} GB", free_memory()
+    import psutil  # type: ignore[import-untyped]
+
+    need, free = f"about {needed / 1e9:.1f} GB", float(psutil.virtual_memory().available)
     if free < needed:
         given, remedy = f"{free / 1e9:.1f} GB", "free some, or take a machine that has more"
         raise InputError("free memory", f"{need} at least, for models of this size", given, remedy)
@@ -411,7 +393,7 @@ def require_device(device: str) -> torch.device:
     """Find a device that holds numbers; raises `InputError` if torch has none of this name."""
     try:
         found = torch.empty(0, device=device).device
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
         raise InputError("device", "one that torch finds here", value=device) from error
     if found.type == "meta":
         raise InputError("device", "one that holds numbers", "meta, which has none")

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -28,7 +27,6 @@ _WORDS = 2**12
 _Given: TypeAlias = list[tuple[tuple[Any, ...], dict[str, Any]]]
 # Weights that are in no block; of word embeddings only rows of some words, and these, if not None.
 _Outer: TypeAlias = tuple[dict[str, Tensor], Tensor | None]
-_Job = TypeVar("_Job")
 
 
 class Network:
@@ -265,7 +263,7 @@ def stream(
     return Network(pair, skeleton, read or pair.reader(which), factors=factors, **about)
 
 
-class Pass:
+class TextStates:
     """Texts on their way through a network.
 
     Of the first ``keep`` batches ``kept`` has what each block was given. At the end ``states`` are
@@ -298,35 +296,17 @@ class Pass:
 
 
 @torch.no_grad()
-def advance(passes: Sequence[Pass], report: Callable[[int, int], None] = lambda *_: None) -> None:
+def advance(
+    passes: Sequence[TextStates], report: Callable[[int, int], None] = lambda *_: None
+) -> None:
     """Pass all texts through their networks, which read a block of the same number in turn."""
     if not passes:
         return
     jobs = [(k, each) for k in range(len(passes[0].network.blocks)) for each in passes]
     report(0, len(jobs))
-    loaded = ahead(jobs, lambda job: job[1].network.stage_weights(job[0]), passes[0].network.device)
-    for done, ((k, each), weights) in enumerate(loaded, 1):
-        each.step(k, weights)
-        # Before the next ones are read.
-        del weights
+    for done, (k, each) in enumerate(jobs, 1):
+        each.step(k, each.network.stage_weights(k))
         report(done, len(jobs))
-
-
-def ahead(
-    jobs: Sequence[_Job], load: Callable[[_Job], dict[str, Tensor]], device: torch.device
-) -> Iterator[tuple[_Job, dict[str, Tensor]]]:
-    """Load the weights for each job; those of the next one while another device computes."""
-    if device.type == "cpu":
-        for job in jobs:
-            yield job, load(job)
-        return
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(load, jobs[0])
-        for job, following in zip(jobs, [*jobs[1:], None], strict=True):
-            weights = coming.result()
-            if following is not None:
-                coming = pool.submit(load, following)
-            yield job, weights
 
 
 def centre(logits: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:

@@ -22,13 +22,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from . import _checks, _randomness
 from ._errors import InputError
-from ._limits import fewest
+from ._limits import LEAST_TEXTS, fewest
 from ._models import find, quiet, reason, tokenizer
 from .pair import COUNTED_FROM_PADDING, Pair
 
-#: Texts that each part needs, or groups of them: of 61 two may exceed what they certify, of fewer
-#: one; and fewer say little about the inputs of modules.
-LEAST_TEXTS = 61
 #: At most so many texts of each part are used, as time grows with them.
 MOST_TEXTS = 256
 # About so many tokens of each part, unless `LEAST_TEXTS` have more or all are to be used.
@@ -238,11 +235,15 @@ def _shuffle(
     used: Collection[str] = (),
 ) -> list[_Group]:
     """Groups of texts that are not empty, none of them used, in random order, and theirs too."""
-    if isinstance(given, str):
-        raise InputError(name, "a list of texts", "one text")
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise InputError(name, "a list of texts", "one text" if isinstance(given, str) else given)
     found: dict[str | int, _Group] = {}
     for place, each in enumerate(given):
         text = Text(each) if isinstance(each, str) else each
+        if not (isinstance(text, Text) and isinstance(text.text, str)):
+            raise InputError(name, "of str or Text", value=each, remedy="write Text(text, label)")
+        if not isinstance(text.group, str | None):
+            raise InputError(name, "of groups with a str for a name", value=text.group)
         if _SURROGATE.search(text.text):
             allowed = "of whole characters, not of halves of surrogate pairs"
             raise InputError(name, allowed, value=text.text)

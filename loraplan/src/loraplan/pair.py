@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from . import _checks
 from ._adapters import MergedCheckpoint
 from ._errors import InputError
 from ._folders import sample
@@ -41,9 +42,8 @@ _TASKS: dict[str, Task] = {
     "Model": "encoder",
 }
 KINDS = ("bias", "norm", "embedding", "head")
-# Entries of a configuration that do not change what a network computes of texts: names and labels,
-# what only training or memory depends on, and what other entries or the weights' shapes say too.
-# All others count, also those that transformers does not declare.
+# Entries of a configuration that are not listed where they differ: names and labels, what only
+# training or memory depends on, and what other entries or the weights say too.
 _HARMLESS = re.compile(
     "_name_or_path|architectures|transformers_version|unsloth_.*|(torch_)?dtype|task_specific_params"
     "|id2label|label2id|problem_type|finetuning_task|.*_token_id|vocab_size"
@@ -51,17 +51,13 @@ _HARMLESS = re.compile(
     "|return_dict|output_attentions|output_hidden_states|pretraining_tp|max_window_layers"
     r"|transformers\.js_config|sentence_transformers"
 )
-# Entries that say where tokens are and how far they see. A tuned model may have others than the
-# base, with which adapters are served: networks are computed so, and what that loses counts.
-_SERVED = re.compile(
-    "rope_.*|(global|local)_rope_theta|partial_rotary_factor|no_rope_layer(s|_interval)"
-    "|layer_types|_?(use_)?sliding_window(_pattern)?|local_attention|global_attn_every_n_layers"
-    "|(original_)?max_position_embeddings"
-)
 # Entries that an adapted network has from the tuned model, as it has the head and the tokenizer.
 _HEAD = re.compile("architectures|id2label|label2id|problem_type|vocab_size|.*_token_id")
-# What networks take an entry for where a configuration lacks it, as those of other releases do.
-_IMPLIED = {"position_embedding_type": "absolute"}
+# What to do where these differ in what cannot be computed.
+_OTHER_ENTRIES = (
+    "if the tuned model needs these, save the base with them and name that, to plan with and to "
+    "serve; if not, correct its config.json"
+)
 # Rows of embeddings and heads that are compared at a time.
 _ROWS = 2**13
 #: Matrices of more numbers are not subtracted as wholes.
@@ -140,10 +136,14 @@ class _Other(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """Factors of modules by name, none of rank 0, and biases that are not the tuned ones."""
+    """Factors of modules by name, none of rank 0, and biases that are not the tuned ones.
+
+    One made of the candidates of a `Planner` has the ``gains`` of these.
+    """
 
     factors: dict[str, LowRank]
     biases: dict[str, Float[Tensor, " out"]]
+    gains: Float[Tensor, " directions"] = torch.zeros(0)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -163,7 +163,7 @@ class Pair:
     The ``task`` is ``"classification"``, ``"language"`` or ``"encoder"``. ``modules`` are linear
     and can have adapters. ``others`` are all other parameters that differ, each with a ``name``, a
     ``kind`` (``"bias"``, ``"norm"``, ``"embedding"``, or ``"head"``, which the base may lack) and a
-    ``size``; word embeddings count only the rows that differ. Adapted networks keep the base's
+    ``size``; embeddings count only the rows that differ. Adapted networks keep the base's
     values for kinds in ``leave``. Of these, ``words`` could be modules too (`with_words`): word
     embeddings and a language model's head, where what differs is more than an adapter of rank 1
     has; tied ones are one, by the embeddings' name. ``prefix`` begins names in the model without
@@ -186,7 +186,7 @@ class Pair:
     leave: frozenset[str] = field(default=frozenset())
 
     @classmethod
-    def open(cls, base: str, tuned: str | Path, *, any_base: bool = False) -> Pair:
+    def open(cls, base: str | Path, tuned: str | Path, *, any_base: bool = False) -> Pair:
         """Open a base and what was tuned from it: a checkpoint, or an adapter by LoRA.
 
         Each is a folder, a name on the hub, or ``"packaged"``, this book's encoder. The
@@ -196,9 +196,12 @@ class Pair:
         architecture, size or configuration, and for adapters that are no LoRA, do not fit, or
         change nothing.
         """
-        base_files = Checkpoint("base", base)
-        if not isinstance(tuned, str | Path) or not str(tuned):
-            raise InputError("tuned", "a checkpoint or an adapter", value=tuned)
+        for name, model in (("base", base), ("tuned", tuned)):
+            if not isinstance(model, str | Path) or not str(model):
+                allowed = "a checkpoint" + " or an adapter" * (name == "tuned")
+                raise InputError(name, f"{allowed}: a folder or a name on the hub", value=model)
+        any_base = _checks.flag("any_base", any_base)
+        base_files = Checkpoint("base", str(base))
         tuned_files: Checkpoint | MergedCheckpoint
         folder = find("tuned", str(tuned))
         if (folder / PEFT_CONFIG).is_file():
@@ -223,6 +226,9 @@ class Pair:
         plain = [each for each in (base_files, tuned_files) if isinstance(each, Checkpoint)]
         new, *_ = [each.bind(sizes, stem) for each in plain]
         blocks = prefix + _BLOCKS[kind]
+        if differing:
+            empty = build(tuned_files.config, architecture, empty=True)
+            _require_parameters(empty, sizes, differing)
         if deep := sorted(name for name in new if name.startswith(f"{blocks}.")):
             raise InputError("base", "with all weights of the blocks", f"no {listed(deep)}")
         for each in plain:
@@ -349,7 +355,7 @@ class Pair:
 
         An adapter carries it unless that is a module, or left as it is.
         """
-        if self.task != "language":
+        if self.task != "language" or "final_logit_softcapping" in self.differing:
             return False
         network = self.skeleton("base")
         parts = {id(value) for value in network.get_output_embeddings().parameters()}
@@ -420,7 +426,7 @@ class Pair:
             owner, size = network.get_submodule(place), value.numel()
             if isinstance(owner, nn.Embedding):
                 kind = "embedding"
-                if owner is embedding and name not in new:
+                if name not in new:
                     size = len(rows) * value.shape[1]
             elif isinstance(owner, nn.Linear | Conv1D) and place not in self.modules:
                 kind = "head"
@@ -453,35 +459,32 @@ def _describe(config: Any) -> tuple[str, Task]:
 
 
 def _compare_configurations(base: Any, tuned: Any, task: Task) -> dict[str, tuple[Any, Any]]:
-    """Find what an adapted network is served with and the tuned one is not, with both values.
+    """Find entries of which the tuned model has others than the base, with both values.
 
-    Adapters carry weights alone, and are served with the configuration of the base. Raises
-    `InputError` for entries with which the base's weights are another function altogether.
+    Adapters carry weights alone, and are served with the configuration of the base: networks are
+    computed so, and what that loses counts. Raises `InputError` for another padding that is read.
     """
-    both = ({n: v for n, v in c.to_dict().items() if v is not None} for c in (base, tuned))
-    own, other = (_IMPLIED | given for given in both)
-    counted = {name for name in own.keys() | other.keys() if not _HARMLESS.fullmatch(name)}
-    rotary = any(name.startswith("rope_") for name in own)
-    ropes = [c.get(name, {}) for c in (own, other) for name in ("rope_parameters", "rope_scaling")]
-    parts = [part for rope in ropes for part in (rope, *rope.values()) if isinstance(part, dict)]
-    if rotary and all(part.get("rope_type", "default") == "default" for part in parts):
-        # Angles do not depend on it.
-        counted -= {"max_position_embeddings"}
-    if task != "language":
-        # There is no head of tokens to tie.
-        counted -= {"tie_word_embeddings"}
-    if task == "classification" or tuned.model_type in COUNTED_FROM_PADDING:
-        # Classifiers of decoders look for the last token by it. Without one they take one text.
-        counted |= own.keys() & other.keys() & {"pad_token_id"}
-    unequal = sorted(name for name in counted if own.get(name) != other.get(name))
-    served = [name for name in unequal if rotary and _SERVED.fullmatch(name)]
-    if differing := [name for name in unequal if name not in served]:
-        allowed = "with the base's configuration, as adapters are served with that"
-        given = ", ".join(f"{n} {other.get(n)!r} instead of {own.get(n)!r}" for n in differing)
-        remedy = "if the tuned model needs these, save the base with them and name that, to plan "
-        remedy += "with and to serve; if not, correct its config.json"
-        raise InputError("tuned", allowed, given, remedy)
-    return {name: (own.get(name), other.get(name)) for name in served}
+    own, other = (config.to_dict() for config in (base, tuned))
+    paddings = [entries.get("pad_token_id") for entries in (own, other)]
+    # Classifiers of decoders look for the last token by it. Without one they take one text.
+    is_read = task == "classification" or tuned.model_type in COUNTED_FROM_PADDING
+    if is_read and None not in paddings and paddings[0] != paddings[1]:
+        allowed = f"with the base's pad_token_id, {paddings[0]}, as adapters are served with that"
+        raise InputError("tuned", allowed, f"pad_token_id {paddings[1]}", _OTHER_ENTRIES)
+    names = sorted(name for name in own | other if own.get(name) != other.get(name))
+    return {n: (own.get(n), other.get(n)) for n in names if not _HARMLESS.fullmatch(n)}
+
+
+def _require_parameters(
+    tuned: Any, sizes: dict[str, tuple[int, ...]], differing: dict[str, tuple[Any, Any]]
+) -> None:
+    """Refuse an empty tuned network with other parameters than one of the base has."""
+    if sizes != {name: tuple(value.shape) for name, value in tuned.named_parameters()}:
+        each = differing.items()
+        given = ", ".join(f"{name} {other!r} instead of {own!r}" for name, (own, other) in each)
+        raise InputError(
+            "tuned", "with a configuration for the base's weights", given, _OTHER_ENTRIES
+        )
 
 
 def _require_used(checkpoint: Checkpoint, network: Any, blocks: str) -> None:

@@ -6,47 +6,42 @@ import contextlib
 import functools
 import math
 import re
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _checks, _effect, _randomness
-from ._effect import Choice, Directions, Moments
+from ._effect import Directions, GreedySelection, Moments
 from ._errors import InputError
-from ._folders import Work, digest_numbers
+from ._folders import StageCache, digest_numbers
 from ._limits import are_alike, quantile
 from ._lowrank import LowRank
-from ._measuring import Measured, Readout, Reference, Trial, run_trials
-from ._models import Rows, has_bfloat16, listed, require_device, require_memory
-from ._streams import Pass, advance, stream
+from ._measuring import Measurement, Readout, TunedOutputs, measure_networks
+from ._models import listed, require_device, require_memory
+from ._streams import TextStates, advance, stream
 from ._texts import TOKENS, Text, count_tokens, prepare
 from .pair import KINDS, LARGE, Adapter, Module, Pair
 
-#: Types of weights in which errors can be stated.
-DTYPES = "float32", "bfloat16"
 #: Receives progress: the stage in words, the steps done, and their number.
 Report: TypeAlias = Callable[[str, int, int], None]
+# Texts that pass adapted networks, by their names in a `Planner`.
+Part: TypeAlias = Literal["planned", "select", "test"]
 # Sizes that are tried first, in units of the smallest one that should be certified; each later one
 # has this part of the size before.
 _FIRST, _STEP = (4, 2.8, 2, 1.4, 1), 0.8
 # Bytes of memory that a process takes with all libraries.
 _LIBRARIES = 0.5e9
-# About how many candidates are passed.
-_CANDIDATES = 14
 # The part of the aim that this smallest one loses on texts for selection.
 _SAFE = 0.6
 # And about the error over all texts, in units of what nine of ten lose at most.
 _TYPICAL = 0.75
-# About how often texts for selecting and for stating are passed, or what takes as long, and what
-# one more random output costs of a pass. Measured on a language model.
-_SELECTED, _STATED, _BACK = 27, 14, 0.7
 # Many random outputs of each text, for a thorough plan.
 _THOROUGH = 16
 
@@ -76,13 +71,6 @@ class Planner:
         differentiated; otherwise either have about 4,096 tokens, or as many as 61 texts have.
     max_rank : int
         The highest rank of a module.
-    serving : bool
-        Whether all factors of `candidate` have the rank ``max_rank``, where need be by zeros, and
-        modules that servers compute as one (`Module.fused`) get them together.
-    dtype : str
-        ``"bfloat16"`` for errors with weights in that too (`rounded`), or ``"float32"``. On a
-        device that multiplies it candidates are then selected in bfloat16 as well, unless its
-        rounding alone loses more than a fifth of the error that is asked for.
     device, report
         Where texts pass, and what receives progress: the stage, the steps done, their number.
     work : Path or str, optional
@@ -109,34 +97,30 @@ class Planner:
         tokens: int = TOKENS,
         thorough: bool = False,
         max_rank: int = 64,
-        serving: bool = False,
         seed: int = 0,
-        dtype: str = "float32",
         device: str = "cpu",
         work: Path | str | None = None,
         report: Report | None = None,
     ) -> None:
         """Pass texts through both networks."""
-        self.options = {"modules": modules, "leave": sorted(map(str, leave)), "tokens": tokens}
-        self.options |= {"thorough": thorough, "max_rank": max_rank, "serving": serving}
-        self.options |= {"seed": seed, "dtype": dtype}
-        _checks.choice("dtype", dtype, DTYPES)
-        self.serving, self.max_rank = serving, _checks.integer("max_rank", max_rank, 1)
+        thorough = _checks.flag("thorough", thorough)
+        self.max_rank = _checks.integer("max_rank", max_rank, 1)
         self.device = require_device(device)
         self.seed, self.report = seed, report or (lambda *_: None)
-        self.modules = _choose_modules(pair, modules, leave, serving)
+        self.modules = _choose_modules(pair, modules, leave)
+        self.options = {"modules": modules, "leave": sorted(leave), "tokens": tokens}
+        self.options |= {"thorough": thorough, "max_rank": max_rank, "seed": seed}
         self.pair = pair = replace(pair, leave=frozenset(leave)).with_words(self.modules)
         self.texts = prepare(pair, texts, held_out, tokens=tokens, thorough=thorough, seed=seed)
         self.probes = _THOROUGH if thorough else _effect.PROBES
-        memory, reading, self._passes = self._estimate()
-        said = f"{require_memory(memory)}, {reading / 1e9:.1f} GB to read"
+        memory = require_memory(self._memory())
         given = (x for part in self.texts[:3] for batch in part for x in batch)
         about = {"texts": digest_numbers(given), "pair": pair.fingerprint}
-        self._work = Work(work, about | {"device": self.device.type} | self.options)
+        self._stages = StageCache(work, about | {"device": self.device.type} | self.options)
         self.readout = Readout(stream(pair, "tuned", self.device))
         # The largest size so far, and the directions for it.
-        self._choice: tuple[int, Choice] | None = None
-        self._pass_texts(f"passing texts ({said})")
+        self._selection: tuple[int, GreedySelection] | None = None
+        self._pass_texts(f"passing texts ({memory})")
         # Of other texts than those that certify, so that the losses of these are independent.
         self.test.typical = math.sqrt(self.select.effect.mean())
 
@@ -148,18 +132,11 @@ class Planner:
     @property
     def most(self) -> int:
         """How many numbers the highest ranks take."""
-        return max(self.parameters(self.max_rank), int(self.pool.costs.sum()))
+        return self.parameters(self.max_rank)
 
     def parameters(self, rank: int) -> int:
         """Count the numbers that one rank for all modules, at most their smaller side, takes."""
         return sum(module.cost * min(rank, *module.shape) for module in self.modules.values())
-
-    def moments(self, names: Collection[str]) -> dict[str, Moments]:
-        """Take `Moments` of inputs and outputs of linear modules at the tuned network."""
-        found: dict[str, Moments | None] = {}
-        slopes = self._slopes({name: self.modules[name] for name in names})
-        slopes.take(found.__setitem__, None, seed=self.seed)
-        return {name: about for name, about in found.items() if about is not None}
 
     @property
     def weighted(self) -> dict[str, Directions]:
@@ -172,8 +149,21 @@ class Planner:
         Weighted directions of all modules' changes are taken by what they add to the effect for
         their cost, and gains are fitted to all of them at once [prop-sketch].
         """
-        choice = _effect.choose(self.pool, *self.sketches, parameters)
+        choice = _effect.choose(self.candidates, *self.sketches, parameters)
         return self.with_gains(choice.gains(parameters))
+
+    def offer(self, parameters: int) -> Adapter:
+        """Make the `candidate`, or the adapter of rank 0 everywhere where that loses less.
+
+        What they lose is the `error`. The second differs from the base by what adapters carry
+        beside factors, and derivatives at the tuned network say little of so large a step.
+        """
+        return self._no_worse(self.candidate(parameters))
+
+    def _no_worse(self, adapter: Adapter) -> Adapter:
+        """This adapter or, if that loses less, the one of rank 0 everywhere."""
+        nothing = self.with_gains(torch.zeros_like(self.candidates.costs))
+        return min(nothing, adapter, key=self.error) if adapter.factors else adapter
 
     def uniform(self, parameters: int) -> Adapter:
         """Make the adapter of one rank for all modules, at least 1, for at most so many numbers.
@@ -193,23 +183,23 @@ class Planner:
         What it loses is what ``lost`` says of squared distances on the texts for selection, by
         default its `error`. It is looked for by bisection, to a twentieth of its parameters, along
         the order in which `candidate` takes directions. Where the highest ranks do not reach the
-        error, theirs is returned.
+        error, theirs is returned or, if that loses less, the adapter of rank 0 everywhere.
         """
         lost, sketches = lost or self.select.error, self.sketches
         self.report("searching the smallest adapter", 0, 7)
         numbers = [self.parameters(1) * 2**k // 16 for k in range(13)]
         numbers = [number for number in numbers if number < self.most] + [self.most]
         square = (_TYPICAL * error) ** 2 * float(self.select.effect.mean())
-        high = _effect.predict_least(self.pool, *sketches, square, numbers)
+        high = _effect.predict_least(self.candidates, *sketches, square, numbers)
         # The same is found whatever was asked before.
-        self._choice = None
+        self._selection = None
         low = done = 0
         while True:
             adapter = self.at(high)
-            if lost(self.run((adapter, self.select))[0].squares) <= error:
+            if lost(self.run((adapter, "select"))[0].squares) <= error:
                 break
             if high == self.most:
-                return adapter
+                return self._no_worse(adapter)
             low, high = high, min(2 * high, self.most)
         # Several at a time where reading weights takes time.
         parts = [1 / 2] if self.device.type == "cpu" else [part / 5 for part in range(1, 5)]
@@ -218,11 +208,13 @@ class Planner:
             total = done + max(1, math.ceil(math.log(steps, 1 + len(parts))))
             self.report("searching the smallest adapter", done, total)
             done += 1
-            sizes = [round(low ** (1 - x) * high**x if low else x * high) for x in parts]
+            between = (round(low ** (1 - x) * high**x if low else x * high) for x in parts)
+            if not (sizes := sorted({*between} - {low, high})):
+                break
             tried = [*map(self.at, sizes)]
-            ran = self.run(*((smaller, self.select) for smaller in tried))
-            for size, smaller, trial in reversed([*zip(sizes, tried, ran, strict=True)]):
-                if lost(trial.squares) > error:
+            ran = self.run(*((smaller, "select") for smaller in tried))
+            for size, smaller, measurement in reversed([*zip(sizes, tried, ran, strict=True)]):
+                if lost(measurement.squares) > error:
                     low = size
                     break
                 adapter, high = smaller, size
@@ -238,13 +230,6 @@ class Planner:
         parameters each, and the last none. None of this looks at the texts for stating.
         """
         select = self.select
-        if self._selecting != torch.float32:
-            network = stream(self.pair, "tuned", self.device, self._selecting)
-            noise = select.error(run_trials([(network, select)])[0].squares)
-            if noise > aim / 5:
-                given = f"bfloat16, whose rounding alone loses {noise:.1%}"
-                allowed = f"float32 for an error of {aim:.1%}, or a type that loses a fifth of it"
-                raise InputError("dtype", allowed, given, "leave --dtype out")
 
         def lost(squares: NDArray[np.float64]) -> float:
             """The error, or what nine of ten texts lose at most if that is more."""
@@ -264,53 +249,34 @@ class Planner:
 
     def at(self, parameters: int) -> Adapter:
         """Make an adapter along the order of directions for the largest size asked for so far."""
-        if self._choice is None or parameters > self._choice[0]:
-            self._choice = parameters, _effect.choose(self.pool, *self.sketches, parameters)
-        return self.with_gains(self._choice[1].gains(parameters))
+        if self._selection is None or parameters > self._selection[0]:
+            self._selection = (
+                parameters,
+                _effect.choose(self.candidates, *self.sketches, parameters),
+            )
+        return self.with_gains(self._selection[1].gains(parameters))
 
-    def run(self, *trials: tuple[Adapter, Reference]) -> list[Trial]:
+    def run(self, *adapters: tuple[Adapter, Part]) -> list[Measurement]:
         """Pass texts through the base with an adapter; all of these together, block by block."""
         names, networks = [], []
-        for adapter, part in trials:
+        for adapter, part in adapters:
             sides = (side for each in adapter.factors.values() for side in (each.left, each.right))
-            numbers = digest_numbers([*sides, *adapter.biases.values()])
-            kind = {id(self.select): "select", id(self.test): "test"}.get(id(part), "planned")
-            dtype = self._selecting if part is self.select else torch.float32
-            names.append(f"{kind}-{numbers}")
-            networks.append((stream(self.pair, adapter, self.device, dtype), part))
-        found = [self._work.find(name) for name in names]
+            names.append(f"{part}-{digest_numbers([*sides, *adapter.biases.values()])}")
+            network = stream(self.pair, adapter, self.device)
+            networks.append((network, getattr(self, part)))
+        found = [self._stages.find(name) for name in names]
         again = [i for i, states in enumerate(found) if states is None]
-        for i, trial in zip(again, run_trials([networks[i] for i in again]), strict=True):
-            found[i] = trial.states
-            self._work.save(names[i], trial.states)
+        for i, measurement in zip(
+            again, measure_networks([networks[i] for i in again]), strict=True
+        ):
+            found[i] = measurement.states
+            self._stages.save(names[i], measurement.states)
         each = zip(networks, found, strict=True)
-        return [Trial(part, network, states) for (network, part), states in each]
-
-    @property
-    def _selecting(self) -> torch.dtype:
-        """The type in which candidates are selected: bfloat16 where the device multiplies that."""
-        rounds = self.options["dtype"] == "bfloat16" and has_bfloat16(self.device.type)
-        return torch.bfloat16 if rounds else torch.float32
+        return [Measurement(part, network, states) for (network, part), states in each]
 
     def error(self, adapter: Adapter) -> float:
         """Measure ``η`` on the texts for selection."""
-        return self.select.error(self.run((adapter, self.select))[0].squares)
-
-    def measure(self, adapter: Adapter) -> Measured:
-        """Measure what an adapter loses on the texts for stating."""
-        return self.test.summarize(self.run((adapter, self.test))[0].compare())
-
-    def rounded(self, adapter: Adapter) -> tuple[float, float]:
-        """Measure ``η`` in bfloat16 on the texts for stating, merged, and of the tuned network.
-
-        NaN unless the planner has this ``dtype``.
-        """
-        if self.options["dtype"] == "float32":
-            return math.nan, math.nan
-        ways: tuple[Adapter | str, ...] = adapter, "tuned"
-        networks = [stream(self.pair, way, self.device, torch.bfloat16) for way in ways]
-        merged, floor = run_trials([(network, self.test) for network in networks])
-        return self.test.error(merged.squares), self.test.error(floor.squares)
+        return self.select.error(self.run((adapter, "select"))[0].squares)
 
     def neighbours_alike(self, squares: NDArray[np.float64]) -> bool:
         """Whether neighbouring texts for planning lose so alike that they may be of one group.
@@ -320,103 +286,58 @@ class Planner:
         places = torch.cat([batch.places for batch in self.planned.batches])
         return not self.texts.grouped and are_alike(squares[places.argsort()])
 
-    def losses(self, adapter: Adapter) -> dict[str, float]:
+    def losses(self, gains: Float[Tensor, " directions"]) -> dict[str, float]:
         """Predict for each module the part of the effect that its missing directions would cost.
 
-        Each is taken alone, to first order at the tuned network, on texts for selection, with the
-        directions of `weighted`.
+        These are of all `candidates`, with gains as those of an `Adapter`. Each module is taken
+        alone, to first order at the tuned network, on texts for selection.
         """
         _, held = self.sketches
         whole = float(self.select.effect.mean())
-        lost = {}
-        for name, place in self.pool.places.items():
-            update = self.weighted[name].update
-            gains = torch.zeros(update.rank, dtype=torch.float64)
-            if name in adapter.factors:
-                # The nearest matrix that is made of the directions, but for those so small that
-                # factors in single precision say nothing of them.
-                kept = adapter.factors[name]
-                left, right = update.left.double(), update.right.double()
-                products = (left.mT @ left) * (right.mT @ right)
-                wanted = ((left.mT @ kept.left.double()) * (right.mT @ kept.right.double())).sum(1)
-                options: dict[str, Any] = {"rcond": 1e-8, "driver": "gelsd"}
-                gains = torch.linalg.lstsq(products, wanted[:, None], **options).solution[:, 0]
-            part = _effect.predict(held[:, place], gains)
-            lost[name] = math.sqrt(part / whole) if whole else 0.0
-        return lost
+        places = self.candidates.places.items()
+        parts = {n: _effect.predict(held[:, place], gains[place]) for n, place in places}
+        return {n: math.sqrt(part / whole) if whole else 0.0 for n, part in parts.items()}
 
-    def only(self, kind: str) -> float:
-        """Measure ``η`` on texts for stating with only the modules of one kind as tuned."""
-        names = {f"{n}.weight" for n, module in self.pair.modules.items() if module.kind == kind}
-
-        def read(name: str, rows: Rows = None) -> Tensor:
-            return self.pair.read("tuned" if name in names else "adapted", name, rows)
-
-        network = stream(self.pair, Adapter({}, {}), self.device, read=read)
-        return self.test.error(run_trials([(network, self.test)])[0].squares)
-
-    def _estimate(self) -> tuple[float, float, float]:
-        """About how many bytes of memory the work takes, how many it reads, and how long it takes.
-
-        Memory holds a block's weights, not all; files that are read may be kept in memory. The time
-        is in units of that in which all texts pass.
-        """
-        base, tuned = self.pair.base.size, self.pair.tuned.size
+    def _memory(self) -> float:
+        """About how many bytes of memory the work takes: it holds a block's weights, not all."""
         skeleton = self.pair.skeleton()
         blocks = skeleton.get_submodule(self.pair.blocks)
-        width, linear = skeleton.config.hidden_size, self.modules.values()
-        sides = sum(module.cost for module in linear)
-        fit, select, stated = map(count_tokens, self.texts[:3])
-        tokens = fit + select
+        tokens = count_tokens([*self.texts.fit, *self.texts.select])
         numbers = (
             sum(value.numel() for value in blocks[0].parameters())
-            + 3 * min(max(math.prod(module.shape) for module in linear), LARGE)
-            + tokens * width * (len(blocks) + self.probes)
-            # Inputs and outputs of a block's modules, twice.
-            + 2 * min(tokens, _effect.MOMENT_TOKENS) * sides // len(blocks)
-            + self.max_rank * sides
-            + 8 * width**2
+            + 3 * min(max(math.prod(module.shape) for module in self.modules.values()), LARGE)
+            + tokens * skeleton.config.hidden_size * (len(blocks) + self.probes)
+            + self.max_rank * sum(module.cost for module in self.modules.values())
             # Logits of some rows and words, and what is computed of them.
             + 2**26 * (self.pair.task == "language")
         )
-        more: float = (_SELECTED - 2) * select + (_STATED - 2) * stated
-        more += (1 + _BACK * self.probes) * tokens + _BACK * min(fit, _effect.MOMENT_TOKENS)
-        # Each is read when it is checked, when texts pass, and for directions in metrics (the tuned
-        # one twice) and singular ones.
-        reading = (4 + _CANDIDATES) * base + 5 * tuned
-        return _LIBRARIES + 4 * numbers, reading, 1 + more / (fit + 2 * select + 2 * stated)
+        return _LIBRARIES + 4 * numbers
 
     def _pass_texts(self, stage: str) -> None:
-        """Record both networks on the texts, the base not to fit to; say how long all may take."""
-        start, said = time.perf_counter(), ""
+        """Record both networks on the texts, the base not to fit to."""
         fit, select, stated = self.texts[:3]
-        self._tuned = Pass(self.readout.network, [*fit, *select, *stated], len(fit) + len(select))
-        base = Pass(stream(self.pair, "base", self.device), [*select, *stated])
-
-        def report(done: int, total: int) -> None:
-            nonlocal said
-            if done >= 4 and not said:
-                seconds = (time.perf_counter() - start) * total / done
-                said = f", about {seconds * self._passes:.0f} s in all"
-            self.report(stage + said, done, total)
-
-        found = self._work.find("passed")
-        if found is None:
-            advance([self._tuned, base], report)
-            found = [(each.hidden, each.kept, each.states) for each in (self._tuned, base)]
-            self._work.save("passed", found)
-        for each, (hidden, kept, states) in zip((self._tuned, base), found, strict=True):
+        self._tuned = TextStates(
+            self.readout.network, [*fit, *select, *stated], len(fit) + len(select)
+        )
+        base = TextStates(stream(self.pair, "base", self.device), [*select, *stated])
+        passed = self._stages.find("passed")
+        if passed is None:
+            advance([self._tuned, base], functools.partial(self.report, stage))
+            passed = [(each.hidden, each.kept, each.states) for each in (self._tuned, base)]
+            self._stages.save("passed", passed)
+        for each, (hidden, kept, states) in zip((self._tuned, base), passed, strict=True):
             each.hidden, each.kept, each.states = hidden, kept, states
         parts = [*fit, *select], select, stated
         ends = slice(len(parts[0])), slice(len(fit), len(parts[0])), slice(len(parts[0]), None)
         states = (self._tuned.states[end] for end in ends)
-        self.planned, self.select, self.test = map(Reference, parts, 3 * [self.readout], states)
+        self.planned, self.select, self.test = map(TunedOutputs, parts, 3 * [self.readout], states)
         self.select.record(base.network, base.states[: len(select)])
         self.test.record(base.network, base.states[len(select) :])
 
     @functools.cached_property
-    def pool(self) -> _effect.Pool:
-        return _effect.Pool(self.weighted, self.modules, self.max_rank if self.serving else None)
+    def candidates(self) -> _effect.Candidates:
+        """Directions of all changes, side by side."""
+        return _effect.Candidates(self.weighted, self.modules)
 
     @property
     def sketches(self) -> tuple[Tensor, Tensor]:
@@ -434,19 +355,21 @@ class Planner:
             texts = len(self._tuned.batches[i].places)
             return _effect.draw_rows(draws[i >= fit], values, texts, self.probes)
 
-        slopes = self._slopes(self.modules)
+        slopes = self.slopes(self.modules)
         tell = functools.partial(self.report, "directions of changes and their derivatives")
-        rows = slopes.take(self._decompose, draw, seed=self.seed, work=self._work, report=tell)
+        rows = slopes.collect_derivatives(
+            self._decompose, draw, seed=self.seed, work=self._stages, report=tell
+        )
         weighted = {name: slopes.directions[name] for name in self.modules}
         # They take much memory, and a later look at moments can have them again.
         self._tuned.kept = []
         return weighted, torch.cat(rows[:fit]), torch.cat(rows[fit:])
 
-    def _slopes(self, modules: Mapping[str, Module]) -> _effect.Slopes:
+    def slopes(self, modules: Mapping[str, Module]) -> _effect.Slopes:
         """Derivatives of the tuned network's outputs on the texts for planning."""
         if not self._tuned.kept:
             batches = self.planned.batches
-            self._tuned = Pass(self.readout.network, batches, len(batches))
+            self._tuned = TextStates(self.readout.network, batches, len(batches))
             advance([self._tuned])
         # Texts of all lengths, of about as many tokens as moments are taken over.
         number = len(self.texts.fit)
@@ -463,19 +386,16 @@ class Planner:
     def with_gains(self, gains: Tensor) -> Adapter:
         """The adapter that takes directions of all changes with these gains."""
         factors, biases = {}, {}
-        for name, place in self.pool.places.items():
+        for name, place in self.candidates.places.items():
             found, parts = self.weighted[name], gains[place].float()
             kept = parts != 0
             left, right = found.update.left[:, kept] * parts[kept], found.update.right[:, kept]
             if kept.any():
-                update = _balance(LowRank(left.double(), right.double()))
-                zeros = (0, self.max_rank - update.rank if self.serving else 0)
-                padded = (nn.functional.pad(side, zeros) for side in (update.left, update.right))
-                factors[name] = LowRank(*padded)
+                factors[name] = _balance(LowRank(left.double(), right.double()))
             if self.pair.frees_bias(self.modules[name]):
                 tuned = self.pair.tuned.read(f"{name}.bias")
                 biases[name] = (tuned + found.shift - left @ (right.mT @ found.mean)).float()
-        return Adapter(factors, biases)
+        return Adapter(factors, biases, gains)
 
 
 def _balance(update: LowRank) -> LowRank:
@@ -487,10 +407,10 @@ def _balance(update: LowRank) -> LowRank:
     return LowRank((Q @ U * half).float(), (P @ Vh.mT * half).float())
 
 
-def _choose_modules(
-    pair: Pair, modules: str, leave: Collection[str], serving: bool
-) -> dict[str, Module]:
+def _choose_modules(pair: Pair, modules: str, leave: Collection[str]) -> dict[str, Module]:
     """The modules of a pair that get factors, of those that do not ``leave`` the base."""
+    if isinstance(leave, str) or not isinstance(leave, Collection):
+        raise InputError("leave", f"a list of kinds among {', '.join(KINDS)}", value=leave)
     if unknown := [kind for kind in leave if kind not in KINDS]:
         raise InputError("leave", f"among {', '.join(KINDS)}", value=unknown[0])
     lacking = [o.name for o in pair.others if o.kind == "head" and not pair.base.has(o.name)]
@@ -501,8 +421,8 @@ def _choose_modules(
         raise InputError("base", allowed, f"one without {listed(lacking)}", remedy)
     words = {name: word for name, word in pair.words.items() if word.kind not in leave}
     candidates, chosen = pair.modules | words, dict[str, Module]()
-    # Of a wrong expression there are none.
-    with contextlib.suppress(re.error):
+    # Of a wrong expression, or none, there are none.
+    with contextlib.suppress(re.error, TypeError):
         for name, module in candidates.items():
             kinds = modules in ("attention", "mlp")
             if modules == "all" or (module.kind == modules if kinds else re.search(modules, name)):
@@ -510,5 +430,4 @@ def _choose_modules(
     if not chosen:
         allowed = "all, attention, mlp, or a regular expression for at least one of"
         raise InputError("modules", f"{allowed} {', '.join(candidates)}", value=modules)
-    together = {module.fused for module in chosen.values()}
-    return {n: m for n, m in pair.modules.items() if m.fused in together} if serving else chosen
+    return chosen

@@ -5,23 +5,23 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 
 from . import _checks, _export, _limits, _texts
-from ._errors import InputError, LoraplanError, ResultsError
-from ._folders import require_apart, require_free, write_folder
-from ._measuring import Measured, Readout, Reference, Trial, run_trials
+from ._errors import InputError, LoraplanError
+from ._folders import require_apart, require_free, versions, write_folder
+from ._measuring import Measured, Measurement, Readout, TunedOutputs, measure_networks
 from ._models import is_dequantized, reason, require_device
-from ._streams import Network, Pass, advance, stream
+from ._streams import Network, TextStates, advance, stream
 from ._texts import Batch, Text
 from .pair import KINDS, Adapter, Pair
-from .planner import DTYPES, Planner, Report
+from .planner import Planner, Report
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +34,37 @@ _SERVED, _MOST_SERVED = 8, 64
 _OWN = "certified", "certificate", "estimate", "stated", "reached", "neighbours_alike", "seconds"
 # An adapter is read back with this part of the texts, the longest, to this relative tolerance.
 _SOME, _RELOADED = 0.25, 1e-5
+
+
+class PlanOptions(TypedDict, total=False):
+    """PlanOptions of `plan`, `prices` and `extract`.
+
+    They are those of `Planner`; ``any_base`` of `Pair.open`; and ``serving``, for factors alone,
+    all of one rank, ``max_rank``: at most 64, 8 unless given. Zeros fill them up to it where they
+    are written, and all else that tuning changed stays the base's.
+    """
+
+    held_out: Sequence[str | Text] | None
+    modules: str
+    leave: Collection[str]
+    tokens: int
+    thorough: bool
+    max_rank: int
+    serving: bool
+    seed: int
+    device: str
+    work: Path | str | None
+    report: Report | None
+    any_base: bool
+
+
+class _ExtractOptions(PlanOptions, total=False):
+    """PlanOptions of `extract` too, which says what to plan for."""
+
+    error: float | None
+    parameters: int | None
+    rank: int | None
+    estimate: bool
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,6 +84,8 @@ class Plan:
     #: The error of one rank for all modules, at least 1, and its number of parameters: at most the
     #: adapter's but for rank 1.
     uniform: tuple[float, int] = (math.nan, 0)
+    #: The one rank that factors are filled up to in files for servers.
+    served: int | None = None
     #: What each module's missing directions alone would cost (`Planner.losses`).
     shares: dict[str, float] = field(default_factory=dict)
     #: Whether texts lose so like their neighbours that they may be of one group.
@@ -91,23 +124,27 @@ class Plan:
         if not math.isfinite(self.certified):
             return "Nothing is certified."
         drawn = "one text of each of these groups" if self.planner.texts.grouped else "these texts"
-        sure = f"is {1 - _limits.DOUBT / _limits.SIZES:.1%}, so that all {_limits.SIZES} sizes of "
-        sure += "the price list hold at once at 95%"
+        sure = f"{_limits.confidence(_limits.DOUBT / _limits.SIZES)}, so that all {_limits.SIZES} "
+        sure += f"sizes of the price list hold at once at {_limits.confidence()}"
         if self.aim is not None:
-            sure = "is 95%: of all first plans made this way, at most one in 20 gets a certificate "
-            sure += "that is wrong"
-        least, most = f"{_limits.SHARE:.0%}", _export.most(self.certified)
+            sure = f"{_limits.confidence()}: of all first plans made this way, {_limits.SELDOM} "
+            sure += "gets a certificate that is wrong"
+        lost = f"{_limits.PROMISE} {_export.most(self.certified)} {_limits.UNIT}"
         return (
-            f"At least {least} of texts like these lose at most {most} of what tuning typically "
-            f"changes in a text. The confidence {sure}. {self.measured.texts} texts certify it; no "
-            f"adapter was made with them. This takes {drawn} to be independent draws. Losses are "
-            "measured in float32 on texts as given; nothing is generated."
+            f"{lost[0].upper()}{lost[1:]}. The confidence is {sure}. {self.measured.texts} texts "
+            f"certify it; no adapter was made with them. This takes {drawn} to be independent "
+            "draws. Losses are measured in float32 on texts as given; nothing is generated."
         )
 
     @property
     def reached(self) -> bool:
-        """Whether the ``stated`` error is at most what was asked for."""
-        return self.aim is None or self.stated <= self.aim
+        """Whether the ``stated`` error is at most what was asked for.
+
+        Where a size was asked for, whether the error is at most the base's own, 1.
+        """
+        if self.aim is None:
+            return self.measured.error <= 1 + _RELOADED
+        return self.stated <= self.aim
 
     def __repr__(self) -> str:
         error, number = self.measured.error, self.adapter.parameters
@@ -131,7 +168,8 @@ class Plan:
         tied = pair.task == "language" and bool(pair.tuned.config.tie_word_embeddings)
         lost = self.measured._asdict()
         held_out = lost.pop("texts")
-        del lost["evidence"], lost["kept"]  # of fresh texts
+        for name in ("evidence", "kept", "bfloat16", "tuned_bfloat16"):
+            del lost[name]  # of checks
         return _export.without_nan(
             {
                 "base": pair.base.source,
@@ -160,21 +198,18 @@ class Plan:
                 "held_out_texts": held_out,
                 "cut_texts": texts.cut,
                 "unknown_tokens": texts.unknown,
-                "options": self.planner.options,
+                "options": self.planner.options | {"serving": self.served is not None},
                 "used_texts": texts.used,
                 "fingerprint": pair.fingerprint,
                 "grouped": texts.grouped,
-                "versions": {
-                    name: metadata.version(name)
-                    for name in ("loraplan", "torch", "transformers", "peft")
-                },
+                "versions": versions(),
             }
         )
 
 
 @_checks.flushing()
 def plan(
-    base: str,
+    base: str | Path,
     tuned: str | Path,
     texts: Sequence[str | Text],
     *,
@@ -182,7 +217,7 @@ def plan(
     parameters: int | None = None,
     rank: int | None = None,
     estimate: bool = False,
-    **options: Any,
+    **options: Unpack[PlanOptions],
 ) -> Plan:
     """Find which rank each module needs, for a stated error or for a number of parameters.
 
@@ -193,8 +228,9 @@ def plan(
     none of the adapters; they decide only where the search stops. The error over all of them is at
     most this too. If no adapter is certified, ``reached`` is false and the plan is the largest that
     was tried. A plan for a size of the list of `prices` may be made after looking at that: its
-    limit is the same. Raises `InputError` for unusable arguments, before any text is passed through
-    a network.
+    limit is the same. Where factors lose more than none, rank 0 everywhere is offered, and where
+    that loses more than the base, ``reached`` is false too. Raises `InputError` for unusable
+    arguments, before any text is passed through a network.
 
     Parameters
     ----------
@@ -212,9 +248,7 @@ def plan(
         certificate. These texts also choose the size, so the error on others may be a little
         larger.
     **options
-        Options of `Planner`; ``any_base`` of `Pair.open`; and ``serving``, for factors alone, all
-        of one rank, ``max_rank``: at most 64, 8 unless given. The search then chooses which modules
-        have them, and all else that tuning changed stays the base's.
+        See `PlanOptions`.
     """
     start = time.perf_counter()
     given = {"error": error, "parameters": parameters, "rank": rank}
@@ -222,41 +256,43 @@ def plan(
     if len(asked) > 1:
         names, joined = "error, parameters and rank", " and ".join(asked)
         raise InputError(names, "given alone, each of them", joined)
-    aim = None if asked != ["error"] else _ERROR if error is None else error
+    estimate = _checks.flag("estimate", estimate)
+    aim: Any = None if asked != ["error"] else _ERROR if error is None else error
     if aim is None and estimate:
         raise InputError("estimate", "used with an error", asked[0])
-    if aim is not None and not 0 < aim <= 1:
-        raise InputError("error", "above 0 and at most 1, the base's own", aim)
+    is_number = isinstance(aim, Real) and not isinstance(aim, bool)
+    if aim is not None and not (is_number and 0 < aim <= 1):
+        raise InputError("error", "above 0 and at most 1, the base's own", value=aim)
     number = 0 if aim is not None else _checks.integer(asked[0], given[asked[0]], 0)
-    planner = _prepare(base, tuned, texts, **options)
+    planner = _prepare(base, tuned, texts, options)
     if planner.equal:
         found = _state(planner, Adapter({}, {}), aim, estimate)
     elif aim is None:
         number = number if rank is None else planner.parameters(number)
-        found = _state(planner, planner.candidate(number), aim, estimate)
+        found = _state(planner, planner.offer(number), aim, estimate)
     else:
         found = _search(planner, aim, estimate)
-    off, floor = planner.rounded(found.adapter)
-    measured = found.measured._replace(bfloat16=off, tuned_bfloat16=floor)
-    found = replace(found, measured=measured)
     if not planner.equal:
         planner.report("comparing", 0, 1)
         alike = planner.uniform(found.adapter.parameters)
-        other, own = planner.run((alike, planner.test), (found.adapter, planner.planned))
+        other, own = planner.run((alike, "test"), (found.adapter, "planned"))
         uniform = planner.test.error(other.squares), alike.parameters
-        shares, neighbours = planner.losses(found.adapter), planner.neighbours_alike(own.squares)
+        shares = planner.losses(found.adapter.gains)
+        neighbours = planner.neighbours_alike(own.squares)
         found = replace(found, uniform=uniform, shares=shares, neighbours_alike=neighbours)
         planner.report("comparing", 1, 1)
-    carried, size = _export.estimate(planner.pair, found.adapter)
-    return replace(found, carried=carried, size=size, seconds=time.perf_counter() - start)
+    served = _one_rank(planner, options)
+    carried, size = _export.estimate(planner.pair, found.adapter, served)
+    seconds = time.perf_counter() - start
+    return replace(found, served=served, carried=carried, size=size, seconds=seconds)
 
 
 @_checks.flushing()
 def prices(
-    base: str,
+    base: str | Path,
     tuned: str | Path,
     texts: Sequence[str | Text],
-    **options: Any,
+    **options: Unpack[PlanOptions],
 ) -> pd.DataFrame:
     """Certify what adapters of several sizes lose, all at once [prop-certificate].
 
@@ -274,38 +310,36 @@ def prices(
     """
     import pandas as pd
 
-    if options.get("dtype", DTYPES[0]) != DTYPES[0]:
-        raise InputError("dtype", "used with an error, a size or a rank", "neither")
-    planner = _prepare(base, tuned, texts, **options)
+    planner = _prepare(base, tuned, texts, options)
     ranks = range(_limits.SIZES)
     numbers = {min(planner.parameters(1) * 2**k // 4, planner.most) for k in ranks}
-    adapters = {each.parameters: each for each in map(planner.candidate, sorted(numbers))}
+    adapters = {each.parameters: each for each in map(planner.offer, sorted(numbers))}
     rows, test = [], planner.test
     for done, adapter in enumerate(adapters.values()):
         planner.report("measuring", done, len(adapters))
-        (trial,) = planner.run((adapter, test))
-        losses = test.losses(trial.squares)
-        size, error = _export.estimate(planner.pair, adapter)[1], test.error(trial.squares)
+        (measurement,) = planner.run((adapter, "test"))
+        losses = test.losses(measurement.squares)
+        _, size = _export.estimate(planner.pair, adapter, _one_rank(planner, options))
+        error = test.error(measurement.squares)
         limit = _limits.quantile_limit(losses, _limits.DOUBT / _limits.SIZES)
         rows.append((adapter.parameters, size, error, limit))
     planner.report("measuring", len(adapters), len(adapters))
     table = pd.DataFrame(rows, columns=["parameters", "bytes", "error", "certified"])
     table.attrs["texts"] = len(losses)
-    (trial,) = planner.run((adapter, planner.planned))
-    table.attrs["neighbours_alike"] = planner.neighbours_alike(trial.squares)
+    (measurement,) = planner.run((adapter, "planned"))
+    table.attrs["neighbours_alike"] = planner.neighbours_alike(measurement.squares)
     return table
 
 
 @_checks.flushing()
 def extract(
-    base: str,
+    base: str | Path,
     tuned: str | Path,
     texts: Sequence[str | Text],
     out: Path | str,
     *,
-    merged: Path | str | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: Unpack[_ExtractOptions],
 ) -> Plan:
     """Plan an adapter, write it, and read it back through peft, on a quarter of the texts.
 
@@ -318,20 +352,16 @@ def extract(
     ----------
     base, tuned, texts, **options
         See `plan`.
-    out, merged : Path or str
-        Folders for the adapter, ``report.json`` and a model card, and, if wanted, for the base with
-        the adapter merged into it, in float32, and its tokenizer.
+    out : Path or str
+        The folder for the adapter, ``report.json`` and a model card.
     overwrite : bool
-        Whether what an earlier call has written to these folders is replaced; what was changed or
-        added since is refused.
+        Whether an adapter there is replaced; a folder with other files is refused.
     """
+    overwrite = _checks.flag("overwrite", overwrite)
     require_apart("out", out, [base, tuned])
-    folder, whole = require_free("out", out, overwrite=overwrite), None
-    if merged is not None:
-        require_apart("merged", merged, [base, tuned, folder])
-        whole = require_free("merged", merged, overwrite=overwrite)
+    folder = require_free("out", out, overwrite=overwrite, own=_export.FILES)
     if (work := options.get("work")) is not None:
-        require_apart("work", work, [base, tuned, folder, *([whole] if whole else [])])
+        require_apart("work", work, [base, tuned, folder])
     start = time.perf_counter()
     result = plan(base, tuned, texts, **options)
     if not result.reached:
@@ -340,13 +370,16 @@ def extract(
     some = planner.test.longest(_SOME)
     tell = functools.partial(planner.report, "writing")
     tell(0, 2)
-    with write_folder(folder, listed=True) as partial:
-        _export.save(partial, planner.pair, result.adapter)
+    with write_folder(folder, own=_export.FILES) as partial:
+        _export.save(partial, planner.pair, result.adapter, result.served)
         tell(1, 2)
         made = stream(planner.pair, result.adapter, planner.device)
         networks = made, _export.load(partial, planner.pair, planner.device)
         # By outputs of both, as the head that is read back may be any.
-        compared = (trial.compare() for trial in run_trials([(each, some) for each in networks]))
+        compared = (
+            measurement.compare()
+            for measurement in measure_networks([(each, some) for each in networks])
+        )
         stated, again = (math.sqrt(each.squares.sum()) for each in compared)
         effect = planner.test.typical * math.sqrt(_texts.count(some.batches))
         off = _RELOADED * max(stated, 0.1 * effect) + some.rounding()
@@ -358,20 +391,13 @@ def extract(
         seconds = time.perf_counter() - start
         result = replace(result, carried=carried, size=size, seconds=seconds)
         _export.describe(partial, result.report(), result.table())
-    if whole is not None:
-        try:
-            with write_folder(whole, listed=True) as full:
-                _export.save_merged(full, planner.pair, result.adapter)
-        except ResultsError as error:
-            problem = f"{error.problem}, but {folder} is complete"
-            raise ResultsError(whole, problem, remedy=error.remedy) from error
     tell(2, 2)
     return result
 
 
 @_checks.flushing()
 def check(
-    base: str,
+    base: str | Path,
     adapter: str,
     tuned: str | Path,
     texts: Sequence[str | Text],
@@ -391,12 +417,14 @@ def check(
     themselves. Texts that the plan or earlier checks have used are left out, with their groups, so
     that evidence is of other texts than those; at most 256 are drawn by ``seed``, one of each
     group. They are counted in random order, and cut off after ``tokens``: by default as in
-    ``report.json``, without whose certificate all else is measured, or else after 128. Other
-    arguments are those of `plan` and `Planner`. Raises `InputError` for unusable arguments, for an
-    adapter that peft does not read into the base, and for evidence that no check has written.
+    ``report.json``, without whose certificate all else is measured, or else after 128. With the
+    ``dtype`` "bfloat16" it is measured too what the adapter, merged, and the tuned model lose in
+    that. Other arguments are those of `plan` and `Planner`. Raises `InputError` for unusable
+    arguments, for an adapter that peft does not read into the base, and for evidence that no check
+    has written.
     """
     where = require_device(device)
-    _checks.choice("dtype", dtype, DTYPES)
+    _checks.choice("dtype", dtype, ["float32", "bfloat16"])
     pair = Pair.open(base, tuned, any_base=any_base)
     planned = _export.read_report(adapter)
     if tokens not in (None, planned.tokens) or planned.fingerprint not in ("", pair.fingerprint):
@@ -412,9 +440,9 @@ def check(
         networks.append(stream(pair, "tuned", where, torch.bfloat16))
         merged = _export.load_merged(adapter, pair, where)
         networks += [] if merged is None else [merged]
-    passes = [Pass(network, batches) for network in networks]
+    passes = [TextStates(network, batches) for network in networks]
     advance(passes, functools.partial(report or (lambda *_: None), "passing texts"))
-    reference = Reference(batches, Readout(networks[0]), passes[0].states)
+    reference = TunedOutputs(batches, Readout(networks[0]), passes[0].states)
     reference.record(networks[1], passes[1].states)
     reference.typical = planned.typical
     compared = reference.compare(adapted, passes[2].states)
@@ -434,7 +462,7 @@ def check(
 def _require_runs(adapter: str, network: Network, one: Batch) -> None:
     """Refuse an adapter that peft does not run on one text, or that lacks what the base does."""
     try:
-        passed = Pass(network, [one])
+        passed = TextStates(network, [one])
         advance([passed])
         values = passed.states
         if network.task == "language":
@@ -448,47 +476,46 @@ def _require_runs(adapter: str, network: Network, one: Batch) -> None:
         raise InputError("adapter", allowed, f"{adapter}, with which outputs are NaN")
 
 
-def _prepare(base: str, tuned: str | Path, texts: Sequence[str | Text], **options: Any) -> Planner:
+def _prepare(
+    base: str | Path, tuned: str | Path, texts: Sequence[str | Text], options: PlanOptions
+) -> Planner:
     """Open a pair and pass the texts, for factors that servers of many adapters read or others."""
-    if options.get("serving"):
-        rank = options.setdefault("max_rank", _SERVED)
+    if unknown := options.keys() - PlanOptions.__annotations__:
+        raise InputError("options", f"among {', '.join(PlanOptions.__annotations__)}", min(unknown))
+    given: dict[str, Any] = {**options}
+    if _checks.flag("serving", given.pop("serving", False)):
+        rank = given.setdefault("max_rank", _SERVED)
         _checks.integer("max_rank", rank, 1, _MOST_SERVED, limit="for serving")
-        if "leave" in options:
+        if "leave" in given:
             allowed = "left out for serving, where all but factors stays the base's"
-            raise InputError("leave", allowed, value=options["leave"])
-        options["leave"] = KINDS
-    pair = Pair.open(base, tuned, any_base=options.pop("any_base", False))
-    return Planner(pair, texts, **options)
+            raise InputError("leave", allowed, value=given["leave"])
+        given["leave"] = KINDS
+    pair = Pair.open(base, tuned, any_base=given.pop("any_base", False))
+    return Planner(pair, texts, **given)
+
+
+def _one_rank(planner: Planner, options: PlanOptions) -> int | None:
+    """The rank of factors in files for servers; ``None`` for other files."""
+    return planner.max_rank if options.get("serving") else None
 
 
 def _search(planner: Planner, aim: float, estimate: bool) -> Plan:
-    """The last adapter from large to small before the first that misses the aim [prop-certificate].
+    """Certify adapters, or estimate what they lose, until the aim is missed (`_limits.search`)."""
+    sizes, start = planner.sizes(aim, estimate=estimate)
+    tried: dict[int, tuple[float, Measurement]] = {}
+    state = planner.test.error if estimate else planner.test.stated
 
-    Each is certified at the full confidence. For an estimate, if the first one misses, it is the
-    first from there to larger ones that does not.
-    """
-    sizes, place = planner.sizes(aim, estimate=estimate)
-    found: tuple[Adapter, Trial] | None = None
-    done, climbs = 0, False
-    while 0 <= place < len(sizes):
+    def lost(place: int) -> float:
         adapter = planner.at(sizes[place])
-        if found is None or adapter.parameters != found[0].parameters:
-            planner.report("certifying", done, max(done + 1, 3 if estimate else 8))
-            (trial,) = planner.run((adapter, planner.test))
-            lost = planner.test.error(trial.squares)
-            if not estimate:
-                lost = max(lost, _limits.quantile_limit(planner.test.losses(trial.squares)))
-            passes = lost <= aim  # A loss that is no number ends the search.
-            climbs = climbs or (estimate and found is None and lost > aim)
-            if passes or climbs or found is None:
-                found = adapter, trial
-            if passes == climbs or math.isnan(lost):
-                break
-            done += 1
-        place += -1 if climbs else 1
+        if adapter.parameters not in tried:
+            planner.report("certifying", len(tried), max(len(tried) + 1, 3 if estimate else 8))
+            (measurement,) = planner.run((adapter, "test"))
+            tried[adapter.parameters] = state(measurement.squares), measurement
+        return tried[adapter.parameters][0]
+
+    adapter = planner.at(sizes[_limits.search(lost, len(sizes), start, aim, estimate=estimate)])
     planner.report("certifying", 1, 1)
-    assert found is not None  # The sequence is not empty.
-    return _state(planner, found[0], aim, estimate, found[1])
+    return _state(planner, adapter, aim, estimate, tried[adapter.parameters][1])
 
 
 def _state(
@@ -496,11 +523,11 @@ def _state(
     adapter: Adapter,
     aim: float | None,
     estimate: bool,
-    trial: Trial | None = None,
+    measurement: Measurement | None = None,
 ) -> Plan:
     """Measure an adapter on the texts for stating, unless they have passed it."""
-    trial = trial or planner.run((adapter, planner.test))[0]
-    compared = trial.compare()._replace(squares=trial.squares)
+    measurement = measurement or planner.run((adapter, "test"))[0]
+    compared = measurement.compare()._replace(squares=measurement.squares)
     doubt = _limits.DOUBT / (_limits.SIZES if aim is None else 1)
     measured = planner.test.summarize(compared, doubt)._replace(differing=planner.pair.differing)
     return Plan(planner, adapter, measured, aim, estimate)

@@ -3,9 +3,9 @@
 from ...errors import needs
 
 with needs("book"):
-    from ._style import COLORS
+    from ._style import COLORS, use_style
     from .choices import Choices, show_at
-    from .curves import curves, error_against_rank, intervals, medians, scatter
+    from .curves import curves, error_against_rank, intervals, tidy
 
 __all__ = [
     "COLORS",
@@ -13,7 +13,7 @@ __all__ = [
     "curves",
     "error_against_rank",
     "intervals",
-    "medians",
-    "scatter",
     "show_at",
+    "tidy",
+    "use_style",
 ]

@@ -1,107 +1,142 @@
-"""Draw what is measured and what is predicted, as curves, points and intervals."""
+"""Draw tidy tables of what is measured and what is predicted."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullFormatter
-from matplotlib.transforms import ScaledTranslation
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from ._style import DARK, GREY, LINES, Look, looks, mark_rounding
+from ._style import COLORS, DARK, GREY, LINES, look, mark_rounding
 
-Points = Mapping[str, tuple[ArrayLike, ArrayLike]]
-_LEVEL: dict[str, Any] = {"color": GREY, "ls": "--", "lw": 1.5, "zorder": 0.5}
+_MEDIANS: dict[str, Any] = {"estimator": "median", "errorbar": ("pi", 100), "legend": False}
+_MEDIANS["err_kws"] = {"alpha": 0.15, "lw": 0}
+_LEVEL: dict[str, Any] = {"color": GREY, "lw": 1.5, "zorder": 0.5}
 _MARK: dict[str, Any] = _LEVEL | {"ls": ":"}
-# Medians that would cover one another are drawn so many points apart.
-_ASIDE = 8
 # Three names of so many letters are as wide as a figure.
 _SHORT = 15
-# A line through no more points than these would say more than they do.
-_FEW = 3
 # Relative errors below this are rounding.
 _ROUNDING = 1e-9
 
 
+def tidy(
+    x: ArrayLike | Mapping[Any, ArrayLike], **columns: Mapping[Any, ArrayLike]
+) -> pd.DataFrame:
+    """Tabulate samples of methods, one a row, in columns ``method``, ``x`` and those named.
+
+    A column has, by method, numbers ``[len(x)]`` or ``[len(x), samples]``; x is the same for all
+    methods, or has its own for each. An integer stands for a depth, in a method's place.
+
+    Examples
+    --------
+    >>> tidy([1, 2], error={"trained": [[0.5, 0.7], [0.1, 0.3]]})
+        method    x  error
+    0  trained  1.0    0.5
+    1  trained  1.0    0.7
+    2  trained  2.0    0.1
+    3  trained  2.0    0.3
+    """
+    tables = []
+    for method in next(iter(columns.values())):
+        at = np.asarray(x[method] if isinstance(x, Mapping) else x, dtype=float)
+        values = {name: np.asarray(column[method]) for name, column in columns.items()}
+        named = {"x": at} | values
+        rows = np.broadcast_arrays(*(array.reshape(len(at), -1) for array in named.values()))
+        flat = dict(zip(named, (array.ravel() for array in rows), strict=True))
+        tables.append(pd.DataFrame({"method": method, **flat}))
+    return pd.concat(tables, ignore_index=True)
+
+
 def curves(
-    x: Sequence[float],
-    samples: Mapping[str, ArrayLike],
+    data: pd.DataFrame,
+    x: str,
+    y: str,
     *,
-    guides: Mapping[str, ArrayLike] | None = None,
+    hue: str = "method",
+    style: str | None = None,
+    label: str | None = None,
+    panel: str | None = None,
+    levels: Mapping[str, float] | None = None,
     marks: Mapping[str, float] | None = None,
+    published: pd.DataFrame | None = None,
     rounding: float | None = None,
-    markers: bool = True,
-    joined: bool = True,
     xlabel: str,
     ylabel: str,
     xscale: str = "linear",
     yscale: str = "log",
 ) -> Figure:
-    """Draw numbers against x: for each entry the median of its samples, with their range as a band.
+    """Draw column ``y`` of a tidy table against ``x``: medians, with their range as a band.
 
-    Samples are ``[len(x)]`` or ``[len(x), samples]``. Guides are grey curves ``[len(x)]``, or
-    several of one kind, ``[len(x), curves]``; marks are dotted vertical lines. The legend names
-    them all. NaN is left out, and values below ``rounding`` are in a strip at the foot.
+    There is a line for each method in the column ``hue``, in its colour (`COLORS`), and kind in
+    the column ``style``, in the table's order; and a panel for each title in the column ``panel``.
+    The legend names a line as ``label`` says, a format of columns, by default
+    ``"{method}, {style}"``. Levels are dashed horizontal lines, marks dotted vertical ones, both
+    named in the legend. Published values, a table alike, are stars with their numbers. NaN is left
+    out, and values below ``rounding`` are in a strip at the foot.
     """
-    figure, ax = plt.subplots()
-    for label, look, size in _in_turn(samples):
-        style = look.style(size) if markers else {"color": look.color, "ls": look.line, "lw": 2}
-        style |= {} if joined else {"ls": ""}
-        _draw_band(ax, _rows(x, samples[label]).dropna(), label, style)
-    _draw_guides(ax, {label: (x, values) for label, values in (guides or {}).items()}, None)
-    for label, position in (marks or {}).items():
-        ax.axvline(position, label=label, **_MARK)
-    _finish(ax, rounding, xscale, yscale, xlabel=xlabel, ylabel=ylabel)
+    titles = data[panel].unique() if panel else [""]
+    size = 5, 0.4 + 2.8 * len(titles)
+    figure, axes = plt.subplots(len(titles), 1, sharex=True, squeeze=False, figsize=size)
+    for ax, title in zip(axes[:, 0], titles, strict=True):
+        for rows, aspect in _lines(data, hue, style, label):
+            shown = rows[rows[panel] == title] if panel else rows
+            sns.lineplot(shown, x=x, y=y, ax=ax, **_MEDIANS, **aspect)
+        if published is not None:
+            stars = published[published[panel] == title] if panel else published
+            _draw_stars(ax, stars[x], stars[y], stars[hue])
+        for (name, level), line in zip((levels or {}).items(), cycle(LINES[1:]), strict=False):
+            ax.axhline(level, label=name, **_LEVEL | {"ls": line})
+        for name, position in (marks or {}).items():
+            ax.axvline(position, label=name, **_MARK)
+        _finish(ax, rounding, xscale, yscale, xlabel="", ylabel=ylabel, title=title)
+    axes[-1, 0].set(xlabel=xlabel)
     _name(figure)
     return figure
 
 
 def error_against_rank(
-    ranks: Mapping[str, ArrayLike],
-    predicted: Mapping[str, ArrayLike],
-    measured: Mapping[str, ArrayLike],
+    data: pd.DataFrame,
     *,
-    thresholds: Mapping[str, float] | None = None,
-    levels: Mapping[str, float] | None = None,
+    x: str = "x",
+    label: str | None = None,
+    thresholds: Mapping[Any, float] | None = None,
     line: str = "predicted",
     yscale: str = "linear",
     xlabel: str = "rank $R$ of each adapter",
     ylabel: str,
-    size: tuple[float, float] | None = None,
 ) -> Figure:
-    """Draw predicted errors (lines) and measured errors (markers) against rank.
+    """Draw medians of the columns ``predicted`` (lines) and ``measured`` (markers) against rank.
 
-    Errors are ``[ranks]``, or ``[ranks, samples]``, of which medians are shown. Measured errors
-    below 1e-9 are in a strip at the foot, predicted ones are left out. Each entry has its colour;
-    its threshold is a dotted vertical line, levels are dashed horizontal ones. ``line`` names
-    predictions in the legend; ``size`` is in inches.
+    Measured errors below 1e-9 are in a strip at the foot, predicted ones are left out. Each method
+    has its colour; its threshold is a dotted vertical line. The legend names it as ``label`` says,
+    a format of columns, and predictions as ``line``.
     """
-    figure, ax = plt.subplots(figsize=size)
-    for label, look, marker in _in_turn(measured):
-        if label in predicted:
-            expected = _rows(ranks[label], predicted[label])["median"]
-            expected = expected.where(expected >= _ROUNDING)
-            ax.plot(expected, color=look.color, ls=look.line, lw=1.5)
-        found = _rows(ranks[label], measured[label])["median"]
+    figure, ax = plt.subplots()
+    for rows, aspect in _lines(data, "method", None, label):
+        medians = rows.groupby(x)[[*{"measured", "predicted"} & {*rows}]].median()
+        if "predicted" in medians:
+            predicted = medians.predicted.where(medians.predicted >= _ROUNDING)
+            ax.plot(predicted, color=aspect["color"], lw=1.5)
         # More than twenty markers would hide the line.
-        shown = look.style(marker + 1) | {"ls": "", "markevery": 1 + len(found) // 20}
-        ax.plot(found, label=label, **shown)
+        apart = {"linestyle": "", "markevery": 1 + len(medians) // 20}
+        ax.plot(medians.measured, **aspect | apart | {"ms": aspect["ms"] + 1})
         if thresholds:
-            ax.axvline(thresholds[label], **_MARK | {"color": look.color})
-    _draw_guides(ax, None, levels)
+            threshold = thresholds[rows.method.iloc[0]]
+            ax.axvline(threshold, **_MARK | {"color": aspect["color"]})
     _finish(ax, _ROUNDING, "linear", yscale, xlabel=xlabel, ylabel=ylabel)
     kinds: dict[str, dict[str, Any]] = {}
-    if predicted:
+    if "predicted" in data:
         kinds = {"measured": {"marker": "o", "mfc": "none", "ls": ""}, line: {"ls": "-"}}
     if thresholds:
         kinds["threshold"] = {"ls": ":"}
@@ -109,162 +144,50 @@ def error_against_rank(
     return figure
 
 
-def medians(
-    panels: Mapping[str, Mapping[str, pd.DataFrame]],
-    x: str,
-    y: str,
-    *,
-    published: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
-    levels: Mapping[str, float] | None = None,
-    rounding: float | None = None,
-    bands: bool = True,
-    xlabel: str,
-    ylabel: str,
-    xscale: str = "linear",
-    yscale: str = "log",
-    ylim: tuple[float, float] | None = None,
-) -> Figure:
-    """Draw medians over the rows of equal ``x`` of tables of runs, and their range as a band.
-
-    Each entry has a panel, with a line for each table. Up to three points are not joined, and have
-    bars beside one another. Without ``bands`` a bar after the last x shows the range there. Values
-    below ``rounding`` are in a strip at the foot. Published values, by panel and line (or another
-    name), are stars with numbers; levels are dashed horizontal lines.
-    """
-    size = 6.4, 1.2 + 2.4 * len(panels)
-    figure, axes = plt.subplots(len(panels), 1, sharex=True, squeeze=False, figsize=size)
-    labels = list(dict.fromkeys(label for tables in panels.values() for label in tables))
-    look_of = looks(labels)
-    for ax, (title, tables) in zip(axes[:, 0], panels.items(), strict=True):
-        for i, (label, look, width) in enumerate(_in_turn(labels)):
-            if label not in tables:
-                continue
-            rows = tables[label].groupby(x)[y].agg(["median", "min", "max"])
-            is_level = len(rows) > 1 and rows["median"].nunique() == 1
-            aside = _ASIDE * (i - (len(labels) - 1) / 2)
-            if bands and len(rows) <= _FEW and look.marker and not is_level:
-                _draw_bars(ax, rows, label, look.style(width) | {"ls": ""}, aside)
-            elif bands:
-                _draw_band(ax, rows, label, look.style(width))
-            else:
-                ax.plot(rows["median"], label=label, **look.style(width))
-                _draw_bars(ax, rows[-1:], "_", look.style(5), _ASIDE * (i + 1.5))
-        stars = (published or {}).get(title, {})
-        for label, (at, value) in stars.items():
-            color = look_of[label].color if label in look_of else GREY
-            ax.plot(at, value, "*", color=color, label="published", ms=15, mec="0.1", zorder=3)
-            # Numbers of stars at one x stay apart: the highest has its own above it.
-            above = 5 if value == max(value for _, value in stars.values()) else -14
-            edge = [withStroke(linewidth=3, foreground="white")]
-            text = {"textcoords": "offset points", "fontsize": "small", "path_effects": edge}
-            ax.annotate(f"{value:g}", (at, value), (9, above), **text)
-        _draw_guides(ax, None, levels)
-        _finish(ax, rounding, xscale, yscale, ylabel=ylabel, title=title)
-        if ylim:
-            ax.set_ylim(ylim)
-    axes[-1, 0].set(xlabel=xlabel)
-    _name(figure)
-    return figure
-
-
-def scatter(
-    points: Points,
-    *,
-    guides: Points | None = None,
-    levels: Mapping[str, float] | None = None,
-    joined: bool = False,
-    xlabel: str,
-    ylabel: str,
-    yscale: str = "log",
-) -> Figure:
-    """Draw points (x, y), x on a logarithmic axis, in one colour and marker for each entry.
-
-    If ``joined``, lines lead from point to point, and y may be ``[len(x), samples]``, of which
-    medians and ranges are shown. Guides and horizontal levels are dashed, and named in the legend.
-    """
-    figure, ax = plt.subplots()
-    for label, look, size in _in_turn(points):
-        if joined:
-            _draw_band(ax, _rows(*points[label]), label, look.style(size))
-        else:
-            ax.plot(*points[label], label=label, **look.style(size) | {"ls": ""})
-    _draw_guides(ax, guides, levels)
-    _finish(ax, None, "log", yscale, xlabel=xlabel, ylabel=ylabel)
-    _name(figure)
-    return figure
-
-
-def intervals(
-    rows: Mapping[str, Sequence[float]],
-    *,
-    levels: Mapping[str, float] | None = None,
-    xlabel: str,
-    xscale: str = "linear",
-) -> Figure:
-    """Draw a row for each entry (mean, low, high): the mean, and a bar between the limits.
-
-    Levels are dashed vertical lines, named in the legend.
-    """
+def intervals(rows: Mapping[str, Sequence[float]], *, xlabel: str) -> Figure:
+    """Draw differences (mean, low, high), a row each: the mean, and a bar between the limits."""
     figure, ax = plt.subplots(figsize=(6.4, 0.9 + 0.34 * len(rows)))
     for y, (mean, low, high) in enumerate(rows.values()):
         ax.plot([low, high], [y, y], color=DARK, lw=2)
         ax.plot(mean, y, "o", color=DARK, ms=7)
-    for label, level in (levels or {}).items():
-        ax.axvline(level, label=label, **_LEVEL)
-    ax.set(xlabel=xlabel, xscale=xscale, ylim=(len(rows) - 0.5, -0.5))
+    ax.axvline(0, label="no difference", **_LEVEL | {"ls": "--"})
+    ax.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
     ax.set_yticks(range(len(rows)), [*rows])
-    if xscale == "linear":
-        ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.grid(axis="y", visible=False)
     _name(figure)
     return figure
 
 
-def _in_turn(labels: Collection[str]) -> Iterator[tuple[str, Look, float]]:
-    """Yield labels, looks and sizes, each smaller than the last: markers that coincide show."""
-    sizes = np.linspace(11, 4, len(labels)) if len(labels) > 2 else (9, 6)
-    for (label, look), size in zip(looks(labels).items(), sizes, strict=False):
-        yield label, look, float(size)
+def _lines(
+    data: pd.DataFrame, hue: str, style: str | None, label: str | None
+) -> Iterator[tuple[pd.DataFrame, dict[str, Any]]]:
+    """Yield the rows of each line and its looks; markers get smaller: those that coincide show."""
+    keys = [hue, style] if style else [hue]
+    methods, kinds = ([*data[key].unique()] for key in (hue, style or hue))
+    groups = data.groupby(keys, sort=False)
+    sizes = np.linspace(11, 4, len(groups)) if len(groups) > 2 else (9, 6)
+    for ((method, *kind), rows), size in zip(groups, sizes, strict=False):
+        first = {str(key): rows[key].iloc[0] for key in rows}
+        name = (label or ", ".join(f"{{{key}}}" for key in keys)).format_map(first)
+        aspect = look(method, methods, kinds.index(kind[0]) if kind else 0)
+        yield rows, aspect | {"label": name, "ms": size, "mec": aspect["color"], "mew": 1.5}
 
 
-def _rows(x: ArrayLike, values: ArrayLike) -> pd.DataFrame:
-    """Compute median, least and largest, by x, of ``[len(x)]`` or ``[len(x), ...]``."""
-    samples: NDArray[np.float64] = np.asarray(values, dtype=float)
-    samples = samples.reshape(len(samples), -1)
-    columns = {"median": np.median(samples, 1), "min": samples.min(1), "max": samples.max(1)}
-    return pd.DataFrame(columns, index=np.asarray(x))
-
-
-def _draw_band(ax: Axes, rows: pd.DataFrame, label: str, style: Mapping[str, Any]) -> None:
-    ax.plot(rows["median"], label=label, **style)
-    ax.fill_between(rows.index, rows["min"], rows["max"], color=style["color"], alpha=0.15, lw=0)
-
-
-def _draw_bars(
-    ax: Axes, rows: pd.DataFrame, label: str, style: Mapping[str, Any], aside: float
-) -> None:
-    """Draw medians as markers, so many points aside from x, on bars of the range."""
-    moved = ScaledTranslation(aside / 72, 0, ax.figure.dpi_scale_trans)
-    shown = dict(style) | {"transform": ax.transData + moved}
-    bar = shown | {"marker": "", "ls": "-", "lw": 2, "label": "_"}
-    for x, low, high in zip(rows.index, rows["min"], rows["max"], strict=True):
-        if low < high:
-            ax.add_artist(Line2D([x, x], [low, high], **bar))
-        ax.update_datalim([(x, low), (x, high)])
-    ax.add_artist(Line2D(rows.index, rows["median"], label=label, **shown))
-    ax.margins(x=max(ax.get_xmargin(), 0.05 + abs(aside) / 250))
-    ax.autoscale_view()
-
-
-def _draw_guides(ax: Axes, guides: Points | None, levels: Mapping[str, float] | None) -> None:
-    for (label, points), ls in zip((guides or {}).items(), cycle(LINES[1:]), strict=False):
-        ax.plot(*points, label=label, **_LEVEL | {"ls": ls})
-    for label, level in (levels or {}).items():
-        ax.axhline(level, label=label, **_LEVEL)
+def _draw_stars(ax: Axes, x: pd.Series, y: pd.Series, methods: pd.Series) -> None:
+    for at, value, method in zip(x, y, methods, strict=True):
+        color = COLORS.get(method, GREY)
+        ax.plot(at, value, "*", color=color, label="published", ms=15, mec="0.1", zorder=3)
+        # Numbers of stars at one x stay apart: the highest has its own above it.
+        above = 5 if value == y.max() else -14
+        edge = [withStroke(linewidth=3, foreground="white")]
+        offset: dict[str, Any] = {"xytext": (9, above), "textcoords": "offset points"}
+        ax.annotate(f"{value:g}", (at, value), fontsize="small", path_effects=edge, **offset)
 
 
 def _finish(ax: Axes, rounding: float | None, xscale: str, yscale: str, **labels: str) -> None:
     """Set scales, labels and ticks, and draw what is below rounding in a strip."""
+    # Only now: seaborn would take medians of logarithms.
     ax.set(xscale=xscale, yscale=yscale, **labels)
     low, high = ax.dataLim.intervaly
     if yscale == "linear" and low >= 0:
@@ -289,6 +212,5 @@ def _name(figure: Figure, more: Mapping[str, Artist] | None = None) -> None:
         if not str(line.get_label()).startswith("_"):
             shown.setdefault(str(line.get_label()), line)
     shown |= more or {}
-    if shown:
-        columns = 3 if max(map(len, shown)) <= _SHORT else 2
-        figure.legend([*shown.values()], [*shown], loc="outside upper center", ncols=columns)
+    columns = 3 if max(map(len, shown)) <= _SHORT else 2
+    figure.legend([*shown.values()], [*shown], loc="outside upper center", ncols=columns)

@@ -1,4 +1,4 @@
-"""Residual transformers from modules of `transformers`, and back."""
+"""Decoders from modules of `transformers`, and back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..errors import InputError
-from .transformer import Settings, Transformer
+from .decoder import Decoder, DecoderSettings
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -68,15 +68,12 @@ class _Layer(NamedTuple):
         if self.bias is not None:
             self.bias.copy_(bias)
         elif bias.any():
-            raise InputError(
-                f"network's {name}",
-                allowed="0, as the module has no such vector",
-                given=f"one of norm {float(torch.linalg.vector_norm(bias)):.2g}",
-            )
+            allowed, norm = "0, as the module has no such vector", float(bias.norm())
+            raise InputError(f"network's {name}", allowed=allowed, given=f"one of norm {norm:.2g}")
 
 
 @torch.no_grad()
-def from_decoder(module: nn.Module, *, final_norm: bool = True) -> Transformer:
+def from_decoder(module: nn.Module, *, final_norm: bool = True) -> Decoder:
     """Read the blocks and the final norm of a GPT-2, Llama, Mistral or Qwen2.
 
     ``network(z)`` is the module's last hidden state in evaluation; ``z.mT``, embeddings of tokens
@@ -102,7 +99,7 @@ def from_decoder(module: nn.Module, *, final_norm: bool = True) -> Transformer:
     name = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
     if name not in _ACTIVATIONS:
         raise InputError("module", allowed=f"with one of {', '.join(_ACTIVATIONS)}", given=name)
-    settings = Settings(
+    settings = DecoderSettings(
         residual=True,
         norm="layer" if is_layer_norm else "rms",
         activation=_ACTIVATIONS[name],
@@ -112,11 +109,11 @@ def from_decoder(module: nn.Module, *, final_norm: bool = True) -> Transformer:
         rotary=rotary,
         eps=norm.eps if is_layer_norm else norm.variance_epsilon,
     )
-    return Transformer(parameters, settings)
+    return Decoder(parameters, settings)
 
 
 @torch.no_grad()
-def to_decoder(network: Transformer, module: M) -> M:
+def to_decoder(network: Decoder, module: M) -> M:
     """Copy a module, and make its blocks and final norm compute what the network does.
 
     The module's embeddings, positions, head and type of numbers stay. Biases of values become 0,
@@ -146,21 +143,12 @@ def _parts(module: Any) -> tuple[_Family, Any, _Layer]:
     family = _FAMILIES.get(getattr(config, "model_type", ""))
     base: Any = getattr(module, "base_model", module)
     if family is None or not hasattr(base, family.blocks):
-        raise InputError(
-            "module",
-            allowed="GPT2Model, LlamaModel, MistralModel or Qwen2Model of transformers, or one "
-            "with a head",
-            given=type(module).__name__,
-            remedy="other families differ: they norm what they have added (post-norm), read side "
-            "by side, rotate a part of queries and keys, scale gains otherwise, or choose experts",
-        )
+        allowed = "a GPT-2, Llama, Mistral or Qwen2 of transformers, perhaps with a head"
+        raise InputError("module", allowed=allowed, given=type(module).__name__)
     if any(hasattr(part, "base_layer") for part in module.modules()):
-        raise InputError(
-            "module",
-            allowed="without adapters beside its weights",
-            given=f"{type(module).__name__} with some",
-            remedy="model.merge_and_unload() of peft adds them to the weights",
-        )
+        allowed = "without adapters beside its weights"
+        remedy = "model.merge_and_unload() of peft adds them to the weights"
+        raise InputError("module", allowed=allowed, given="some", remedy=remedy)
     # Where a model has these settings, they change what blocks compute.
     _require("scale_attn_weights", getattr(config, "scale_attn_weights", True), True)
     for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
@@ -168,8 +156,7 @@ def _parts(module: Any) -> tuple[_Family, Any, _Layer]:
     window, longest = getattr(config, "sliding_window", None), config.max_position_embeddings
     if window is not None and window < longest:
         allowed = f"with a sliding_window of None, or at least the longest sequence, {longest}"
-        remedy = "setting None changes nothing for sequences that are shorter than the window"
-        raise InputError("module", allowed=allowed, given=window, remedy=remedy)
+        raise InputError("module", allowed=allowed, given=window)
     final = getattr(base, family.final_norm)
     return family, getattr(base, family.blocks), _Layer(final.weight, getattr(final, "bias", None))
 
@@ -230,7 +217,7 @@ def _read(layers: Mapping[str, _Layer], heads: int, rotary: bool) -> dict[str, T
     return parts
 
 
-def _write(layers: Mapping[str, _Layer], network: Transformer, l: int) -> None:
+def _write(layers: Mapping[str, _Layer], network: Decoder, l: int) -> None:
     """Put the parameters of block ``l`` into a module's block."""
     parts = {k: stack[l] for k, stack in network.parameters.items() if k not in ("g_f", "s_f")}
     scale = network.sizes["query size"] ** 0.5
@@ -249,7 +236,7 @@ def _write(layers: Mapping[str, _Layer], network: Transformer, l: int) -> None:
         layers[f"norm {name}"].write(parts[f"g_{name}"], parts[f"s_{name}"], f"s_{name}")
 
 
-def _through_values(network: Transformer, l: int) -> tuple[Tensor, Tensor]:
+def _through_values(network: Decoder, l: int) -> tuple[Tensor, Tensor]:
     """Find biases of values that come nearest to ``b_O``, and what they leave of it."""
     O, b_O = network.W_O[l], network.b_O[l]
     # Heads of a group share their values.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import randomness
-from .gap import Gap
-from .segmentation import Segments
-from .transformer import SHAPES, Settings, Transformer
+from ..bounds.transformer import savable_ranks
+from ..networks.attention import SHAPES
+from ..networks.decoder import Decoder, DecoderSettings
+from ..networks.gap import Gap
+from ..networks.segmentation import ADAPTED, Segments, segments
 
 # Of so many directions the one with the mildest factors is taken.
 _TRIALS = 16
@@ -21,17 +23,40 @@ _Units = dict[str, Float[Tensor, "units _"]]
 _Match = tuple[Int[Tensor, " units"], Float[Tensor, " units"], Float[Tensor, " units"]]
 
 
-def savable(settings: Settings) -> tuple[list[str], int]:
-    """Name the weights on which scales of units can save a rank, and count how many at once.
+def save_ranks(
+    frozen: Decoder, target: Decoder, gaps: Segments[Gap], ranks: Mapping[str, int]
+) -> tuple[Decoder, Segments[Gap]]:
+    """Align the target's units where ranks by kind of weight lack one that this saves.
 
-    A ReLU unit stays the same if its row of ``W_1`` is multiplied by ``λ > 0`` and its column of
-    ``W_2`` by ``1/λ``; a gated unit if its row of ``W_3`` is, by any ``μ ≠ 0``.
+    Return the target, which is the same function, and its gaps. Source: [thm-needed].
     """
-    kinds = ["W_1"] * (settings.activation == "relu") + ["W_3"] * settings.gated
-    return [*kinds, "W_2"] if kinds else [], len(kinds)
+    lacking = _lacking(gaps, ranks, frozen.settings)
+    if not lacking:
+        return target, gaps
+    aligned = _align(target, gaps, lacking)
+    return aligned, segments(frozen, aligned)
 
 
-def align(target: Transformer, cut: Segments[Gap], saved: Collection[str]) -> Transformer:
+def _feed_forward(gaps: Segments[Gap]) -> dict[str, Gap]:
+    """Name the gaps of feed-forward layers by their weights."""
+    return {ADAPTED[name][0]: gaps[name] for name in ("inner", "up", "outer") if name in gaps}
+
+
+def _lacking(gaps: Segments[Gap], ranks: Mapping[str, int], settings: DecoderSettings) -> set[str]:
+    """Name the feed-forward weights whose ranks lack one, where scales of units can save these."""
+    savable, most = savable_ranks(settings)
+    lacking = set()
+    for kind, gap in _feed_forward(gaps).items():
+        inputs, *_, outputs = gap.frozen.widths
+        units, full = (inputs, outputs) if kind == "W_2" else (outputs, inputs)
+        if ranks[kind] < full - 1 or units < full:
+            return set()
+        if ranks[kind] < full:
+            lacking.add(kind)
+    return lacking if lacking <= set(savable) and len(lacking) <= most else set()
+
+
+def _align(target: Decoder, gaps: Segments[Gap], saved: Collection[str]) -> Decoder:
     """Order and scale the target's units, which saves one rank on each of these weights.
 
     Factors ``c_k`` with ``c_k (W̄ x)_k = (W x)_k`` for some ``x`` make the difference of a weight
@@ -40,14 +65,13 @@ def align(target: Transformer, cut: Segments[Gap], saved: Collection[str]) -> Tr
     may be where units are parallel.
     """
     sides: dict[str, tuple[Tensor, Tensor]] = {}
-    unrelated = torch.zeros(cut.inner.batch_shape, dtype=torch.bool)
-    for name, kind in (("inner", "W_1"), ("up", "W_3"), ("outer", "W_2")):
-        if name in cut:
-            pair = cut[name].frozen.product(), cut[name].target.product()
-            sides[kind] = (pair[0].mT, pair[1].mT) if kind == "W_2" else pair
-            if kind in saved:
-                unrelated = unrelated | (cut[name].rank == sides[kind][0].shape[-1]).cpu()
-    batch = cut.inner.batch_shape[:-1]
+    unrelated = torch.zeros(gaps["inner"].batch_shape, dtype=torch.bool)
+    for kind, gap in _feed_forward(gaps).items():
+        pair = gap.frozen.product(), gap.target.product()
+        sides[kind] = (pair[0].mT, pair[1].mT) if kind == "W_2" else pair
+        if kind in saved:
+            unrelated = unrelated | (gap.rank == sides[kind][0].shape[-1]).cpu()
+    batch = gaps["inner"].batch_shape[:-1]
     dims = len(target.batch_shape)
     parts = {k: p.expand(*batch, *p.shape[dims:]).clone() for k, p in target.parameters.items()}
     of_units = [kind for kind in target.kinds if SHAPES[kind][:2] == ("blocks", "hidden")]
@@ -55,17 +79,17 @@ def align(target: Transformer, cut: Segments[Gap], saved: Collection[str]) -> Tr
     for place in map(tuple, unrelated.nonzero().tolist()):
         frozen, wanted = ({kind: pair[i][place] for kind, pair in sides.items()} for i in (0, 1))
         tries = [_match(frozen, wanted, saved, target.settings, generator) for _ in range(_TRIALS)]
-        found = [each for each in tries if each is not None]
-        if not found:
+        matches = [match for match in tries if match is not None]
+        if not matches:
             continue
-        order, first, second = min(found, key=_spread)
+        order, first, second = min(matches, key=_spread)
         for kind in of_units:
             parts[kind][place] = parts[kind][place][order]
         parts["W_2"][place] = parts["W_2"][place][:, order] / (first * second)
         for kind in of_units:
             factor = second if kind.endswith("3") else first
             parts[kind][place] *= factor if kind.startswith("b") else factor[:, None]
-    return Transformer(parts, target.settings)
+    return Decoder(parts, target.settings)
 
 
 def _spread(match: _Match) -> float:
@@ -77,7 +101,7 @@ def _match(
     frozen: _Units,
     target: _Units,
     saved: Collection[str],
-    settings: Settings,
+    settings: DecoderSettings,
     generator: torch.Generator,
 ) -> _Match | None:
     """Find an order, and factors ``λ`` and ``μ``, for a random direction of each weight."""
