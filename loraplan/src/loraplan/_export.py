@@ -55,11 +55,7 @@ _NO_MODULES, _TYING = "dummy-target-modules", "embed_tokens"
 
 
 def save_peft(
-    folder: Path | str,
-    network: nn.Module,
-    updates: Mapping[str, LowRank],
-    *,
-    biases: bool = False,
+    folder: Path | str, network: nn.Module, updates: Mapping[str, LowRank], *, biases: bool = False
 ) -> None:
     """Write updates ``ΔW = A Bᵀ`` of a network's modules as an adapter that peft reads.
 

@@ -240,10 +240,7 @@ class Network:
 
 
 def stream(
-    pair: Pair,
-    which: str | Adapter,
-    device: torch.device,
-    read: Reader | None = None,
+    pair: Pair, which: str | Adapter, device: torch.device, read: Reader | None = None
 ) -> Network:
     """The network of the ``"base"``, of the ``"tuned"`` checkpoint, or of the base adapted.
 
