@@ -105,14 +105,8 @@ class LinearNetwork(_Layers):
     def __init__(self, weights: Any, *, checked: bool = True) -> None:
         self.weights = tuple(_usable_layers(weights)[0] if checked else weights)
 
-    def with_parameters(
-        self,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor] | None = None,
-        *,
-        checked: bool = True,
-    ) -> LinearNetwork:
-        return LinearNetwork(weights, checked=checked)
+    def _rebuilt(self, weights: Sequence[Tensor], biases: Sequence[Tensor], checked: bool) -> Self:
+        return type(self)(weights, checked=checked)
 
     def __call__(
         self, x: Float[Tensor, "*#batch in samples"]
@@ -189,15 +183,8 @@ class FNN(_Layers):
         """How many of the first layers have a ReLU: all, or all but the last."""
         return self.depth - 1 if self.linear_last else self.depth
 
-    def with_parameters(
-        self,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor] | None = None,
-        *,
-        checked: bool = True,
-    ) -> FNN:
-        biases = self.biases if biases is None else biases
-        return FNN(weights, biases, linear_last=self.linear_last, checked=checked)
+    def _rebuilt(self, weights: Sequence[Tensor], biases: Sequence[Tensor], checked: bool) -> Self:
+        return type(self)(weights, biases, linear_last=self.linear_last, checked=checked)
 
     def layers(self, which: slice) -> FNN:
         """Cut out consecutive layers; only the last of all layers can be linear."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..errors import InputError
-from .decoder import Decoder, DecoderSettings
+from .attention import Settings
+from .decoder import Decoder
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -99,7 +100,7 @@ def from_decoder(module: nn.Module, *, final_norm: bool = True) -> Decoder:
     name = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
     if name not in _ACTIVATIONS:
         raise InputError("module", allowed=f"with one of {', '.join(_ACTIVATIONS)}", given=name)
-    settings = DecoderSettings(
+    settings = Settings(
         residual=True,
         norm="layer" if is_layer_norm else "rms",
         activation=_ACTIVATIONS[name],

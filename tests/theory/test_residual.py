@@ -15,7 +15,7 @@ from torch import Tensor
 from lorapower import InputError, bounds
 from lorapower.adapters import Adapters, Tuned
 from lorapower.constructions import adapt_attention, adapt_transformer
-from lorapower.networks import Decoder, DecoderSettings, Transformer, from_decoder, to_decoder
+from lorapower.networks import Decoder, Settings, Transformer, from_decoder, to_decoder
 from lorapower.networks.attention import ACTIVATIONS, PARTS
 from lorapower.training.descent import descend
 from records.models import DoublePrecision
@@ -42,7 +42,7 @@ def relative(network: Decoder, target: Decoder, x: Tensor) -> float:
 
 def by_hand(network: Transformer | Decoder, z: Tensor) -> Tensor:
     """The definition; a plain network has neither residual connections nor norms."""
-    p, settings = network.parameters, DecoderSettings(residual=True)
+    p, settings = network.parameters, Settings(residual=True)
     settings = network.settings if isinstance(network, Decoder) else settings
     causal, residual = network.settings.causal, isinstance(network, Decoder) and settings.residual
 
