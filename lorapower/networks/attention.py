@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from .. import _checks, randomness
 from ..errors import InputError
-from .base import Network
+from .base import Network, Outputs
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 Norm = Literal["layer", "rms"]
@@ -365,7 +365,7 @@ class Attention(Network):
 
     # Evaluation.
 
-    def __call__(self, x: Tokens) -> Float[Tensor, "*batch out n"]:
+    def __call__(self, x: Tokens) -> Outputs:
         """Compute the output; leading dimensions of ``x`` broadcast with the batch."""
         z = self.as_inputs(x)
         for l in range(self.depth):
@@ -465,7 +465,7 @@ class Attention(Network):
         y = times(self._of_block("W_2", l), active)
         return self._plus(u + y if self.settings.residual else y, "b_2", l)
 
-    def output(self, z: Tokens) -> Float[Tensor, "*batch out n"]:
+    def output(self, z: Tokens) -> Outputs:
         """Compute the outputs for the tokens that leave the last block."""
         if self.settings.final_norm:
             z = self.g_f[..., None] * self.normalize(z) + self.s_f[..., None]

@@ -13,6 +13,9 @@ from torch.nn import functional
 
 from .. import _checks
 
+Inputs = Float[Tensor, "*#batch in samples"]
+Outputs = Float[Tensor, "*batch out samples"]
+
 
 class Network(ABC):
     """A network, or a batch of them, as tensors.
@@ -32,7 +35,7 @@ class Network(ABC):
         return 0
 
     @abstractmethod
-    def __call__(self, x: Float[Tensor, "*#batch in n"]) -> Float[Tensor, "*batch out n"]:
+    def __call__(self, x: Inputs) -> Outputs:
         """Compute the outputs for the columns of ``x``."""
 
     def with_parameters(

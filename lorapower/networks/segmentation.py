@@ -166,7 +166,7 @@ def _chain(batch: tuple[int, ...], *weights: Tensor) -> LinearNetwork:
 def _require_alike(frozen: AnyTransformer, target: AnyTransformer) -> None:
     """Refuse two networks whose segments do not correspond."""
     names = [field.name for field in fields(frozen.settings)]
-    if isinstance(frozen, Decoder) and frozen.settings.norm is None:
+    if frozen.settings.norm is None:
         names.remove("eps")
     target.require_like(frozen, names, tuple(frozen.sizes))
     if isinstance(frozen, Transformer) and frozen.sizes["hidden"] != frozen.width:
