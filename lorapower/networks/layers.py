@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, reduce
+from itertools import accumulate
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -139,11 +140,8 @@ class LinearNetwork(_Layers):
         norms = [values[..., 0] for values in self.spectra]
         if self.depth == 1:
             return norms[0]
-        first, *middle, last = self.weights
-        inner, outer = [first], [last]
-        for low, high in zip(middle, reversed(middle), strict=True):
-            inner.append(low @ inner[-1])
-            outer.append(outer[-1] @ high)
+        inner = [*accumulate(self.weights[:-1], lambda P, W: W @ P)]
+        outer = [*accumulate(reversed(self.weights[1:]), torch.matmul)]
         one = torch.ones_like(norms[0])
         before = [one, norms[0], *map(lowrank.norm, inner[1:])]
         after = [one, norms[-1], *map(lowrank.norm, outer[1:])]
