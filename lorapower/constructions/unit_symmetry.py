@@ -74,7 +74,7 @@ def _align(target: Decoder, gaps: Segments[Gap], saved: Collection[str]) -> Deco
     batch = gaps["inner"].batch_shape[:-1]
     dims = len(target.batch_shape)
     parts = {k: p.expand(*batch, *p.shape[dims:]).clone() for k, p in target.parameters.items()}
-    of_units = [kind for kind in target.kinds if SHAPES[kind][:2] == ("blocks", "hidden")]
+    of_units = [kind for kind in target.parameters if SHAPES[kind][:2] == ("blocks", "hidden")]
     generator = randomness.generator(0, "alignment")
     for place in map(tuple, unrelated.nonzero().tolist()):
         frozen, wanted = ({kind: pair[i][place] for kind, pair in sides.items()} for i in (0, 1))

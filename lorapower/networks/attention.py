@@ -217,19 +217,14 @@ class Attention(Network):
     # Parameters and sizes.
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of its parameters."""
-        return self._kinds(self.settings)
-
-    @property
     def weight_kinds(self) -> tuple[str, ...]:
         """The kinds that are matrices, in the order of ``weights``."""
-        return tuple(kind for kind in self.kinds if kind in WEIGHTS)
+        return tuple(kind for kind in self.parameters if kind in WEIGHTS)
 
     @property
     def bias_kinds(self) -> tuple[str, ...]:
         """The kinds that are vectors, in the order of ``biases``."""
-        return tuple(kind for kind in self.kinds if kind in VECTORS)
+        return tuple(kind for kind in self.parameters if kind in VECTORS)
 
     @property
     def adapted_kinds(self) -> tuple[str, ...]:
@@ -478,12 +473,13 @@ class Attention(Network):
 
     def _usable(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """Complete parameters as the settings ask, all of one type and batch shape."""
+        kinds = self._kinds(self.settings)
         for kind in given:
-            _checks.choice("parameters", kind, self.kinds)
-        needed = {kind for kind in self.weight_kinds if kind != "W_out"} | {*given}
+            _checks.choice("parameters", kind, kinds)
+        needed = {kind for kind in kinds if kind in WEIGHTS and kind != "W_out"} | {*given}
         tensors = {
             kind: _checks.real_tensor(kind, given[kind], min_dims=len(SHAPES[kind]), copy=True)
-            for kind in self.kinds
+            for kind in kinds
             if kind in needed
         }
         sizes = _sizes(tensors)
@@ -492,12 +488,12 @@ class Attention(Network):
             allowed = f"as many as heads, {sizes['heads']}, or a part of these that divides them"
             raise InputError("groups of W_K and W_V", allowed=allowed, given=sizes["groups"])
         like = tensors["W_Q"]
-        for kind in {*self.kinds} - needed:
+        for kind in {*kinds} - needed:
             shape, value = [sizes[side] for side in SHAPES[kind]], float(kind.startswith("g"))
             default = torch.eye(sizes["width"]) if kind == "W_out" else torch.full(shape, value)
             tensors[kind] = default.to(like)
-        parts = [(tensors[kind], len(SHAPES[kind])) for kind in self.kinds]
-        return dict(zip(self.kinds, _checks.one_batch(parts), strict=True))
+        parts = [(tensors[kind], len(SHAPES[kind])) for kind in kinds]
+        return dict(zip(kinds, _checks.one_batch(parts), strict=True))
 
 
 def times(W: Float[Tensor, "*#batch out in"], x: Float[Tensor, "*#batch in n"]) -> Tensor:

@@ -36,7 +36,7 @@ class Network(ABC):
 
     @abstractmethod
     def __call__(self, x: Inputs) -> Outputs:
-        """Compute the outputs ``[..., out, samples]`` for the columns of ``x [..., in, samples]``."""
+        """Compute outputs ``[..., out, samples]`` for columns ``x``, ``[..., in, samples]``."""
 
     def with_parameters(
         self,

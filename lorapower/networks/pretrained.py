@@ -216,7 +216,7 @@ def _read(layers: Mapping[str, _Layer], heads: int, rotary: bool) -> dict[str, T
 
 def _write(layers: Mapping[str, _Layer], network: Decoder, l: int) -> None:
     """Put the parameters of block ``l`` into a module's block."""
-    parts = {kind: network.parameters[kind][l] for kind in network.kinds if kind[2:] != "f"}
+    parts = {kind: stack[l] for kind, stack in network.parameters.items() if kind[-1] != "f"}
     scale = network.sizes["query size"] ** 0.5
     b_V, b_O = torch.zeros_like(parts["W_V"][..., 0]), parts["b_O"]
     b_K = parts.get("b_K", torch.zeros_like(parts["W_K"][..., 0]))
