@@ -119,12 +119,11 @@ class Gap:
         for l, (rank, weight) in enumerate(zip(ranks, self.frozen.weights, strict=True)):
             cut_off = any(w < inputs for w in hidden[:l]) or any(w < outputs for w in hidden[l:])
             if rank and cut_off and self.rank.any():
-                raise InputError(
-                    "hidden widths",
-                    allowed=f"at least {outputs} (the outputs) after each layer of a rank above 0 "
-                    f"and at least {inputs} (the inputs) before it",
-                    given=hidden,
-                    remedy="give rank 0 to the layers that narrower ones cut off",
+                allowed = (
+                    f"at least {outputs} (the outputs) after each layer of a rank above 0 and at "
+                    f"least {inputs} (the inputs) before it"
                 )
+                remedy = "give rank 0 to the layers that narrower ones cut off"
+                raise InputError("hidden widths", allowed, hidden, remedy)
             usable.append(0 if cut_off else min(rank, *weight.shape[-2:]))
         return usable

@@ -230,12 +230,9 @@ def as_network(value: Any, name: str = "network") -> Network:
     if isinstance(value, nn.Sequential | nn.Linear):
         return _from_sequential(value, name)
     if isinstance(value, str) or not isinstance(value, Tensor | np.ndarray | Sequence):
-        raise InputError(
-            name,
-            allowed="a network (lorapower.networks), torch.nn.Linear or Sequential, or matrices",
-            given=type(value).__name__,
-            remedy="networks.from_decoder reads transformers" if hasattr(value, "config") else "",
-        )
+        allowed = "a network (lorapower.networks), torch.nn.Linear or Sequential, or matrices"
+        remedy = "networks.from_decoder reads transformers" if hasattr(value, "config") else ""
+        raise InputError(name, allowed, type(value).__name__, remedy)
     is_matrix = isinstance(value, Tensor | np.ndarray) and value.ndim == 2
     return LinearNetwork([value] if is_matrix else value)
 

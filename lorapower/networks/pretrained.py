@@ -96,8 +96,7 @@ def from_decoder(module: nn.Module, *, final_norm: bool = True) -> Decoder:
     norm: Any = blocks[0].get_submodule(family.layers["g_1"])
     is_layer_norm = isinstance(norm, nn.LayerNorm)
     name = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
-    if name not in _ACTIVATIONS:
-        raise InputError("module", allowed=f"with one of {', '.join(_ACTIVATIONS)}", given=name)
+    _checks.choice("module's activation", name, tuple(_ACTIVATIONS))
     settings = Settings(
         residual=True,
         norm="layer" if is_layer_norm else "rms",
@@ -123,11 +122,10 @@ def to_decoder(network: Decoder, module: M) -> M:
     """
     _checks.single(network=network)
     other = from_decoder(module)
-    if other.sizes != network.sizes:
-        raise InputError("module", allowed=f"of sizes {network.sizes}", given=other.sizes)
-    if other.settings != network.settings:
-        allowed = f"with {network.settings}, like the network"
-        raise InputError("module", allowed=allowed, given=other.settings)
+    for aspect in ("sizes", "settings"):
+        given, needed = (getattr(one, aspect) for one in (other, network))
+        if given != needed:
+            raise InputError("module", allowed=f"of the network's {aspect}, {needed}", given=given)
     copy = deepcopy(module)
     family, blocks, final = _parts(copy)
     for l, block in enumerate(blocks):
@@ -183,8 +181,7 @@ def _layers(family: _Family, block: nn.Module) -> dict[str, _Layer]:
         weight: Any = layer.weight
         bias: Any = getattr(layer, "bias", None)
         if family is _GPT2 and weight.ndim == 2:
-            # These layers keep their matrices as rows for inputs.
-            weight = weight.mT
+            weight = weight.mT  # These layers have rows for inputs.
         if place == "attn.c_attn":
             weight, bias = (part.chunk(3)["QKV".index(kind[-1])] for part in (weight, bias))
         layers[kind] = _Layer(weight, bias)

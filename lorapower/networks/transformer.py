@@ -59,8 +59,7 @@ class Transformer(Attention):
     def adapted(self) -> tuple[bool, ...]:
         """For each of ``weights``, whether the theorem adapts it; ``W_2`` in the last block."""
         last = f"W_2 of block {self.depth}"
-        names = zip(self.weight_names, self.kind_of_weight, strict=True)
-        return tuple(kind not in ("W_1", "W_2") or name == last for name, kind in names)
+        return tuple(n == last or not n.startswith(("W_1", "W_2")) for n in self.weight_names)
 
     @property
     def missing_shift(self) -> Float[Tensor, "*batch _ width"]:
