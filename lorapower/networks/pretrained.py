@@ -95,7 +95,7 @@ def from_decoder(module: nn.Module, *, final_norm: bool = True) -> Decoder:
         parameters |= {"g_f": final.weight, "s_f": final.filled_bias()}
     norm: Any = blocks[0].get_submodule(family.layers["g_1"])
     is_layer_norm = isinstance(norm, nn.LayerNorm)
-    name = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
+    name = getattr(config, "activation_function", getattr(config, "hidden_act", ""))
     _checks.choice("module's activation", name, tuple(_ACTIVATIONS))
     settings = Settings(
         residual=True,
