@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import _checks
 from ..errors import InputError
-from ..networks.decoder import Decoder, DecoderSettings, Norm
+from ..networks.attention import Norm, Settings
+from ..networks.decoder import Decoder
 from ..networks.gap import Gap
 from ..networks.segmentation import ADAPTED, AnyTransformer, Segments, segments
 from .narrow_heads import narrow_head_ranks
@@ -44,7 +45,7 @@ def transformer_ranks(frozen: AnyTransformer, target: AnyTransformer) -> Segment
     return Segments({name: least(name, gap) for name, gap in segments(frozen, target).items()})
 
 
-def savable_ranks(settings: DecoderSettings) -> tuple[list[str], int]:
+def savable_ranks(settings: Settings) -> tuple[list[str], int]:
     """Name the weights on which scales of units can save a rank, and count how many at once.
 
     A ReLU unit stays the same if its row of ``W_1`` is multiplied by ``λ > 0`` and its column of

@@ -131,10 +131,15 @@ def adapt_gap(
     # Of the target, or of the error where that is predicted to be larger or the target is zero.
     size = gap.target.norm
     scale = torch.maximum(torch.where(size > 0, size, gap.error(0)), spectral)
-    scale = scale.expand(batch).flatten()
 
-    gap = gap.flat()
-    problem = _Problem(gap.frozen.weights, ranks, gap.reached(total), gap.svd, gap.noise[:, None])
+    def flat(values: Tensor, dims: int) -> Tensor:
+        rest = values.shape[values.ndim - dims :]
+        return values.expand((*batch, *rest)).reshape(-1, *rest)
+
+    scale, noise = flat(scale, 0), flat(gap.noise, 0)[:, None]
+    weights = [flat(w, 2) for w in gap.frozen.weights]
+    svd = SVD(*(flat(part, dims) for part, dims in zip(gap.svd, (2, 1, 2), strict=True)))
+    problem = _Problem(weights, ranks, flat(gap.reached(total), 2), svd, noise)
     best = _split(problem, accepted=4 * last_place * scale)
     relative = best.rounding / scale.clamp(min=torch.finfo(scale.dtype).tiny)
     success = (relative <= eps**0.5).reshape(batch)

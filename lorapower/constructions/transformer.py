@@ -15,7 +15,8 @@ from .. import _checks, lowrank
 from ..adapters import Adapters
 from ..errors import InputError, SingularError
 from ..lowrank import LowRank
-from ..networks.decoder import GAINS, SHIFTS, Decoder
+from ..networks.attention import GAINS, SHIFTS
+from ..networks.decoder import Decoder
 from ..networks.gap import Gap
 from ..networks.segmentation import (
     ADAPTED,

@@ -128,6 +128,11 @@ DOORS = [
         {"W_O": [ONE.W_O * torch.nan], "W_1": [ONE.W_1[..., :2]], "W_K": [ONE.W_K[:, :0]]},
     ),
     Door(lambda parameters: ONE.replace(**parameters), {"parameters": {}}, {"parameters": [BIAS]}),
+    Door(
+        lambda settings: Transformer(ONE.parameters, settings),
+        {"settings": ONE.settings},
+        {"settings": [FEW.settings]},
+    ),
     Door(lambda biases: ONE.replace(**biases), {"biases": {}}, {"biases": UNLIKE}),
     Door(
         Adapters((LowRank(X, X[:, :4]),) * 2, (X[:, 0],) * 2).merge,

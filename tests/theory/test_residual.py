@@ -15,7 +15,7 @@ from torch import Tensor
 from lorapower import InputError, bounds
 from lorapower.adapters import Adapters, Tuned
 from lorapower.constructions import adapt_attention, adapt_transformer
-from lorapower.networks import Decoder, DecoderSettings, Transformer, from_decoder, to_decoder
+from lorapower.networks import Decoder, Transformer, from_decoder, to_decoder
 from lorapower.networks.attention import ACTIVATIONS, PARTS
 from lorapower.training.descent import descend
 from records.models import DoublePrecision
@@ -42,9 +42,7 @@ def relative(network: Decoder, target: Decoder, x: Tensor) -> float:
 
 def by_hand(network: Transformer | Decoder, z: Tensor) -> Tensor:
     """The definition; a plain network has neither residual connections nor norms."""
-    p, settings = network.parameters, DecoderSettings(residual=True)
-    settings = network.settings if isinstance(network, Decoder) else settings
-    causal, residual = network.settings.causal, isinstance(network, Decoder) and settings.residual
+    p, settings = network.parameters, network.settings
 
     def norm(z: Tensor, place: str, l: Any) -> Tensor:
         if settings.norm is None:
@@ -58,7 +56,7 @@ def by_hand(network: Transformer | Decoder, z: Tensor) -> Tensor:
         return made if bias is None else made + bias[l][:, None]
 
     for l in range(network.depth):
-        n, u = norm(z, "1", l), z if residual else torch.zeros_like(z)
+        n, u = norm(z, "1", l), z if settings.residual else torch.zeros_like(z)
         u = u + p["b_O"][l][:, None] if "b_O" in p else u
         for h in range(network.heads):
             group = h * len(p["W_K"][l]) // network.heads
@@ -66,13 +64,13 @@ def by_hand(network: Transformer | Decoder, z: Tensor) -> Tensor:
             if settings.rotary is not None:
                 queries, keys = (turned(part, settings.rotary) for part in (queries, keys))
             scores = keys.mT @ queries
-            if causal:
+            if settings.causal:
                 scores = scores.masked_fill(torch.ones_like(scores).tril(-1).bool(), -torch.inf)
             u = u + p["W_O"][l, h] @ p["W_V"][l, group] @ n @ scores.softmax(0)
         reads = norm(u, "2", l)
-        active = ACTIVATIONS[network.settings.activation](affine("1", l, reads))
+        active = ACTIVATIONS[settings.activation](affine("1", l, reads))
         made = affine("2", l, active * affine("3", l, reads) if "W_3" in p else active)
-        z = u + made if residual else made
+        z = u + made if settings.residual else made
     if "W_out" in p:
         return p["W_out"] @ z
     return norm(z, "f", ...) if settings.final_norm else z
