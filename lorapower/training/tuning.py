@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar, get_args
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Generic, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from ..adapters import Adapters, N
 from ..errors import InputError
 from ..networks.base import Network
 
-T = TypeVar("T")
 LARGEST = torch.finfo(torch.float32).max
 Schedule = Literal["constant", "cosine"]
 Loss = Literal["squared", "one-sided"]
@@ -31,55 +30,33 @@ class Tuning:
 
     The last ``final`` of the network's ``weights`` are tuned in full, with their biases, instead of
     adapters; ``biases`` says of all or of each whether they are tuned. Adam has the L2 penalty
-    ``weight_decay``. Its rate stays ``"constant"`` or falls to 0 as half a ``"cosine"``. Raises
-    `InputError` for a value that has no meaning for any network.
+    ``weight_decay``. Its rate stays ``"constant"`` or falls to 0 as half a ``"cosine"``.
 
     Attributes
     ----------
-    ranks : int or tuple of int
+    ranks : int or sequence of int
         One for each of the network's ``weights``. One number caps all: no weight gets more than its
         smaller side, and in a plain transformer only the weights that the theorem adapts
         [thm-transformer] get adapters.
     loss : Loss
         ``"one-sided"`` [def-one-sided] is for networks that end with a ReLU and outputs of at least
         0. The best parameters are chosen by the squared error either way.
-
-    Examples
-    --------
-    >>> from lorapower.training import Tuning
-    >>> Tuning(ranks=[4, 0, 2], biases=False).ranks
-    (4, 0, 2)
-    >>> Tuning(ranks=2.7)
-    Traceback (most recent call last):
-    lorapower.errors.InputError: ranks must be an integer from 0; got 2.7
     """
 
-    ranks: int | tuple[int, ...] = 0
+    ranks: int | Sequence[int] = 0
     final: int = 0
-    biases: bool | tuple[bool, ...] = True
+    biases: bool | Sequence[bool] = True
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     schedule: Schedule = "constant"
     loss: Loss = "squared"
 
     def __post_init__(self) -> None:
-        ranks = _one_or_each(self.ranks, lambda rank: _checks.integer("ranks", rank, 0))
-        object.__setattr__(self, "ranks", ranks)
-        object.__setattr__(self, "biases", _one_or_each(self.biases, bool))
-        if _checks.integer("final", self.final, 0) and np.any(ranks):
-            given = f"{self.final} with ranks {ranks}"
+        if _checks.integer("final", self.final, 0) and np.any(self.ranks):
+            given = f"{self.final} with ranks {self.ranks}"
             raise InputError("final", allowed="0 where adapters have a rank", given=given)
         _checks.choice("schedule", self.schedule, get_args(Schedule))
         _checks.choice("loss", self.loss, get_args(Loss))
-
-
-def _one_or_each(value: Any, read: Callable[[Any], T]) -> T | tuple[T, ...]:
-    """Read one value for all, or a sequence of them."""
-    if isinstance(value, np.ndarray | Tensor):
-        value = value.tolist()
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(map(read, value))
-    return read(value)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -103,10 +80,6 @@ class Training(Generic[N]):
     best_step: Int[Tensor, " tunings *batch"]
     diverged: Bool[Tensor, " tunings *batch"]
 
-    def __repr__(self) -> str:
-        kind, batch = type(self.network).__name__, list(self.best_loss.shape)
-        return f"Training({kind}, batch {batch}, {int(self.steps[-1])} steps)"
-
 
 class Data(ABC):
     """Batches to train on, and labelled inputs ``validation`` to choose the best parameters by.
@@ -126,6 +99,7 @@ class Data(ABC):
         """Return batches of steps ``BLOCK · index`` to ``BLOCK · (index + 1)``, ``[BLOCK, …]``."""
 
 
+@dataclass(eq=False)
 class Fresh(Data):
     """Inputs ``N(0, s² I)`` drawn anew for every step, labelled by a function.
 
@@ -135,24 +109,23 @@ class Fresh(Data):
     ``purpose`` give equal inputs whatever is trained; different purposes give independent ones.
     """
 
-    def __init__(
-        self,
-        label: Callable[[Tensor], Tensor],
-        shape: tuple[int, ...],
-        *,
-        samples: int = 256,
-        scale: float = 1.0,
-        seed: int = 0,
-        purpose: tuple[str, ...] = (),
-    ) -> None:
-        if isinstance(label, nn.Module):
+    label: Callable[[Tensor], Tensor]
+    shape: tuple[int, ...]
+    _: KW_ONLY
+    samples: int = 256
+    scale: float = 1.0
+    seed: int = 0
+    purpose: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.label, nn.Module):
             allowed = "a network or a function of columns, not a module, which takes rows"
             remedy = "networks.as_network makes a network of a Sequential"
-            raise InputError("label", allowed=allowed, given=type(label).__name__, remedy=remedy)
-        # Training is in single precision, and so are its labels.
-        self.label = label.to(torch.float32) if isinstance(label, Network) else label
-        self.shape, self.samples, self.scale = tuple(shape), samples, scale
-        self.seed, self.purpose = seed, purpose
+            given = type(self.label).__name__
+            raise InputError("label", allowed=allowed, given=given, remedy=remedy)
+        if isinstance(self.label, Network):
+            # Training is in single precision, and so are its labels.
+            self.label = self.label.to(torch.float32)
         self.validation = self._draw((), 256, "validation inputs")
 
     def block(self, index: int) -> Labelled:
@@ -205,18 +178,17 @@ class Fixed(Data):
             return x.expand(self.BLOCK, *x.shape), y.expand(self.BLOCK, *y.shape)
         per_epoch = count // self.samples
         places = [divmod(self.BLOCK * index + step, per_epoch) for step in range(self.BLOCK)]
-        orders = {epoch: self._order(epoch, count) for epoch in {epoch for epoch, _ in places}}
+        orders = {}
+        for epoch in {epoch for epoch, _ in places}:
+            generator = randomness.generator(self.seed, *self.purpose, "order", epoch)
+            order = torch.randperm(count, generator=generator, device="cpu")
+            orders[epoch] = order.to(x.device)
         batches = [orders[epoch].split(self.samples)[batch] for epoch, batch in places]
 
         def pick(part: Tensor) -> Tensor:
             return torch.stack([part.index_select(self._dim, batch) for batch in batches])
 
         return pick(x), pick(y)
-
-    def _order(self, epoch: int, count: int) -> Tensor:
-        generator = randomness.generator(self.seed, *self.purpose, "order", epoch)
-        order = torch.randperm(count, generator=generator, device="cpu")
-        return order.to(self.training[0].device)
 
 
 def _usable(name: str, labelled: tuple[Any, Any]) -> Labelled:
