@@ -51,17 +51,9 @@ class InputError(LorapowerError, ValueError):
 
 
 class MissingError(InputError, ImportError):
-    """Refuse to start without libraries that an extra of this package installs."""
+    """Refuse to start without a library that an extra of this package installs."""
 
     name: str
-
-    def __init__(self, extra: str, *libraries: str) -> None:
-        super().__init__(
-            f"the extra `{extra}`",
-            allowed="installed",
-            given=f"no {', no '.join(libraries)}",
-            remedy=f"pip install '.[{extra}]' in a checkout of lorapower",
-        )
 
 
 @contextmanager
@@ -73,7 +65,8 @@ def needs(extra: str) -> Iterator[None]:
         library = str(error.name).partition(".")[0]
         if library == __name__.partition(".")[0]:
             raise
-        raise MissingError(extra, library) from error
+        remedy = f"pip install '.[{extra}]' in a checkout of lorapower"
+        raise MissingError(f"the extra `{extra}`", "installed", f"no {library}", remedy) from error
 
 
 class SingularError(LorapowerError, ArithmeticError):
@@ -125,5 +118,4 @@ class ResultsError(LorapowerError, OSError):
     """Report that a file of results cannot be used; nothing that it holds is lost."""
 
     def __init__(self, path: Path, problem: str, *, remedy: str) -> None:
-        self.path, self.problem, self.remedy = path, problem, remedy
         super().__init__(f"{path} {problem}: {remedy}")

@@ -51,21 +51,10 @@ def reduced_rank(
     ``K`` and ``a`` minimize ``E‖R(y − K z − a)‖² + λ c ‖R(K − E)‖²_F``, where ``c`` is the mean
     variance of a coordinate of ``z``: ``K = R⁺ U_r U_rᵀ R B`` with the coefficients ``B`` of the
     fit of any rank and the leading left singular vectors ``U_r`` of ``R B C^{1/2}``, ``C`` the
-    covariance of ``z``. Without ``intercept``, ``a = 0`` and second moments replace covariances.
-    Raises `InputError` for data that are not finite, and ranks out of range.
-
-    Parameters
-    ----------
-    outputs, inputs : Tensor
-        ``y`` and ``z``, ``[..., out, samples]`` and ``[..., in, samples]``.
-    rank : int
-        At most the smaller side of ``K``.
-    towards : Tensor, optional
-        ``E``, 0 by default. Where data leave ``B`` open, it is the nearest to ``E``.
-    shrinkage : float
-        ``λ``, at least 0. An infinite one takes ``B = E``, in the metric of the inputs alone.
-    metric : Tensor, optional
-        ``R``, ``[..., rows, out]``, the identity by default.
+    covariance of ``z``. ``towards`` is ``E``, 0 by default, to which ``B`` is the nearest where
+    data leave it open; ``shrinkage`` is ``λ``, with ``B = E`` for an infinite one; ``metric`` is
+    ``R``, by default the identity. Without ``intercept``, ``a = 0`` and second moments replace
+    covariances. Raises `InputError` for data that are not finite, and ranks out of range.
 
     Examples
     --------
@@ -81,7 +70,7 @@ def reduced_rank(
     z = _checks.real_tensor("inputs", inputs, min_dims=2)
     out, into = y.shape[-2], z.shape[-2]
     rank = _checks.integer("rank", rank, 0, min(out, into), limit="the smaller side")
-    shrinkage = _checks.tolerance("shrinkage", shrinkage)
+    shrinkage = _checks.number("shrinkage", shrinkage, 0, torch.inf)
     E = z.new_zeros(out, into) if towards is None else towards
     parts = [y, z, E] if metric is None else [y, z, E, metric]
     batch = _checks.common_shape("outputs and inputs", [tuple(p.shape[:-2]) for p in parts])
@@ -183,7 +172,7 @@ def second_moment_root(
     is the identity: no direction counts more than another.
     """
     g = _checks.real_tensor("columns", columns, min_dims=2)
-    ridge = _checks.finite("ridge", ridge, 0)
+    ridge = _checks.number("ridge", ridge, 0)
     width, samples = g.shape[-2:]
     identity = torch.eye(width, dtype=g.dtype, device=g.device).expand(*g.shape[:-2], -1, -1)
     level = g.square().mean((-2, -1), keepdim=True)
@@ -211,10 +200,6 @@ def relative_error(
     """
     size = variance(wanted)
     if not size > 0:
-        raise InputError(
-            "outputs of the target",
-            allowed="different from input to input",
-            given="equal ones",
-            remedy="an error relative to their variance has no meaning then",
-        )
+        allowed = "different from input to input, as errors are relative to their variance"
+        raise InputError("outputs of the target", allowed=allowed, given="equal ones")
     return (outputs[..., : wanted.shape[-2], :] - wanted).square().mean() / size

@@ -71,7 +71,7 @@ def train(
     """
     steps = _checks.integer("steps", steps, 1)
     every = _checks.integer("every", every, 1, steps, limit="the steps")
-    until = _checks.tolerance("until", until)
+    until = _checks.number("until", until, 0)
     runs = _Runs(frozen, tunings, seed)
     one_sided = runs.each(lambda tuning: tuning.loss == "one-sided")
     objective = Objective(runs.frozen, data, one_sided)
