@@ -110,12 +110,11 @@ class Ball(Region):
         self.radius, middle = _checks.numbers("radius", radius), _checks.numbers("centre", centre)
         self._fitted = middle.ndim > 0
         column = torch.atleast_1d(middle)[..., None]
-        shapes = [self.radius.shape, column.shape[:-2]]
-        batch = _checks.common_shape("radius and centre", shapes)
+        batches = [self.radius.shape, column.shape[:-2]]
+        batch = _checks.common_shape("radius and centre", batches)
         self._centre = column.expand(*batch, *column.shape[-2:])
         if (self.radius < 0).any():
-            least = float(self.radius.min())
-            raise InputError("radius", allowed="at least 0", given=least, remedy="it is empty")
+            raise InputError("radius", allowed="at least 0", given=float(self.radius.min()))
 
     @classmethod
     def about(cls, x: Float[Tensor, "*batch width samples"], margin: float = 1.0) -> Ball:
@@ -170,8 +169,7 @@ class Box(Region):
 
     def fit(self, width: int, dtype: torch.dtype) -> Box:
         centre = self._column(width)
-        low, high = centre - self.half, centre + self.half
-        return Box(low[..., 0].to(dtype), high[..., 0].to(dtype))
+        return Box(*((centre + end)[..., 0].to(dtype) for end in (-self.half, self.half)))
 
     def lowest(self, matrix: Tensor) -> Tensor:
         return -(matrix.abs() * self.half.mT).sum(-1, keepdim=True)
