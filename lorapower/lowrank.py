@@ -46,10 +46,6 @@ class LowRank:
         """Multiply out ``A Bᵀ``."""
         return self.left @ self.right.mT
 
-    def leading(self, rank: int) -> LowRank:
-        """Keep the first columns of both factors."""
-        return LowRank(self.left[..., :rank], self.right[..., :rank])
-
     def trimmed(self) -> LowRank:
         """Leave out columns that are 0 in both factors of all members of a batch."""
         left, right = (f.flatten(end_dim=-2).any(0) for f in (self.left, self.right))

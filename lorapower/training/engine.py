@@ -76,19 +76,18 @@ def train(
     one_sided = runs.each(lambda tuning: tuning.loss == "one-sided")
     objective = Objective(runs.frozen, data, one_sided)
     optimizer = _Optimizer(runs, steps)
-    curve = _Curve(runs.start, steps, every, until)
     # glibc keeps freed memory for reuse up to twice the largest block freed so far; beyond that
     # every step would ask the system for its pages, in a third of its time.
     torch.empty(KEPT, dtype=torch.uint8)
-    curve.validate(0, objective.validation_loss(runs.networks(runs.start)), runs.start)
+    curve = _Curve(runs.start, objective.validation_loss(runs.networks(runs.start)), until)
     for step, batch in zip(range(1, steps + 1), objective.batches(), strict=False):
         with torch.enable_grad():
             loss = objective.training_loss(runs.networks(optimizer.values()), batch)
         optimizer.descend(loss)
-        curve.follow(step, loss.detach())
+        curve.running &= loss < torch.inf
         if step % every == 0:
             values = optimizer.values()
-            curve.validate(step, objective.validation_loss(runs.networks(values)), values)
+            curve.record(step, loss, objective.validation_loss(runs.networks(values)), values)
             if not curve.running.any():
                 break
     return runs.results(curve)
@@ -252,43 +251,35 @@ class _Runs:
         updates = [LowRank(shaped(A), shaped(B).mT) for A, B in zip(left, right, strict=True)]
         pairs = zip(network.biases, self.frozen.biases, strict=True)
         adapters = Adapters(tuple(updates), tuple(shaped(new - old) for new, old in pairs))
-        losses = "training_loss", "validation_loss", "best_loss", "best_step", "diverged"
-        of_runs = {name: shaped(getattr(curve, name)) for name in losses}
-        return Training(network.map(shaped), adapters.trimmed(), curve.steps, **of_runs)
+        return Training(
+            network.map(shaped),
+            adapters.trimmed(),
+            torch.tensor(curve.steps, device=network.device),
+            training_loss=shaped(torch.stack(curve.training, 1)),
+            validation_loss=shaped(torch.stack(curve.validation, 1)),
+            best_loss=shaped(curve.best_loss),
+            best_step=shaped(curve.best_step),
+            diverged=shaped(~curve.running & ~(curve.best_loss <= curve.goal)),
+        )
 
 
 class _Curve:
     """Losses of all runs, and the parameters at the least validation loss of each."""
 
-    def __init__(self, start: Tensor, steps: int, every: int, until: float) -> None:
-        runs = len(start)
-        self.every, self.until, self.best = every, until, start
-        self.steps = torch.arange(0, steps + 1, every, device=start.device)
-        self.training_loss = start.new_full((runs, len(self.steps)), torch.nan)
-        self.validation_loss = self.training_loss.clone()
-        self.best_loss = start.new_full((runs,), torch.inf)
-        self.best_step = torch.zeros_like(self.best_loss, dtype=torch.long)
+    def __init__(self, start: Tensor, loss: Float[Tensor, " runs"], until: float) -> None:
+        self.steps, self.training, self.validation = [0], [torch.nan * loss], [loss]
+        self.best, self.best_loss = start, loss.where(loss < torch.inf, torch.inf)
+        self.best_step, self.goal = torch.zeros_like(loss, dtype=torch.long), until * loss
         # Until a run is at its goal, or a loss is no finite number.
-        self.running = torch.ones_like(self.best_loss, dtype=torch.bool)
+        self.running = (loss < torch.inf) & ~(loss <= self.goal)
 
-    def follow(self, step: int, loss: Float[Tensor, " runs"]) -> None:
-        """Record the losses that a step was taken on; stop runs that diverge."""
-        self.running &= loss < torch.inf
-        if step % self.every == 0:
-            self.training_loss[:, step // self.every] = loss.where(self.running, torch.nan)
-
-    def validate(self, step: int, loss: Float[Tensor, " runs"], values: Tensor) -> None:
-        """Record validation losses, keep parameters where they are the least, stop at goals."""
-        if step == 0:
-            self.goal = self.until * loss
-        self.validation_loss[:, step // self.every] = loss.where(self.running, torch.nan)
-        better = self.running & (loss < self.best_loss)
-        self.best_loss = loss.where(better, self.best_loss)
+    def record(self, step: int, training: Tensor, validation: Tensor, values: Tensor) -> None:
+        """Keep losses, and parameters where the validation loss is the least; stop at goals."""
+        self.steps.append(step)
+        self.training.append(training.where(self.running, torch.nan))
+        self.validation.append(validation.where(self.running, torch.nan))
+        better = self.running & (validation < self.best_loss)
+        self.best_loss = validation.where(better, self.best_loss)
         self.best_step.masked_fill_(better, step)
         self.best = values.where(better[:, None], self.best)
-        self.running &= (loss < torch.inf) & ~(better & (loss <= self.goal))
-
-    @property
-    def diverged(self) -> Tensor:
-        """Say which runs ended before their goal."""
-        return ~self.running & ~(self.best_loss <= self.goal)
+        self.running &= (validation < torch.inf) & ~(better & (validation <= self.goal))

@@ -67,8 +67,8 @@ class Training(Generic[N]):
     ``best_step``. As one batch, updates are padded with zeros to the largest rank; ``adapters[i]``
     has the ranks of its own `Tuning`, and none for a weight that was tuned in full.
     Losses are at ``steps``, 0 before the first one: ``training_loss`` on the step's batch (NaN at
-    0), ``validation_loss`` after the step; NaN once a run has ended. A run has ``diverged`` and
-    ends if a loss is no finite number.
+    0), ``validation_loss`` after the step; NaN once a run has ended, and none once all have. A run
+    has ``diverged`` and ends if a loss is no finite number.
     """
 
     network: N
@@ -143,47 +143,46 @@ class Fresh(Data):
         return x.to(y.device), y
 
 
+@dataclass(eq=False)
 class Fixed(Data):
     """Given labelled inputs, of a form that `Data` describes: all in every step, or in batches.
 
     Batches of ``samples`` come in an order that is new in each epoch. An epoch uses each sample
-    once, except the few that do not fill another batch. Raises `InputError` for what is no pair,
-    for numbers that are not finite, and for labels that do not fit inputs.
+    once, except the few that do not fill another batch. Raises `InputError` for numbers that are
+    not finite, and for labels that do not fit inputs.
     """
 
-    def __init__(
-        self,
-        training: tuple[Any, Any],
-        validation: tuple[Any, Any],
-        *,
-        samples: int | None = None,
-        seed: int = 0,
-        purpose: tuple[str, ...] = (),
-    ) -> None:
-        self.training = _usable("training", training)
-        self.validation = _usable("validation", validation)
-        x, y = self.training
+    training: tuple[Any, Any]
+    validation: tuple[Any, Any]
+    _: KW_ONLY
+    samples: int | None = None
+    seed: int = 0
+    purpose: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.training = x, y = _usable("training", self.training)
+        self.validation = _usable("validation", self.validation)
         self._dim = 0 if x.ndim == 3 else -1
         count = x.shape[self._dim]
         if y.ndim == 0 or y.shape[self._dim] != count:
             allowed = f"of as many labels as inputs, {count}"
             raise InputError("training", allowed=allowed, given=f"labels of {tuple(y.shape)}")
-        self.samples = count if samples is None else _checks.integer("samples", samples, 1, count)
-        self.seed, self.purpose = seed, purpose
+        if self.samples is not None:
+            _checks.integer("samples", self.samples, 1, count)
 
     def block(self, index: int) -> Labelled:
         x, y = self.training
         count = x.shape[self._dim]
-        if self.samples == count:
+        samples = self.samples or count
+        if samples == count:
             return x.expand(self.BLOCK, *x.shape), y.expand(self.BLOCK, *y.shape)
-        per_epoch = count // self.samples
-        places = [divmod(self.BLOCK * index + step, per_epoch) for step in range(self.BLOCK)]
+        places = [divmod(self.BLOCK * index + i, count // samples) for i in range(self.BLOCK)]
         orders = {}
         for epoch in {epoch for epoch, _ in places}:
             generator = randomness.generator(self.seed, *self.purpose, "order", epoch)
             order = torch.randperm(count, generator=generator, device="cpu")
             orders[epoch] = order.to(x.device)
-        batches = [orders[epoch].split(self.samples)[batch] for epoch, batch in places]
+        batches = [orders[epoch].split(samples)[batch] for epoch, batch in places]
 
         def pick(part: Tensor) -> Tensor:
             return torch.stack([part.index_select(self._dim, batch) for batch in batches])
