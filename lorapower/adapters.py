@@ -88,8 +88,7 @@ class Adapters:
     def merge(self, network: N) -> N:
         """Make a new network with weights ``W_l + A_l B_lᵀ`` and biases ``b_l + Δb_l``.
 
-        It keeps the network's type of numbers. Raises `InputError` for a network that the adapters
-        do not fit, and for sums that are not finite.
+        It keeps the network's type of numbers.
 
         Examples
         --------

@@ -30,9 +30,11 @@ class LorapowerError(Exception):
 class InputError(LorapowerError, ValueError):
     """Refuse an argument, before any work starts.
 
-    The message is one line: "``name`` must be ``allowed``; got ``given``: ``remedy``". ``name`` is
-    the parameter, or a part of it such as ``"rank of layer 2"``. Pass ``given`` as a description,
-    or the ``value`` to have it written out. ``remedy`` may be empty.
+    Numbers that are not finite, ranks out of range and sizes that do not fit each other are refused
+    everywhere; docstrings name what is refused besides. The message is one line: "``name`` must be
+    ``allowed``; got ``given``: ``remedy``". ``name`` is the parameter, or a part of it such as
+    ``"rank of layer 2"``. Pass ``given`` as a description, or the ``value`` to have it written out.
+    ``remedy`` may be empty.
     """
 
     def __init__(

@@ -106,8 +106,7 @@ def norm(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch"]:
 def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
     """Approximate by rank ``r``: ``Σ_{d≤r} σ_d u_d v_dᵀ``, as ``A = UΣ``, ``B = V``.
 
-    It is best in both norms [thm-eckart-young]. Raises `InputError` for a rank outside
-    ``0…min(out, in)`` and for a matrix that is not of finite float32 or float64 numbers.
+    It is best in both norms [thm-eckart-young]; ``r`` is at most ``min(out, in)``.
 
     Examples
     --------

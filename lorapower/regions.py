@@ -95,8 +95,7 @@ class Region(ABC):
 class Ball(Region):
     """All inputs with ``‖x − centre‖_2 ≤ radius``.
 
-    The centre is one number for all coordinates, or ``[..., width]``. Raises `InputError` for a
-    radius, one number or ``[...]``, that is below 0 or not finite.
+    The centre is one number for all coordinates, or ``[..., width]``, the radius one or ``[...]``.
 
     Examples
     --------
@@ -142,8 +141,7 @@ class Ball(Region):
 class Box(Region):
     """All inputs with ``low ≤ x ≤ high`` in every coordinate.
 
-    Sides are one number or ``[..., width]``. Raises `InputError` for ``low > high`` and for sides
-    that are not finite.
+    Sides are one number or ``[..., width]``.
 
     Examples
     --------
@@ -226,10 +224,7 @@ class Samples(Region):
 
 
 def as_region(value: Region | Any, width: int, dtype: torch.dtype) -> Region:
-    """Read a region of inputs of this width and type; columns ``[..., width, samples]`` are one.
-
-    Raises `InputError` for anything else.
-    """
+    """Read a region of inputs of this width and type; columns ``[..., width, samples]`` are one."""
     if value is None:
         allowed = "given for networks with ReLUs: a region, or columns [..., width, samples]"
         raise InputError("on", allowed=allowed, given="none")

@@ -54,7 +54,7 @@ def reduced_rank(
     covariance of ``z``. ``towards`` is ``E``, 0 by default, to which ``B`` is the nearest where
     data leave it open; ``shrinkage`` is ``λ``, with ``B = E`` for an infinite one; ``metric`` is
     ``R``, by default the identity. Without ``intercept``, ``a = 0`` and second moments replace
-    covariances. Raises `InputError` for data that are not finite, and ranks out of range.
+    covariances.
 
     Examples
     --------

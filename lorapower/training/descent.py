@@ -90,8 +90,7 @@ def polish(
     kept; the other half gives the error that is returned. ``fitted`` is what
     `constructions.adapt_fitted` returned for the same ``inputs`` and ``held_out``.
 
-    Raises `InputError` for unusable numbers. Source: the adapters are [def-adapter]'s; nothing is
-    promised but what is measured.
+    Source: the adapters are [def-adapter]'s; nothing is promised but what is measured.
     """
     iterations = _checks.integer("iterations", iterations, 0)
     problem, network = fitted.fused, fitted.fused.network

@@ -48,9 +48,8 @@ def train(
     steps. All is computed on the frozen network's device. The loss is the mean squared error over
     outputs, tokens and samples or, where labels are classes, the cross-entropy.
 
-    Raises `InputError` for ranks or layers out of range, for data that does not fit the network or
-    the loss, and for a loss that the network does not have. Source: the protocol of the study's
-    experiments.
+    Raises `InputError` for a loss that the network does not have. Source: the protocol of the
+    study's experiments.
 
     Parameters
     ----------

@@ -63,10 +63,9 @@ def train_fused(
     network ends with a ReLU; outputs of its data must then be at least 0. ``ranks`` and further
     options are those of the construction for the network's kind and of `train`.
 
-    Raises `InputError` for batches, for ranks and data that do not fit, for a partition of anything
-    but a ReLU network, and for layers so narrow between wider ones that their ranks reach nothing;
-    `SingularError` where the changes cannot be split among the layers. Source:
-    [thm-fused-training].
+    Raises `InputError` for batches, for a partition of anything but a ReLU network, and for layers
+    so narrow between wider ones that their ranks reach nothing; `SingularError` where the changes
+    cannot be split among the layers. Source: [thm-fused-training].
 
     Parameters
     ----------

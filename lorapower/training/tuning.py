@@ -148,8 +148,7 @@ class Fixed(Data):
     """Given labelled inputs, of a form that `Data` describes: all in every step, or in batches.
 
     Batches of ``samples`` come in an order that is new in each epoch. An epoch uses each sample
-    once, except the few that do not fill another batch. Raises `InputError` for numbers that are
-    not finite, and for labels that do not fit inputs.
+    once, except the few that do not fill another batch.
     """
 
     training: tuple[Any, Any]
