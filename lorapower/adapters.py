@@ -56,7 +56,7 @@ class Adapters:
         return f"Adapters(ranks {', '.join(parts)})"
 
     def __getitem__(self, index: Any) -> Adapters:
-        """Pick members of the batch, as in `Network`, without columns that are 0 in all of them."""
+        """Pick members of the batch, as in `Network`, without what is 0 in all of them."""
         batch = self.batch_shape
         count = torch.arange(batch.numel(), device=self.updates[0].left.device)
         members = count.reshape(batch)[index]

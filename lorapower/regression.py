@@ -27,14 +27,6 @@ class Regression(NamedTuple):
     intercept: Float[Tensor, "*batch out"]
 
 
-class _Truncation(NamedTuple):
-    """Hold the nearest matrix of limited rank, and what it leaves out; see `truncate`."""
-
-    update: LowRank
-    values: Float[Tensor, "*batch r"]
-    total: Float[Tensor, "*batch"]
-
-
 @torch.no_grad()
 def reduced_rank(
     outputs: Float[Tensor, "*#batch out samples"],
@@ -80,7 +72,7 @@ def reduced_rank(
         mean_y, mean_z = torch.zeros_like(mean_y), torch.zeros_like(mean_z)
     y, z = y - mean_y, z - mean_z
     B, root = _coefficients(y - E @ z, z, shrinkage)
-    update = truncate(E + B, rank, inputs=root, metric=metric).update
+    update = truncate(E + B, rank, inputs=root, metric=metric)
     return Regression(update, (mean_y - update.matrix() @ mean_z)[..., 0])
 
 
@@ -117,25 +109,21 @@ def truncate(
     *,
     inputs: Float[Tensor, "*#batch in samples"] | None = None,
     metric: Float[Tensor, "*#batch rows out"] | None = None,
-) -> _Truncation:
+) -> LowRank:
     """Find the matrix of rank at most ``r`` that is nearest in metrics of inputs and outputs.
 
-    ``K = R⁺ U_r U_rᵀ R M`` minimizes ``‖R (M − K) Z‖_F``; ``U_r`` and ``σ`` are the leading left
-    singular vectors and the singular values of ``R M Z``. ``M`` is the ``matrix``
-    ``[..., out, in]``, ``r`` at most its smaller side; ``Z`` are ``inputs`` ``[..., in, samples]``,
-    or other columns of the same second moment, and ``R`` is the ``metric`` ``[..., rows, out]``
-    (see `second_moment_root`), both by default identities. Source: [prop-two-metrics].
-
-    Returns the ``update`` ``K``, whose first ``s`` columns are the nearest matrix of rank ``s``;
-    its ``values`` ``σ_1 ≥ … ≥ σ_r``; and the ``total`` ``Σ_d σ_d²`` over all directions, the
-    squared distance of rank 0, which direction ``d`` lowers by ``σ_d²``.
+    ``K = R⁺ U_r U_rᵀ R M`` minimizes ``‖R (M − K) Z‖_F``; ``U_r`` are the leading left singular
+    vectors of ``R M Z``. The first ``s`` columns of its factors are the nearest matrix of rank
+    ``s``. ``M`` is the ``matrix``, ``r`` at most its smaller side; ``Z`` are ``inputs``, or other
+    columns of the same second moment, and ``R`` is the ``metric`` (see `second_moment_root`), both
+    by default identities. Source: [prop-two-metrics].
 
     Examples
     --------
     >>> import torch
     >>> from lorapower.regression import truncate
     >>> M, seldom = torch.diag(torch.tensor([3.0, 2.0])), torch.diag(torch.tensor([0.1, 1.0]))
-    >>> truncate(M, 1).update.matrix(), truncate(M, 1, inputs=seldom).update.matrix()
+    >>> truncate(M, 1).matrix(), truncate(M, 1, inputs=seldom).matrix()
     (tensor([[3., 0.],
             [0., 0.]]), tensor([[0., 0.],
             [0., 2.]]))
@@ -147,11 +135,8 @@ def truncate(
     if inputs is not None:
         wide = inputs.shape[-1] > inputs.shape[-2]
         product = weighted @ (torch.linalg.qr(inputs.mT, mode="r").R.mT if wide else inputs)
-    U, values, _ = lowrank.svd(product)
-    U, values = U[..., :rank], values[..., :rank]
-    left = U if metric is None else _apply_inverse(metric, U)
-    update = LowRank(left, weighted.mT @ U)
-    return _Truncation(update, values, product.square().sum((-2, -1)))
+    U = lowrank.svd(product).U[..., :rank]
+    return LowRank(U if metric is None else _apply_inverse(metric, U), weighted.mT @ U)
 
 
 def _apply_inverse(metric: Tensor, columns: Tensor) -> Tensor:

@@ -41,6 +41,15 @@ class Tuning:
     loss : Loss
         ``"one-sided"`` [def-one-sided] is for networks that end with a ReLU and outputs of at least
         0. The best parameters are chosen by the squared error either way.
+
+    Examples
+    --------
+    >>> from lorapower.training import Tuning
+    >>> Tuning(ranks=[4, 0, 2], biases=False).schedule
+    'constant'
+    >>> Tuning(ranks=2, final=1)
+    Traceback (most recent call last):
+    lorapower.errors.InputError: final must be 0 where adapters have a rank; got 1 with ranks 2
     """
 
     ranks: int | Sequence[int] = 0

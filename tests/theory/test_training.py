@@ -343,7 +343,8 @@ def test_a_run_ends_at_its_goal_and_no_more_data_is_made_when_all_have() -> None
     assert short.isfinite().all()
     assert result.diverged.tolist() == [False, False]
     asked.clear()
-    train(frozen, tunings[:1], data, steps=5000, until=0.5)
+    alone = train(frozen, tunings[:1], data, steps=5000, until=0.5)
+    assert alone.steps[-1] == alone.best_step[0]
     assert max(asked) <= end // Fresh.BLOCK + 2
 
 
