@@ -49,10 +49,9 @@ def tidy(
     tables = []
     for method in next(iter(columns.values())):
         at = np.asarray(x[method] if isinstance(x, Mapping) else x, dtype=float)
-        values = {name: np.asarray(column[method]) for name, column in columns.items()}
-        named = {"x": at} | values
+        named = {"x": at} | {name: np.asarray(column[method]) for name, column in columns.items()}
         rows = np.broadcast_arrays(*(array.reshape(len(at), -1) for array in named.values()))
-        flat = dict(zip(named, (array.ravel() for array in rows), strict=True))
+        flat = {name: array.ravel() for name, array in zip(named, rows, strict=True)}
         tables.append(pd.DataFrame({"method": method, **flat}))
     return pd.concat(tables, ignore_index=True)
 
