@@ -17,8 +17,8 @@ from lorapower.constructions.fitted import FittedAdaptation
 from lorapower.networks.layers import FNN, LinearNetwork
 from lorapower.regions import Ball
 from lorapower.regression import variance as variance_of
+from lorapower.training.descent import polish
 from lorapower.training.engine import train
-from lorapower.training.fused import polish
 from lorapower.training.tuning import Fresh, Tuning
 from records.methods import AnyRun, Fitted, Method, TrainingResults, adapt_by, measure_on
 

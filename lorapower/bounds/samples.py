@@ -50,7 +50,7 @@ class Design:
 
     def __post_init__(self) -> None:
         _checks.integer("span", self.span, 1, self.samples, limit="the samples")
-        _checks.finite("noise", self.noise, 0)
+        _checks.number("noise", self.noise, 0)
 
     @property
     def variance(self) -> float:

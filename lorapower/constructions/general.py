@@ -134,7 +134,7 @@ def rank_for_error(frozen: Any, target: Any, error: float, on: Any) -> int:
     """
     frozen, target = _one_kind(frozen, target)
     _checks.single(frozen=frozen, target=target)
-    error, x = _checks.tolerance("error", error), target.as_inputs(on, "on")
+    error, x = _checks.number("error", error, 0), target.as_inputs(on, "on")
     wanted, region = target(x), x if isinstance(frozen, FNN) else None
     for rank in range(max(min(weight.shape) for weight in frozen.weights) + 1):
         adapted = adapt(frozen, target, rank, region, throw=False).network

@@ -114,8 +114,8 @@ class Settings:
         elif self.final_norm:
             raise InputError("final_norm", allowed="False without a norm", given=True)
         if self.rotary is not None:
-            _checks.finite("rotary", self.rotary, 1)
-        _checks.finite("eps", self.eps, 0)
+            _checks.number("rotary", self.rotary, 1)
+        _checks.number("eps", self.eps, 0)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

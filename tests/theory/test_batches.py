@@ -126,7 +126,7 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
     "LowRank": (lambda A, B: LowRank(A, B).balanced().matrix(), [M, matrix(5, 3)]),
     "second_moment_root": (partial(second_moment_root, ridge=0.1), [matrix(3, 9)]),
     "truncate": (
-        lambda A, Z, R: truncate(A, 2, inputs=Z, metric=R).update.matrix(),
+        lambda A, Z, R: truncate(A, 2, inputs=Z, metric=R).matrix(),
         [M, matrix(3, 7), N],
     ),
     "reduced_rank": (

@@ -9,15 +9,13 @@ import torch
 from decoder_modules import decoder
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import PRENORM, drawn_adapters, normal, residual_pair, seeds
+from strategies import PRENORM, normal, residual_pair, seeds
 from torch import Tensor
 
 from lorapower import InputError, bounds
-from lorapower.adapters import Adapters, Tuned
 from lorapower.constructions import adapt_attention, adapt_transformer
 from lorapower.networks import Decoder, Transformer, from_decoder, to_decoder
 from lorapower.networks.attention import ACTIVATIONS, PARTS
-from lorapower.training.descent import descend
 from records.models import DoublePrecision
 
 activations = st.sampled_from(sorted(ACTIVATIONS))
@@ -318,23 +316,3 @@ def test_attention_is_taken_away_though_values_become_singular(norm: Any) -> Non
     assert bounds.far_error(built, target, v, 1e5)[0] < 1e-16
     # The feed-forward layers are equal.
     assert bounds.attention_floor(frozen, target, v).value < 1e-28
-
-
-def test_descent_lowers_the_error_and_moves_what_may_move() -> None:
-    frozen, target = residual_pair(1, 1, 5, 1)
-    x, others = normal(60, 5, 3), normal(60, 5, 3, seed=1)
-    pairs = (x, target(x)), (others, target(others))
-    moving = torch.tensor([name.startswith("b_2") for name in frozen.bias_names])
-    ranks = frozen.ranks(1, "attention")
-    start = drawn_adapters(frozen, ranks, size=0.1)
-    zeros = tuple(torch.zeros_like(b) for b in frozen.biases)
-    start = Adapters(start.updates, zeros, Tuned(torch.tensor(ranks), moving))
-    found = descend(frozen, start, *pairs, 30)
-
-    def error(adapters: Adapters) -> float:
-        return float((adapters.merge(frozen)(others) - pairs[1][1]).square().mean())
-
-    assert error(found) < error(start)
-    for change, moves in zip(found.bias_updates, moving.tolist(), strict=True):
-        assert bool(change.any()) == moves
-    assert found.ranks == start.ranks
