@@ -270,7 +270,7 @@ DOORS = [
     ),
     Door(
         bounds.necessary_ranks,
-        {"network": UNRELATED, "packed": True},
+        {"network": UNRELATED},
         {"network": [HEADS["target"], UNRELATED.replace(activation="gelu_tanh"), FEW]},
     ),
     Door(
