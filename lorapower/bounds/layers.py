@@ -1,8 +1,7 @@
 """Rank thresholds and error bounds of ReLU networks.
 
-Errors are ``(E‖f(x) − f̄(x)‖²)^{1/2}`` for inputs on which the adapted network's
-inner layers are linear; squared and divided by the number of outputs they bound the mean squared
-error. Block ``ℬ_i`` has the error matrix ``E_i = W̄_i − ∏_{l∈ℬ_i} W_l``, of which adapters leave
+Errors are ``(E‖f(x) − f̄(x)‖²)^{1/2}`` for inputs on which the adapted network's inner layers are
+linear. Block ``ℬ_i`` has the error matrix ``E_i = W̄_i − ∏_{l∈ℬ_i} W_l``, of which adapters leave
 ``ε_i = σ_{r_i+1}(E_i)``, ``r_i = Σ_{l∈ℬ_i} R_l``.
 """
 
@@ -91,10 +90,9 @@ def fnn_error_on(
     `fnn_error`, which is never below it on the same samples. Source: [thm-partition-error].
     """
     gaps = blocks(frozen, target, partition)
+    before = _activations(target, target.as_inputs(inputs, "inputs"))
     terms = []
-    for (gap, z), rank in zip(
-        _with_activations(gaps, target, inputs), _totals(gaps, frozen, ranks), strict=True
-    ):
+    for gap, rank, z in zip(gaps, _totals(gaps, frozen, ranks), before, strict=True):
         undone = gap.undone(rank)
         terms.append((lowrank.norm(gap.target.product() - undone), _root_mean_square(undone @ z)))
     return _accumulate(terms)
@@ -105,8 +103,7 @@ def _activation_sizes(target: FNN, inputs: Inputs) -> list[Float[Tensor, "*batch
     _checks.kind(FNN, target=target)
     x = _checks.numbers("inputs", inputs)
     if x.ndim:
-        activations = [x, *(p.relu() for p in target.preactivations(x)[:-1])]
-        return [_root_mean_square(z) for z in activations]
+        return [_root_mean_square(z) for z in _activations(target, x)]
     if x < 0:
         raise InputError("inputs", allowed="samples, or a trace of at least 0", given=float(x))
     sizes = [x.to(target.device, target.dtype).sqrt()]
@@ -115,12 +112,9 @@ def _activation_sizes(target: FNN, inputs: Inputs) -> list[Float[Tensor, "*batch
     return sizes
 
 
-def _with_activations(gaps: list[Gap], target: FNN, inputs: Tensor) -> Iterable[tuple[Gap, Tensor]]:
-    """Pair each gap with the target's activations before it."""
-    z = target.as_inputs(inputs, "inputs")
-    for i, gap in enumerate(gaps):
-        yield gap, z
-        z = target.layers(slice(i, i + 1))(z)
+def _activations(target: FNN, inputs: Tensor) -> list[Tensor]:
+    """Compute what each layer of the target reads."""
+    return [inputs, *(p.relu() for p in target.preactivations(inputs)[:-1])]
 
 
 def _totals(gaps: list[Gap], frozen: FNN, ranks: _checks.Ranks) -> list[int]:
