@@ -19,8 +19,8 @@ from ..networks.gap import Gap
 from ..networks.layers import FNN, LinearNetwork
 from ..networks.partition import Partition, blocks
 from ..regions import Region
-from .general import adapt
-from .linear import Adaptation
+from .fnn import adapt_relu
+from .linear import Adaptation, adapt_linear
 
 # The package offers the rest.
 __all__ = ["Fused"]
@@ -53,14 +53,15 @@ class Fused:
     def split_among_layers(
         self, adapters: Adapters, region: Region | None = None, *, throw: bool = True
     ) -> Adaptation:
-        """Give the frozen network the function that adapters give to the fused one, as by `adapt`.
+        """Give the frozen network the function that adapters give to the fused one.
 
-        For ReLU networks, and for no others, it holds in a ``region``.
+        For ReLU networks it holds in a ``region``. Raises what `adapt` raises.
         """
         reached = adapters.merge(self.network)
-        return adapt(
-            self.frozen, reached, self.ranks, region, partition=self.partition, throw=throw
-        ).evidence
+        if isinstance(self.frozen, FNN):
+            options: Any = {"partition": self.partition, "throw": throw}
+            return adapt_relu(self.frozen, reached, self.ranks, region, **options)
+        return adapt_linear(self.frozen, reached, self.ranks, throw=throw)
 
     def split(self, inputs: Any, held_out: Any) -> _Split:
         """Return inputs to fit, to select by and to test on, as the target takes them.
@@ -88,7 +89,7 @@ def fuse(frozen: Network, target: Network, ranks: Any, partition: Partition | No
 
     In a linear network that is the whole product; in a ReLU network each block of the partition,
     cut to the target's widths, with the target's biases. ``ranks`` and ``partition`` are as in
-    `adapt`, which also says what is refused; so are batches.
+    `adapt_relu`, which also says what is refused; so are batches.
     """
     _checks.kind(LinearNetwork, FNN, frozen=frozen)
     _checks.kind(type(frozen), target=target)
