@@ -30,8 +30,8 @@ def fnn_threshold(
     """Compute ``max_i ⌈rank(E_i) / M_i⌉``, at which a partition is exact [thm-partition].
 
     Block ``ℬ_i`` of ``M_i`` layers is cut to the target layer's rows and columns; the partition is
-    uniform by default. The rank is enough where [ass-nonsingular] holds in every block. Raises
-    `InputError` where a block's hidden layer is narrower than its inputs or outputs.
+    uniform by default. The rank is enough where [ass-nonsingular] holds in every block. Raises what
+    `networks.Gap.threshold` raises.
 
     Examples
     --------
@@ -53,11 +53,10 @@ def fnn_error(
 ) -> Float[Tensor, "*batch"]:
     """Bound the error by ``Σ_i [∏_{j>i} (‖W̄_j‖_2 + ε_j)] ε_i (E‖z̄_{i−1}‖²)^{1/2}``.
 
-    ``z̄_i`` are the target's activations. Ranks are one for all or one per layer; the partition is
-    uniform by default. The bound holds on inputs ``[..., in, samples]``, or for inputs with trace
-    ``E‖x‖²`` of the second moment by
-    ``(E‖z̄_i‖²)^{1/2} ≤ ‖W̄_i‖_2 (E‖z̄_{i−1}‖²)^{1/2} + ‖b̄_i‖_2``. Source:
-    [thm-partition-error], [thm-one-layer].
+    ``z̄_i`` are the target's activations on inputs ``[..., in, samples]``; for a number in place of
+    inputs, the trace ``E‖x‖²`` of their second moment, they are bounded by
+    ``(E‖z̄_i‖²)^{1/2} ≤ ‖W̄_i‖_2 (E‖z̄_{i−1}‖²)^{1/2} + ‖b̄_i‖_2``. Ranks and partition are as in
+    `constructions.adapt_relu`. Source: [thm-partition-error], [thm-one-layer].
 
     Examples
     --------
