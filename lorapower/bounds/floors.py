@@ -65,37 +65,6 @@ def attention_floor(
     return _AttentionFloor(left.mean(-1), left.std(-1) / samples**0.5, slope, fit.intercept)
 
 
-def feed_forward_floor(
-    frozen: Decoder,
-    target: Decoder,
-    tokens: Float[Tensor, "width samples"],
-    length: int,
-    *,
-    seed: int = 0,
-) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """Estimate ``E tr Cov(Δ_j | n_j) / D``, which no feed-forward layers get below far out.
-
-    ``Δ_j`` is what the target's attention adds to token ``j`` minus what the frozen one adds: half
-    the mean squared difference of ``Δ`` for one token in two sequences of ``length`` independent
-    tokens, and its standard error, are returned. Raises what `directions` raises. Source:
-    [prop-floor-feed-forward].
-    """
-    n = directions(frozen, target, tokens)
-    samples = n.shape[-1]
-    draw = randomness.generator(seed, "contexts")
-    own = torch.arange(samples, device=n.device)[:, None]
-    sides = []
-    for _ in range(2):
-        chosen = torch.randint(samples, (samples, length), generator=draw).to(n.device)
-        place = torch.randint(length, (samples, 1), generator=draw).to(n.device)
-        x = _sequences(n.mT[chosen.scatter(1, place, own)].mT, frozen, target)
-        gap = _added(target, x, attention_only=True) - _added(frozen, x, attention_only=True)
-        index = place.reshape(samples, *[1] * (gap.ndim - 1)).expand(*gap.shape[:-1], 1)
-        sides.append(gap.gather(-1, index)[..., 0])
-    each = (sides[0] - sides[1]).square().mean(-1) / 2
-    return each.mean(0), each.std(0) / samples**0.5
-
-
 def directions(
     frozen: Decoder, target: Decoder, tokens: Float[Tensor, "width samples"]
 ) -> Float[Tensor, "width samples"]:
@@ -136,15 +105,14 @@ def _sequences(x: Tensor, *networks: Decoder) -> Tensor:
     return x.reshape(len(x), *[1] * len(batch), *x.shape[1:])
 
 
-def _added(network: Decoder, n: Tensor, *, attention_only: bool = False) -> Tensor:
-    """Compute what blocks, or their attention, add to far tokens of these directions."""
+def _added(network: Decoder, n: Tensor) -> Tensor:
+    """Compute what blocks add to far tokens of these directions."""
     # Far out, norms see directions alone.
     limit, added = network.replace(eps=0.0), torch.zeros_like(n)
     for l in range(network.depth):
         patterns = limit.patterns(limit.scores(l, n))
         added = added + (limit.attend(l, n, patterns) - n)
-        if not attention_only:
-            added = added + (limit.feed_forward(l, n, limit.hidden(l, n)) - n)
+        added = added + (limit.feed_forward(l, n, limit.hidden(l, n)) - n)
     return added
 
 

@@ -36,9 +36,8 @@ class FNNAdaptation(Adaptation):
     rounding_errors : Tensor
         Measured deviation of each block's product from the predicted one; ``[..., L̄]``.
     digits_lost : Tensor
-        Decimal digits that each block's biases should cost, beyond the target layer, where
-        coordinates about the centre have a root mean square of 1, or on `regions.Samples`;
-        ``[..., L̄]``.
+        Decimal digits that each block's biases should cost, beyond the target layer, on
+        `regions.Region.typical` inputs; ``[..., L̄]``.
     """
 
     partition: Partition
@@ -60,7 +59,7 @@ class FNNAdaptation(Adaptation):
     ) -> Bool[Tensor, "*batch samples"]:
         """Say whether inner units are active and surplus outputs of blocks inactive at each input.
 
-        This holds in the region, as the proof needs, and may hold outside; linear outputs are free.
+        This holds in the region, as the proof needs, and may hold outside.
         """
         x = _checks.columns("x", x, self.region.width)
         preactivations = self.adapters.merge(frozen).preactivations(frozen.fill(x))
@@ -92,9 +91,8 @@ def adapt_relu(
     which inputs are filled up with zeros (`Network.fill`); biases switch the others off, except
     after a linear last layer.
 
-    Raises `InputError` for what does not fit, `SingularError` where a block cannot be adapted, and
-    `PrecisionError` where biases should cost more than half of the type's digits. Source:
-    [thm-one-layer], [thm-partition]; for regions [prop-regions].
+    Raises what `adapt_linear` raises, and `PrecisionError` where biases should cost more than half
+    of the type's digits. Source: [thm-one-layer], [thm-partition]; for regions [prop-regions].
 
     Parameters
     ----------
