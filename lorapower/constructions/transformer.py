@@ -34,11 +34,10 @@ A = TypeVar("A", Transformer, Decoder)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TransformerAdaptation(Adaptation):
-    """Adapters and vectors of a transformer, with the evidence for them.
+    """Hold adapters and vectors of a transformer, and the evidence for them.
 
     Adapters are in the order of the network's ``weights``, of rank 0 for those that stay.
-    ``success`` says whether every segment is adapted acceptably: it concerns rounding, narrow heads
-    and query biases, not other ranks that are too low.
+    ``success`` concerns rounding, narrow heads and query biases, not other ranks that are too low.
 
     Attributes
     ----------
@@ -173,13 +172,11 @@ def _ranks_by_kind(ranks: Any, network: AnyTransformer) -> dict[str, int]:
     if isinstance(ranks, Segments):
         largest = {name: int(part.max()) for name, part in ranks.items()}
         ranks = {kind: R for name, R in largest.items() for kind in ADAPTED[name]}
-    allowed = f"one integer, or one for each of {', '.join(shapes)}"
-    if isinstance(ranks, list | tuple | Tensor):
-        raise InputError("ranks", allowed=allowed, given=ranks)
-    if not isinstance(ranks, Mapping):
+    if not isinstance(ranks, Mapping | list | tuple | Tensor):
         return dict(zip(shapes, _checks.capped_ranks(ranks, list(shapes.values())), strict=True))
-    if set(ranks) != set(shapes):
-        raise InputError("ranks", allowed=allowed, given=sorted(map(str, ranks)))
+    if not isinstance(ranks, Mapping) or set(ranks) != set(shapes):
+        allowed = f"one integer, or one for each of {', '.join(shapes)}"
+        raise InputError("ranks", allowed=allowed, given=ranks)
     return {
         kind: _checks.integer(f"rank of {kind}", ranks[kind], 0, min(shape), limit="smaller side")
         for kind, shape in shapes.items()
