@@ -80,10 +80,16 @@ class Synthetic(Values):
 
 
 class Run(AnyRun):
-    """Say which method is to solve which problem."""
+    """Say which method is to solve which problem; raise `InputError` if they do not fit."""
 
     problem: Synthetic
     method: Method
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        fits = self.problem.model == "fnn" or not isinstance(self.method, Fitted)
+        self.problem.require("model", fits, "fnn, the networks that are fitted")
+        return self
 
 
 class Errors(TrainingResults):

@@ -156,10 +156,6 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
     "transformer_ranks": (least_rank, [heads, heads]),
     "transformer_ranks, norms": (least_rank, [normed, normed]),
     "attention_floor": (lambda f, t: bounds.attention_floor(f, t, X, 1).value, [normed] * 2),
-    "feed_forward_floor": (
-        lambda f, t: bounds.feed_forward_floor(f, t, X, 3).value,
-        [normed] * 2,
-    ),
     "sure": (lambda A: DESIGN.sure(lowrank.spectrum(A)), [matrix(4, 6)]),
     "shrink_values": (lambda A: DESIGN.shrink_values(lowrank.spectrum(A)), [matrix(4, 6)]),
     "adapt_linear": (of_linear_adapt, [deep(2), deep(1)]),
@@ -169,8 +165,8 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
 }
 
 
-# These go through members one by one, and need one.
-BY_MEMBER = {"attention_floor", "feed_forward_floor"}
+# This goes through members one by one, and needs one.
+BY_MEMBER = {"attention_floor"}
 
 
 def batch_of(value: Any) -> tuple[int, ...]:

@@ -213,7 +213,7 @@ DOORS = [
         {"frozen": ["text"], "target": [LINEAR["target"]], "ranks": RANKS, "on": [None]},
     ),
     Door(adapt, LINEAR | {"ranks": 1, "on": None}, {"on": [X]}),
-    Door(adapt, HEADS | {"ranks": 3, "on": None}, {"on": [X], "partition": [Partition([1])]}),
+    Door(adapt, HEADS | {"ranks": 3, "on": None}, {"on": [X]}),
     Door(
         rank_for_error,
         LINEAR | {"error": 0.5, "on": X},
@@ -275,7 +275,7 @@ DOORS = [
     ),
     Door(
         bounds.necessary_ranks,
-        {"network": UNRELATED, "packed": True},
+        {"network": UNRELATED},
         {"network": [HEADS["target"], UNRELATED.replace(activation="gelu_tanh"), FEW]},
     ),
     Door(
