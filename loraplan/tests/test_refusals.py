@@ -295,7 +295,7 @@ CHECKPOINTS = [
             "base ./nowhere": "tuned must be a folder that exists",
             "base /nowhere": "tuned must be a folder that exists",
             "base a/b/c": "tuned must be a folder that exists",
-            "base ''": "tuned must be a checkpoint or an adapter",
+            "base ''": "tuned must be a folder, a file in GGUF",
             "base texts/lines.txt": "the hub did not give it",
             "base somebody/other": "'somebody/other': no such folder, and the hub did not give it",
             "somebody/other tuned": "base must be a folder that exists, or a name on the hub",
@@ -374,7 +374,7 @@ SHRUNK: list[tuple[str, Change]] = [
 ]
 READ = "standin must be one that peft reads into the base"
 CHECKED: list[tuple[str, Change]] = [
-    ("standin, 'lora', a folder without config.json", drop(CONFIG)),
+    ("got 'lora', a folder without config.json", drop(CONFIG)),
     *[(READ, put(CONFIG, written)) for written in ("{", "{}")],
     (READ, entries(peft_type="MINE")),
     (READ, entries(r=4)),
@@ -401,7 +401,7 @@ ADAPTERS = [
     *[
         Row(f"check {rest}", said)
         for rest, said in {
-            "base ./nowhere tuned --texts texts/lines.txt": "model must be a folder that exists",
+            "base ./nowhere tuned --texts texts/lines.txt": "standin must be a folder that exists",
             "base gpt/base tuned --texts texts/lines.txt": "standin must be of type 'bert', like",
             "tuned --texts texts/lines.txt": "models must be a stand-in and a tuned model, maybe",
             "base lora tuned --same 1 --texts texts/lines.txt": "same must be above 0 and below 1",
@@ -508,8 +508,8 @@ ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
     ("estimate must be True or False; got 'no'", {"estimate": "no"}),
     ("any_base must be True or False; got 'no'", {"any_base": "no"}),
     ("device must be one that torch finds", {"device": ["cpu"]}),
-    ("base must be a checkpoint", {"base": 3}),
-    ("tuned must be a checkpoint or an adapter", {"tuned": None}),
+    ("base must be a folder, a file in GGUF", {"base": 3}),
+    ("tuned must be a folder, a file in GGUF", {"tuned": None}),
     ("options must be among held_out, modules, ", {"module": "all"}),
 ]
 

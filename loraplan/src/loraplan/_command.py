@@ -369,7 +369,11 @@ def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
     if not plan.reached:
         rows.append(("", _remedy(plan)))
     rows += _neighbours(plan.neighbours_alike)
-    rows += _measured(measured, certified=plan.aim is None)
+    if math.isfinite(measured.own_effect):
+        how = confidence() if plan.aim is None else "estimate"
+        own = f"{most(measured.own_effect)} of what tuning changed in that text ({how})"
+        rows.append(("Own effect", f"9 of 10 texts lose at most {own}"))
+    rows += _measured(measured, "Decisions")
     size = f"{megabytes(plan.size)}: {plan.adapter.parameters:,} numbers in factors, "
     size += f"{plan.carried:,} in all"
     rows.append(("Size", size if plan.reached and out is not None else f"about {size}"))
@@ -434,7 +438,7 @@ def _is_kept(measured: Measured, options: _CheckOptions) -> bool:
 def _promises(measured: Measured, options: _CheckOptions) -> list[tuple[str, str]]:
     """What texts say of all texts like them, for people."""
     rows, often = list[tuple[str, str]](), "however often you check"
-    if options.same is not options.error:
+    if (options.same, options.error) != (None, None):
         kept = "KEPT" if _is_kept(measured, options) else "NOT KEPT"
         rows.append(("Verdict", f"{kept}, by {measured.texts} texts at {confidence()}"))
     if math.isfinite(measured.same):
@@ -453,8 +457,8 @@ def _promises(measured: Measured, options: _CheckOptions) -> list[tuple[str, str
     return rows
 
 
-def _measured(measured: Measured, *, certified: bool = True) -> list[tuple[str, str]]:
-    """What an adapter loses, for people; an estimate where texts decided on it."""
+def _measured(measured: Measured, label: str = "Here") -> list[tuple[str, str]]:
+    """What was measured on these texts, for people."""
     rows = []
     if math.isfinite(measured.error):
         rows.append(("Estimate", f"{percent(measured.error)} lost over all {measured.texts} texts"))
@@ -462,7 +466,7 @@ def _measured(measured: Measured, *, certified: bool = True) -> list[tuple[str, 
         equal = round(measured.agreement * measured.decisions)
         decisions = f"{equal:,} of {measured.decisions:,} as the tuned model"
         drawn = f"if both sample, they differ on {percent(measured.variation)}"
-        rows.append(("Here", f"{decisions}; {drawn}"))
+        rows.append((label, f"{decisions}; {drawn}"))
     if math.isfinite(measured.accuracy):
         parts = measured.base_accuracy, measured.tuned_accuracy, measured.accuracy
         base, tuned, adapted = map(percent, parts)
