@@ -319,7 +319,7 @@ def load_merged(folder: str, pair: Pair, device: torch.device) -> Network | None
 
 
 def estimate(pair: Pair, adapter: Adapter, rank: int | None = None) -> tuple[int, int]:
-    """Count the numbers that `save` would write, and about how many bytes they take."""
+    """Count the numbers that ``save`` would write, and about how many bytes they take."""
     from peft import get_peft_model_state_dict
 
     adapter = _pad(pair, adapter, rank)
