@@ -1,7 +1,7 @@
 """Seconds and memory of a plan for a made-up language model, and of other commands on the same.
 
     python benchmarks/plans.py FOLDER [--size 135m] [--texts 200] [--tokens 7] [--error 0.1]
-        [--threads 1] [--work]
+        [--threads 1]
         [--others 'mergekit-extract-lora --model {tuned} --base-model {base} --out-path {out}']
 
 The pair has Llama's architecture and random weights in bfloat16, of which the tuned ones differ by
@@ -135,7 +135,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=7)
     parser.add_argument("--error", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", action="store_true", help="keep finished stages, and resume")
     parser.add_argument("--others", nargs="*", default=[], help="other commands, not the plan")
     chosen = parser.parse_args()
     base, tuned = make_pair(chosen.folder, chosen.size)
@@ -143,8 +142,6 @@ def main() -> None:
     texts = chosen.folder / f"{name}.txt"
     write_texts(texts, chosen.texts, chosen.tokens, SIZES[chosen.size][5])
     options = ["--texts", str(texts), "--error", str(chosen.error), "--estimate"]
-    if chosen.work:
-        options += ["--work", str(chosen.folder / f"{name}-work")]
     command = [sys.executable, "-m", "loraplan", "plan", str(base), str(tuned), *options]
     out = chosen.folder / "out"
     given = {"base": base, "tuned": tuned, "out": out}

@@ -7,7 +7,7 @@ feel them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import inf
 from numbers import Integral, Real
@@ -38,21 +38,12 @@ def integer(
     raise InputError(name, allowed=f"{allowed} ({limit})" if limit else allowed, value=value)
 
 
-def tolerance(name: str, value: Any) -> float:
-    """Read a number of at least 0; infinity is allowed."""
-    return _number(name, value, "a number of at least 0", lambda x: x >= 0)
-
-
-def finite(name: str, value: Any, low: float = -inf) -> float:
-    """Read a finite number of at least ``low``."""
-    allowed = "a finite number" if low == -inf else f"finite, at least {low:g}"
-    return _number(name, value, allowed, lambda x: low <= x < inf and x > -inf)
-
-
-def _number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> float:
-    if not isinstance(value, bool) and isinstance(value, Real) and fits(float(value)):
+def number(name: str, value: Any, low: float, high: float = sys.float_info.max) -> float:
+    """Read a number between ``low`` and ``high``, by default a finite one."""
+    if not isinstance(value, bool) and isinstance(value, Real) and low <= float(value) <= high:
         return float(value)
-    raise InputError(name, allowed=allowed, value=value)
+    finite = "a finite number" if high < inf else "a number"
+    raise InputError(name, allowed=f"{finite} of at least {low:g}", value=value)
 
 
 def choice(name: str, value: Any, options: Sequence[Any]) -> None:
@@ -101,12 +92,9 @@ def real_tensor(name: str, value: Any, *, min_dims: int, copy: bool = False) -> 
         allowed = f"a non-empty array of at least {min_dims} dimensions"
         raise InputError(name, allowed=allowed, given=f"shape {tuple(tensor.shape)}")
     if bad := int((~torch.isfinite(tensor)).sum()):
-        raise InputError(
-            name,
-            allowed="finite",
-            given=f"{bad} entries that are NaN or infinite",
-            remedy="look for a diverged training run or a division by zero",
-        )
+        given = f"{bad} entries that are NaN or infinite"
+        remedy = "look for a diverged training run or a division by zero"
+        raise InputError(name, allowed="finite", given=given, remedy=remedy)
     return tensor.clone() if copy and isinstance(value, Tensor) else tensor
 
 

@@ -30,9 +30,11 @@ class LorapowerError(Exception):
 class InputError(LorapowerError, ValueError):
     """Refuse an argument, before any work starts.
 
-    The message is one line: "``name`` must be ``allowed``; got ``given``: ``remedy``". ``name`` is
-    the parameter, or a part of it such as ``"rank of layer 2"``. Pass ``given`` as a description,
-    or the ``value`` to have it written out. ``remedy`` may be empty.
+    Numbers that are not finite, ranks out of range and sizes that do not fit each other are refused
+    everywhere; docstrings name what is refused besides. The message is one line: "``name`` must be
+    ``allowed``; got ``given``: ``remedy``". ``name`` is the parameter, or a part of it such as
+    ``"rank of layer 2"``. Pass ``given`` as a description, or the ``value`` to have it written out.
+    ``remedy`` may be empty.
     """
 
     def __init__(
@@ -51,17 +53,9 @@ class InputError(LorapowerError, ValueError):
 
 
 class MissingError(InputError, ImportError):
-    """Refuse to start without libraries that an extra of this package installs."""
+    """Refuse to start without a library that an extra of this package installs."""
 
     name: str
-
-    def __init__(self, extra: str, *libraries: str) -> None:
-        super().__init__(
-            f"the extra `{extra}`",
-            allowed="installed",
-            given=f"no {', no '.join(libraries)}",
-            remedy=f"pip install '.[{extra}]' in a checkout of lorapower",
-        )
 
 
 @contextmanager
@@ -73,7 +67,8 @@ def needs(extra: str) -> Iterator[None]:
         library = str(error.name).partition(".")[0]
         if library == __name__.partition(".")[0]:
             raise
-        raise MissingError(extra, library) from error
+        remedy = f"pip install '.[{extra}]' in a checkout of lorapower"
+        raise MissingError(f"the extra `{extra}`", "installed", f"no {library}", remedy) from error
 
 
 class SingularError(LorapowerError, ArithmeticError):
@@ -125,5 +120,4 @@ class ResultsError(LorapowerError, OSError):
     """Report that a file of results cannot be used; nothing that it holds is lost."""
 
     def __init__(self, path: Path, problem: str, *, remedy: str) -> None:
-        self.path, self.problem, self.remedy = path, problem, remedy
         super().__init__(f"{path} {problem}: {remedy}")

@@ -28,31 +28,28 @@ class LowRank:
         return self.left.shape[-1]
 
     @property
-    def parameter_count(self) -> int:
-        """Count the numbers stored for one matrix, ``(out + in) · rank``."""
-        return (self.left.shape[-2] + self.right.shape[-2]) * self.rank
-
-    def matrix(self) -> Float[Tensor, "*batch out in"]:
-        """Multiply out ``A Bᵀ``."""
-        return self.left @ self.right.mT
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``, the sizes of ``A Bᵀ``."""
+        return self.left.shape[-2], self.right.shape[-2]
 
     @property
-    def shape(self) -> torch.Size:
-        """``[out, in]``, the sizes of ``A Bᵀ``."""
-        return torch.Size([self.left.shape[-2], self.right.shape[-2]])
+    def parameter_count(self) -> int:
+        """Count the numbers stored for one matrix, ``(out + in) · rank``."""
+        return sum(self.shape) * self.rank
 
     @property
     def mT(self) -> LowRank:  # noqa: N802
         """The transpose, ``B Aᵀ``."""
         return LowRank(self.right, self.left)
 
-    def __matmul__(self, columns: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
-        """Multiply columns, without multiplying out ``A Bᵀ``."""
-        return self.left.to(columns) @ (self.right.to(columns).mT @ columns)
+    def matrix(self) -> Float[Tensor, "*batch out in"]:
+        """Multiply out ``A Bᵀ``."""
+        return self.left @ self.right.mT
 
-    def leading(self, rank: int) -> LowRank:
-        """Keep the first columns of both factors."""
-        return LowRank(self.left[..., :rank], self.right[..., :rank])
+    def trimmed(self) -> LowRank:
+        """Leave out columns that are 0 in both factors of all members of a batch."""
+        left, right = (f.flatten(end_dim=-2).any(0) for f in (self.left, self.right))
+        return LowRank(self.left[..., left | right], self.right[..., left | right])
 
     def balanced(self) -> LowRank:
         """Rescale columns so that each is as long in one factor as in the other."""
@@ -109,8 +106,7 @@ def norm(matrix: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch"]:
 def truncated_svd(matrix: Float[Tensor, "*batch out in"], rank: int) -> LowRank:
     """Approximate by rank ``r``: ``Σ_{d≤r} σ_d u_d v_dᵀ``, as ``A = UΣ``, ``B = V``.
 
-    It is best in both norms [thm-eckart-young]. Raises `InputError` for a rank outside
-    ``0…min(out, in)`` and for a matrix that is not of finite float32 or float64 numbers.
+    It is best in both norms [thm-eckart-young]; ``r`` is at most ``min(out, in)``.
 
     Examples
     --------

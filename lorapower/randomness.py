@@ -13,41 +13,35 @@ from torch import Tensor
 
 from . import _checks
 
-# The bytes of the state of torch's Mersenne Twister that hold its words, each in 64 bits.
-_WORDS = slice(24, 24 + 8 * 624)
-
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
     """Make the generator of random numbers for a seed and a purpose.
 
     The purpose says in words what is drawn, and in numbers which of several:
-    ``generator(seed, "inputs", 3)``. A `numpy.random.SeedSequence` of seed and purpose fills all
-    624 words of the generator's state, since torch itself uses 32 bits of a seed on processors.
-    Raises `InputError` for a seed that is not an integer from 0.
+    ``generator(seed, "inputs", 3)``. `number` is its seed, of which torch uses 32 bits on
+    processors. Raises `InputError` for a seed that is not an integer from 0.
     """
-    made = torch.Generator()
-    state = made.get_state()
-    words = np.random.MT19937(_sequence(seed, purpose)).state["state"]["key"]
-    state[_WORDS] = torch.from_numpy(words.astype(np.uint64).view(np.uint8))
-    made.set_state(state)
-    return made
+    return torch.Generator().manual_seed(number(seed, *purpose))
 
 
 @contextmanager
 def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
-    """Draw torch's global random numbers from `generator` inside a ``with`` block.
+    """Draw torch's global random numbers as `generator` does inside a ``with`` block.
 
     For code that takes no generator, such as `torch.nn.Linear`; the global state is restored.
     """
-    state = generator(seed, *purpose).get_state()
     with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(state)
+        torch.default_generator.manual_seed(number(seed, *purpose))
         yield
 
 
 def number(seed: int, *purpose: str | int) -> int:
-    """Draw a seed of 32 bits for libraries that take nothing else."""
-    return int(_sequence(seed, purpose).generate_state(1)[0])
+    """Draw 32 bits from a `numpy.random.SeedSequence` of a seed and a purpose."""
+    digest = hashlib.blake2b(repr(purpose).encode(), digest_size=16).digest()
+    spawn_key = np.frombuffer(digest, np.uint32).tolist()
+    entropy = _checks.integer("seed", seed, 0, None)
+    sequence = np.random.SeedSequence(entropy, spawn_key=spawn_key)
+    return int(sequence.generate_state(1)[0])
 
 
 def normal(
@@ -68,10 +62,3 @@ def uniform(
 ) -> Float[Tensor, "*shape"]:
     """Draw numbers uniform from 0 to 1, on the processor as `normal` does."""
     return torch.rand(shape, generator=generator, dtype=dtype, device="cpu").to(device)
-
-
-def _sequence(seed: int, purpose: tuple[str | int, ...]) -> np.random.SeedSequence:
-    """Make the root of the stream of a seed and a purpose."""
-    digest = hashlib.blake2b(repr(purpose).encode(), digest_size=16).digest()
-    spawn_key = np.frombuffer(digest, np.uint32).tolist()
-    return np.random.SeedSequence(_checks.integer("seed", seed, 0, None), spawn_key=spawn_key)

@@ -27,12 +27,9 @@ class Region(ABC):
     def centre(self) -> Float[Tensor, "*batch width 1"]:
         """The centre, about which `lowest` and `image` measure."""
         if not self._fitted:
-            raise InputError(
-                "region",
-                allowed="of a known width for this",
-                given="single numbers for all coordinates",
-                remedy="fit it to a width first, .fit(width, dtype)",
-            )
+            given = "single numbers for all coordinates"
+            remedy = "fit it to a width first, .fit(width, dtype)"
+            raise InputError("region", allowed="of a known width", given=given, remedy=remedy)
         return self._centre
 
     @property
@@ -44,11 +41,6 @@ class Region(ABC):
     def batch_shape(self) -> torch.Size:
         """Leading dimensions: how many regions this object holds."""
         return self._centre.shape[:-2]
-
-    def __repr__(self) -> str:
-        width = f"width {self.width}" if self._fitted else "any width"
-        batch = f", batch {[*self.batch_shape]}" if self.batch_shape else ""
-        return f"{type(self).__name__}({width}{batch})"
 
     @abstractmethod
     def fit(self, width: int, dtype: torch.dtype) -> Self:
@@ -103,8 +95,7 @@ class Region(ABC):
 class Ball(Region):
     """All inputs with ``‖x − centre‖_2 ≤ radius``.
 
-    The centre is one number for all coordinates, or ``[..., width]``. Raises `InputError` for a
-    radius, one number or ``[...]``, that is below 0 or not finite.
+    The centre is one number for all coordinates, or ``[..., width]``, the radius one or ``[...]``.
 
     Examples
     --------
@@ -118,12 +109,11 @@ class Ball(Region):
         self.radius, middle = _checks.numbers("radius", radius), _checks.numbers("centre", centre)
         self._fitted = middle.ndim > 0
         column = torch.atleast_1d(middle)[..., None]
-        shapes = [self.radius.shape, column.shape[:-2]]
-        batch = _checks.common_shape("radius and centre", shapes)
+        batches = [self.radius.shape, column.shape[:-2]]
+        batch = _checks.common_shape("radius and centre", batches)
         self._centre = column.expand(*batch, *column.shape[-2:])
         if (self.radius < 0).any():
-            least = float(self.radius.min())
-            raise InputError("radius", allowed="at least 0", given=least, remedy="it is empty")
+            raise InputError("radius", allowed="at least 0", given=float(self.radius.min()))
 
     @classmethod
     def about(cls, x: Float[Tensor, "*batch width samples"], margin: float = 1.0) -> Ball:
@@ -140,12 +130,10 @@ class Ball(Region):
         return -self.radius[..., None, None] * rows
 
     def _draw(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor:
-        shape = (*self.batch_shape, self.width, samples)
-        dtype, device = self.centre.dtype, self.centre.device
-        normal = randomness.normal(generator, *shape, dtype=dtype, device=device)
-        direction = normal / torch.linalg.vector_norm(normal, dim=-2, keepdim=True)
-        shape = (*self.batch_shape, 1, samples)
-        fraction = randomness.uniform(generator, *shape, dtype=dtype, device=device)
+        like: Any = {"dtype": self.centre.dtype, "device": self.centre.device}
+        drawn = randomness.normal(generator, *self.centre.shape[:-1], samples, **like)
+        direction = drawn / torch.linalg.vector_norm(drawn, dim=-2, keepdim=True)
+        fraction = randomness.uniform(generator, *self.batch_shape, 1, samples, **like)
         reach = 1 if edge else fraction ** (1 / self.width)
         return self.centre + self.radius[..., None, None] * reach * direction
 
@@ -153,8 +141,7 @@ class Ball(Region):
 class Box(Region):
     """All inputs with ``low ≤ x ≤ high`` in every coordinate.
 
-    Sides are one number or ``[..., width]``. Raises `InputError` for ``low > high`` and for sides
-    that are not finite.
+    Sides are one number or ``[..., width]``.
 
     Examples
     --------
@@ -180,14 +167,13 @@ class Box(Region):
 
     def fit(self, width: int, dtype: torch.dtype) -> Box:
         centre = self._column(width)
-        low, high = centre - self.half, centre + self.half
-        return Box(low[..., 0].to(dtype), high[..., 0].to(dtype))
+        return Box(*((centre + end)[..., 0].to(dtype) for end in (-self.half, self.half)))
 
     def lowest(self, matrix: Tensor) -> Tensor:
         return -(matrix.abs() * self.half.mT).sum(-1, keepdim=True)
 
     def _draw(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor:
-        shape = (*self.batch_shape, self.width, samples)
+        shape = (*self.centre.shape[:-1], samples)
         drawn = randomness.uniform(generator, *shape, dtype=self.centre.dtype)
         drawn = 2 * drawn.to(self.centre) - 1
         return self.centre + self.half * (drawn.sign() if edge else drawn)
@@ -210,7 +196,7 @@ class Samples(Region):
 
     def __init__(self, inputs: Any, margin: float = 0.1) -> None:
         self.inputs = _checks.real_tensor("inputs", inputs, min_dims=2, copy=True)
-        self.margin = _checks.finite("margin", margin, 0)
+        self.margin = _checks.number("margin", margin, 0)
         self._centre = self.inputs.mean(-1, keepdim=True)
 
     def fit(self, width: int, dtype: torch.dtype) -> Samples:
@@ -221,9 +207,9 @@ class Samples(Region):
         return (1 + self.margin) * (matrix @ (self.inputs - self.centre)).amin(-1, keepdim=True)
 
     def _draw(self, samples: int, edge: bool, generator: torch.Generator) -> Tensor:
-        count = self.inputs.shape[-1]
-        picked = torch.randint(count, (samples,), generator=generator).to(self.inputs.device)
-        return (self._corners() if edge else self.inputs)[..., picked]
+        picked = torch.randint(self.inputs.shape[-1], (samples,), generator=generator)
+        drawn = self.inputs[..., picked.to(self.inputs.device)]
+        return self.centre + (1 + self.margin) * (drawn - self.centre) if edge else drawn
 
     def typical(self, scale: float) -> Float[Tensor, "*batch width samples"]:
         return self.inputs
@@ -236,15 +222,9 @@ class Samples(Region):
     def relu(self) -> Samples:
         return Samples(self.inputs.relu(), self.margin)
 
-    def _corners(self) -> Tensor:
-        return self.centre + (1 + self.margin) * (self.inputs - self.centre)
-
 
 def as_region(value: Region | Any, width: int, dtype: torch.dtype) -> Region:
-    """Read a region of inputs of this width and type; columns ``[..., width, samples]`` are one.
-
-    Raises `InputError` for anything else.
-    """
+    """Read a region of inputs of this width and type; columns ``[..., width, samples]`` are one."""
     if value is None:
         allowed = "given for networks with ReLUs: a region, or columns [..., width, samples]"
         raise InputError("on", allowed=allowed, given="none")

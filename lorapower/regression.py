@@ -27,14 +27,6 @@ class Regression(NamedTuple):
     intercept: Float[Tensor, "*batch out"]
 
 
-class _Truncation(NamedTuple):
-    """Hold the nearest matrix of limited rank, and what it leaves out; see `truncate`."""
-
-    update: LowRank
-    values: Float[Tensor, "*batch r"]
-    total: Float[Tensor, "*batch"]
-
-
 @torch.no_grad()
 def reduced_rank(
     outputs: Float[Tensor, "*#batch out samples"],
@@ -51,21 +43,10 @@ def reduced_rank(
     ``K`` and ``a`` minimize ``E‖R(y − K z − a)‖² + λ c ‖R(K − E)‖²_F``, where ``c`` is the mean
     variance of a coordinate of ``z``: ``K = R⁺ U_r U_rᵀ R B`` with the coefficients ``B`` of the
     fit of any rank and the leading left singular vectors ``U_r`` of ``R B C^{1/2}``, ``C`` the
-    covariance of ``z``. Without ``intercept``, ``a = 0`` and second moments replace covariances.
-    Raises `InputError` for data that are not finite, and ranks out of range.
-
-    Parameters
-    ----------
-    outputs, inputs : Tensor
-        ``y`` and ``z``, ``[..., out, samples]`` and ``[..., in, samples]``.
-    rank : int
-        At most the smaller side of ``K``.
-    towards : Tensor, optional
-        ``E``, 0 by default. Where data leave ``B`` open, it is the nearest to ``E``.
-    shrinkage : float
-        ``λ``, at least 0. An infinite one takes ``B = E``, in the metric of the inputs alone.
-    metric : Tensor, optional
-        ``R``, ``[..., rows, out]``, the identity by default.
+    covariance of ``z``. ``towards`` is ``E``, 0 by default, to which ``B`` is the nearest where
+    data leave it open; ``shrinkage`` is ``λ``, with ``B = E`` for an infinite one; ``metric`` is
+    ``R``, by default the identity. Without ``intercept``, ``a = 0`` and second moments replace
+    covariances.
 
     Examples
     --------
@@ -81,7 +62,7 @@ def reduced_rank(
     z = _checks.real_tensor("inputs", inputs, min_dims=2)
     out, into = y.shape[-2], z.shape[-2]
     rank = _checks.integer("rank", rank, 0, min(out, into), limit="the smaller side")
-    shrinkage = _checks.tolerance("shrinkage", shrinkage)
+    shrinkage = _checks.number("shrinkage", shrinkage, 0, torch.inf)
     E = z.new_zeros(out, into) if towards is None else towards
     parts = [y, z, E] if metric is None else [y, z, E, metric]
     batch = _checks.common_shape("outputs and inputs", [tuple(p.shape[:-2]) for p in parts])
@@ -91,7 +72,7 @@ def reduced_rank(
         mean_y, mean_z = torch.zeros_like(mean_y), torch.zeros_like(mean_z)
     y, z = y - mean_y, z - mean_z
     B, root = _coefficients(y - E @ z, z, shrinkage)
-    update = truncate(E + B, rank, inputs=root, metric=metric).update
+    update = truncate(E + B, rank, inputs=root, metric=metric)
     return Regression(update, (mean_y - update.matrix() @ mean_z)[..., 0])
 
 
@@ -128,25 +109,21 @@ def truncate(
     *,
     inputs: Float[Tensor, "*#batch in samples"] | None = None,
     metric: Float[Tensor, "*#batch rows out"] | None = None,
-) -> _Truncation:
+) -> LowRank:
     """Find the matrix of rank at most ``r`` that is nearest in metrics of inputs and outputs.
 
-    ``K = R⁺ U_r U_rᵀ R M`` minimizes ``‖R (M − K) Z‖_F``; ``U_r`` and ``σ`` are the leading left
-    singular vectors and the singular values of ``R M Z``. ``M`` is the ``matrix``
-    ``[..., out, in]``, ``r`` at most its smaller side; ``Z`` are ``inputs`` ``[..., in, samples]``,
-    or other columns of the same second moment, and ``R`` is the ``metric`` ``[..., rows, out]``
-    (see `second_moment_root`), both by default identities. Source: [prop-two-metrics].
-
-    Returns the ``update`` ``K``, whose first ``s`` columns are the nearest matrix of rank ``s``;
-    its ``values`` ``σ_1 ≥ … ≥ σ_r``; and the ``total`` ``Σ_d σ_d²`` over all directions, the
-    squared distance of rank 0, which direction ``d`` lowers by ``σ_d²``.
+    ``K = R⁺ U_r U_rᵀ R M`` minimizes ``‖R (M − K) Z‖_F``; ``U_r`` are the leading left singular
+    vectors of ``R M Z``. The first ``s`` columns of its factors are the nearest matrix of rank
+    ``s``. ``M`` is the ``matrix``, ``r`` at most its smaller side; ``Z`` are ``inputs``, or other
+    columns of the same second moment, and ``R`` is the ``metric`` (see `second_moment_root`), both
+    by default identities. Source: [prop-two-metrics].
 
     Examples
     --------
     >>> import torch
     >>> from lorapower.regression import truncate
     >>> M, seldom = torch.diag(torch.tensor([3.0, 2.0])), torch.diag(torch.tensor([0.1, 1.0]))
-    >>> truncate(M, 1).update.matrix(), truncate(M, 1, inputs=seldom).update.matrix()
+    >>> truncate(M, 1).matrix(), truncate(M, 1, inputs=seldom).matrix()
     (tensor([[3., 0.],
             [0., 0.]]), tensor([[0., 0.],
             [0., 2.]]))
@@ -158,11 +135,8 @@ def truncate(
     if inputs is not None:
         wide = inputs.shape[-1] > inputs.shape[-2]
         product = weighted @ (torch.linalg.qr(inputs.mT, mode="r").R.mT if wide else inputs)
-    U, values, _ = lowrank.svd(product)
-    U, values = U[..., :rank], values[..., :rank]
-    left = U if metric is None else _apply_inverse(metric, U)
-    update = LowRank(left, weighted.mT @ U)
-    return _Truncation(update, values, product.square().sum((-2, -1)))
+    U = lowrank.svd(product).U[..., :rank]
+    return LowRank(U if metric is None else _apply_inverse(metric, U), weighted.mT @ U)
 
 
 def _apply_inverse(metric: Tensor, columns: Tensor) -> Tensor:
@@ -183,7 +157,7 @@ def second_moment_root(
     is the identity: no direction counts more than another.
     """
     g = _checks.real_tensor("columns", columns, min_dims=2)
-    ridge = _checks.finite("ridge", ridge, 0)
+    ridge = _checks.number("ridge", ridge, 0)
     width, samples = g.shape[-2:]
     identity = torch.eye(width, dtype=g.dtype, device=g.device).expand(*g.shape[:-2], -1, -1)
     level = g.square().mean((-2, -1), keepdim=True)
@@ -211,10 +185,6 @@ def relative_error(
     """
     size = variance(wanted)
     if not size > 0:
-        raise InputError(
-            "outputs of the target",
-            allowed="different from input to input",
-            given="equal ones",
-            remedy="an error relative to their variance has no meaning then",
-        )
+        allowed = "different from input to input, as errors are relative to their variance"
+        raise InputError("outputs of the target", allowed=allowed, given="equal ones")
     return (outputs[..., : wanted.shape[-2], :] - wanted).square().mean() / size

@@ -17,8 +17,8 @@ from lorapower.constructions.fitted import FittedAdaptation
 from lorapower.networks.layers import FNN, LinearNetwork
 from lorapower.regions import Ball
 from lorapower.regression import variance as variance_of
+from lorapower.training.descent import polish
 from lorapower.training.engine import train
-from lorapower.training.fused import polish
 from lorapower.training.tuning import Fresh, Tuning
 from records.methods import AnyRun, Fitted, Method, TrainingResults, adapt_by, measure_on
 
@@ -80,10 +80,16 @@ class Synthetic(Values):
 
 
 class Run(AnyRun):
-    """Say which method is to solve which problem."""
+    """Say which method is to solve which problem; raise `InputError` if they do not fit."""
 
     problem: Synthetic
     method: Method
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        fits = self.problem.model == "fnn" or not isinstance(self.method, Fitted)
+        self.problem.require("model", fits, "fnn, the networks that are fitted")
+        return self
 
 
 class Errors(TrainingResults):

@@ -186,7 +186,8 @@ def test_adapters_without_a_task(tmp_path: Path, monkeypatch: Patch) -> None:
     base, _ = files.pair(tmp_path, BERT)
     headless = train(tmp_path / "headless", base, "BertModel", task_type=None)
     require_same(Pair.open(base, headless), files.loaded(base, "BertModel", headless))
-    adapter = train(tmp_path / "adapter", base, BERT, task_type=None, target_modules=["value"])
+    options: dict[str, Any] = {"task_type": None, "target_modules": ["value", "dense"]}
+    adapter = train(tmp_path / "adapter", base, BERT, **options)
     # From the hub, and with the base's tokenizer unless it has its own.
     fetched = Mock(return_value=adapter)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)

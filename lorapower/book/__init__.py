@@ -13,9 +13,6 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_origin
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from ..errors import InputError, needs
 
 with needs("book"):
@@ -152,8 +149,3 @@ def quote(name: str, value: Any, *, digits: int | None = None) -> None:
     glue = _executed.GLUE
     metadata |= {"scrapbook": {"name": name, "mime_prefix": glue}}
     display({f"{glue}{kind}": form for kind, form in forms.items()}, metadata=metadata, raw=True)
-
-
-def median(values: ArrayLike, axis: int | None = None) -> Any:
-    """Compute the median along an axis, or of all numbers: of two in the middle, their mean."""
-    return np.median(np.asarray(values), axis)

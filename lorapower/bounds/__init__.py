@@ -6,7 +6,7 @@ and the errors of deep linear networks.
 
 from . import samples
 from .final_layers import colliding_inputs, final_layers_floor
-from .floors import attention_floor, directions, far_error, feed_forward_floor
+from .floors import attention_floor, directions, far_error
 from .layers import fnn_error, fnn_error_on, fnn_threshold
 from .transformer import necessary_ranks, packed_rank, ranks_suffice, transformer_ranks
 
@@ -15,7 +15,6 @@ __all__ = [
     "colliding_inputs",
     "directions",
     "far_error",
-    "feed_forward_floor",
     "final_layers_floor",
     "fnn_error",
     "fnn_error_on",

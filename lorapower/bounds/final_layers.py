@@ -21,8 +21,6 @@ _STEPS = 64
 
 
 class _Floor(NamedTuple):
-    """An estimated mean over samples and coordinates, and its standard error; each ``[...]``."""
-
     mean_squared_error: Float[Tensor, "*batch"]
     standard_error: Float[Tensor, "*batch"]
 
@@ -51,9 +49,8 @@ def final_layers_floor(frozen: FNN, target: FNN, *, samples: int = 4096, seed: i
 
     It is ``E‖f̄(x) − f̄(x')‖² / 2`` for ``x ~ N(0, I)``, with ``x'`` drawn like ``x`` given the
     first layer's outputs, by steps of hit-and-run: after any number of steps the mean estimate is
-    **at most** the floor. Returns ``mean_squared_error`` over samples and coordinates and its
-    ``standard_error``, each ``[...]``. The networks have equal inputs and one type; batch shapes
-    broadcast. Source: [prop-floor].
+    **at most** the floor. Returns the ``mean_squared_error`` over samples and coordinates, and its
+    ``standard_error``. Source: [prop-floor].
 
     Examples
     --------

@@ -35,20 +35,19 @@ def attention_floor(
     """Estimate ``min E‖Y(n) − K n − k‖² / D`` with ``Y(n) = lim_{c→∞} f̄(c n) − f(c n)``.
 
     The minimum is over matrices ``K`` of the given rank and vectors ``k``, for the mean over these
-    directions. Returns the ``value`` and its ``standard_error``, the spread over tokens, each
-    ``[...]``, and the best ``K`` and ``k`` as ``slope``, ``[..., D, D]``, and ``offset``,
-    ``[..., D]``. Raises `InputError` for networks and ranks that do not fit, too few tokens, and
-    constant ones. Source: [prop-floor-attention], [thm-attention-rank].
+    directions. Returns the ``value`` and its ``standard_error``, the spread over tokens, and the
+    best ``K`` and ``k`` as ``slope`` and ``offset``. Raises what `directions` raises, and
+    `InputError` for too few tokens. Source: [prop-floor-attention], [thm-attention-rank].
 
     Parameters
     ----------
-    frozen, target : Decoder
-        Of equal width, norm and activation, any depth and no final norm.
-    tokens : Tensor
+    tokens
         Directions as columns, more than ``m + 1``, which span the space of normalized tokens.
-    ranks : int or sequence of int, optional
+    ranks
         The total rank of all ``W_V`` and ``W_O``, or the rank of each of ``frozen.weights``, as by
         `Decoder.ranks`. By default any rank.
+    frozen, target
+        See `directions`.
     """
     n = directions(frozen, target, tokens)
     m, V, samples = target.dimension, target.basis(), n.shape[-1]
@@ -66,46 +65,14 @@ def attention_floor(
     return _AttentionFloor(left.mean(-1), left.std(-1) / samples**0.5, slope, fit.intercept)
 
 
-class _FeedForwardFloor(NamedTuple):
-    value: Float[Tensor, "*batch"]
-    standard_error: Float[Tensor, "*batch"]
-
-
-def feed_forward_floor(
-    frozen: Decoder,
-    target: Decoder,
-    tokens: Float[Tensor, "width samples"],
-    length: int,
-    *,
-    seed: int = 0,
-) -> _FeedForwardFloor:
-    """Estimate ``E tr Cov(Δ_j | n_j) / D``, which no feed-forward layers get below far out.
-
-    ``Δ_j`` is what the target's attention adds to token ``j`` minus what the frozen one adds: half
-    the mean squared difference of ``Δ`` for one token in two sequences of ``length`` independent
-    tokens. Returns its ``value`` and ``standard_error``, each ``[...]``. Raises `InputError` for
-    networks as `attention_floor` does, and for constant tokens. Source: [prop-floor-feed-forward].
-    """
-    n = directions(frozen, target, tokens)
-    samples = n.shape[-1]
-    draw = randomness.generator(seed, "contexts")
-    own = torch.arange(samples, device=n.device)[:, None]
-    sides = []
-    for _ in range(2):
-        chosen = torch.randint(samples, (samples, length), generator=draw).to(n.device)
-        place = torch.randint(length, (samples, 1), generator=draw).to(n.device)
-        x = _sequences(n.mT[chosen.scatter(1, place, own)].mT, frozen, target)
-        gap = _added(target, x, attention_only=True) - _added(frozen, x, attention_only=True)
-        index = place.reshape(samples, *[1] * (gap.ndim - 1)).expand(*gap.shape[:-1], 1)
-        sides.append(gap.gather(-1, index)[..., 0])
-    each = (sides[0] - sides[1]).square().mean(-1) / 2
-    return _FeedForwardFloor(each.mean(0), each.std(0) / samples**0.5)
-
-
 def directions(
     frozen: Decoder, target: Decoder, tokens: Float[Tensor, "width samples"]
 ) -> Float[Tensor, "width samples"]:
-    """Put tokens on the sphere ``‖n‖² = D``; `InputError` where the networks' spheres differ."""
+    """Put tokens on the sphere ``‖n‖² = D`` of two networks' normalized tokens.
+
+    Networks have residual connections, any depth and no final norm, and equal width, norm and
+    activation; otherwise, and for tokens that a norm sends to 0, `InputError` is raised.
+    """
     _require_one_sphere(frozen, target)
     v = target.as_inputs(tokens, "tokens")
     rounding = 16 * torch.finfo(v.dtype).eps * torch.linalg.vector_norm(v, dim=-2, keepdim=True)
@@ -138,15 +105,14 @@ def _sequences(x: Tensor, *networks: Decoder) -> Tensor:
     return x.reshape(len(x), *[1] * len(batch), *x.shape[1:])
 
 
-def _added(network: Decoder, n: Tensor, *, attention_only: bool = False) -> Tensor:
-    """Compute what blocks, or their attention, add to far tokens of these directions."""
+def _added(network: Decoder, n: Tensor) -> Tensor:
+    """Compute what blocks add to far tokens of these directions."""
     # Far out, norms see directions alone.
     limit, added = network.replace(eps=0.0), torch.zeros_like(n)
     for l in range(network.depth):
         patterns = limit.patterns(limit.scores(l, n))
         added = added + (limit.attend(l, n, patterns) - n)
-        if not attention_only:
-            added = added + (limit.feed_forward(l, n, limit.hidden(l, n)) - n)
+        added = added + (limit.feed_forward(l, n, limit.hidden(l, n)) - n)
     return added
 
 
@@ -160,8 +126,8 @@ def far_error(
     """Measure the mean squared error at tokens ``c n``, ``‖n‖² = D``, and its standard error.
 
     Single tokens of all directions ``n``, or as many sequences of ``length`` drawn from them.
-    A size ``c`` near ``1 / eps`` leaves few digits of what a network adds to it. Raises
-    `InputError` for networks and tokens that do not fit.
+    A size ``c`` near ``1 / eps`` leaves few digits of what a network adds to it. Raises what
+    `directions` raises.
     """
     n = directions(network, target, tokens)
     samples = n.shape[-1]

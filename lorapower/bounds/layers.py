@@ -1,8 +1,7 @@
 """Rank thresholds and error bounds of ReLU networks.
 
-Errors are ``(E‖f(x) − f̄(x)‖²)^{1/2}`` for inputs on which the adapted network's
-inner layers are linear; squared and divided by the number of outputs they bound the mean squared
-error. Block ``ℬ_i`` has the error matrix ``E_i = W̄_i − ∏_{l∈ℬ_i} W_l``, of which adapters leave
+Errors are ``(E‖f(x) − f̄(x)‖²)^{1/2}`` for inputs on which the adapted network's inner layers are
+linear. Block ``ℬ_i`` has the error matrix ``E_i = W̄_i − ∏_{l∈ℬ_i} W_l``, of which adapters leave
 ``ε_i = σ_{r_i+1}(E_i)``, ``r_i = Σ_{l∈ℬ_i} R_l``.
 """
 
@@ -31,8 +30,8 @@ def fnn_threshold(
     """Compute ``max_i ⌈rank(E_i) / M_i⌉``, at which a partition is exact [thm-partition].
 
     Block ``ℬ_i`` of ``M_i`` layers is cut to the target layer's rows and columns; the partition is
-    uniform by default. The rank is enough where [ass-nonsingular] holds in every block. Raises
-    `InputError` where a block's hidden layer is narrower than its inputs or outputs.
+    uniform by default. The rank is enough where [ass-nonsingular] holds in every block. Raises what
+    `networks.Gap.threshold` raises.
 
     Examples
     --------
@@ -54,11 +53,10 @@ def fnn_error(
 ) -> Float[Tensor, "*batch"]:
     """Bound the error by ``Σ_i [∏_{j>i} (‖W̄_j‖_2 + ε_j)] ε_i (E‖z̄_{i−1}‖²)^{1/2}``.
 
-    ``z̄_i`` are the target's activations. Ranks are one for all or one per layer; the partition is
-    uniform by default. The bound holds on inputs ``[..., in, samples]``, or for inputs with trace
-    ``E‖x‖²`` of the second moment by
-    ``(E‖z̄_i‖²)^{1/2} ≤ ‖W̄_i‖_2 (E‖z̄_{i−1}‖²)^{1/2} + ‖b̄_i‖_2``. Source:
-    [thm-partition-error], [thm-one-layer].
+    ``z̄_i`` are the target's activations on inputs ``[..., in, samples]``; for a number in place of
+    inputs, the trace ``E‖x‖²`` of their second moment, they are bounded by
+    ``(E‖z̄_i‖²)^{1/2} ≤ ‖W̄_i‖_2 (E‖z̄_{i−1}‖²)^{1/2} + ‖b̄_i‖_2``. Ranks and partition are as in
+    `constructions.adapt_relu`. Source: [thm-partition-error], [thm-one-layer].
 
     Examples
     --------
@@ -91,10 +89,9 @@ def fnn_error_on(
     `fnn_error`, which is never below it on the same samples. Source: [thm-partition-error].
     """
     gaps = blocks(frozen, target, partition)
+    before = _activations(target, target.as_inputs(inputs, "inputs"))
     terms = []
-    for (gap, z), rank in zip(
-        _with_activations(gaps, target, inputs), _totals(gaps, frozen, ranks), strict=True
-    ):
+    for gap, rank, z in zip(gaps, _totals(gaps, frozen, ranks), before, strict=True):
         undone = gap.undone(rank)
         terms.append((lowrank.norm(gap.target.product() - undone), _root_mean_square(undone @ z)))
     return _accumulate(terms)
@@ -105,8 +102,7 @@ def _activation_sizes(target: FNN, inputs: Inputs) -> list[Float[Tensor, "*batch
     _checks.kind(FNN, target=target)
     x = _checks.numbers("inputs", inputs)
     if x.ndim:
-        activations = [x, *(p.relu() for p in target.preactivations(x)[:-1])]
-        return [_root_mean_square(z) for z in activations]
+        return [_root_mean_square(z) for z in _activations(target, x)]
     if x < 0:
         raise InputError("inputs", allowed="samples, or a trace of at least 0", given=float(x))
     sizes = [x.to(target.device, target.dtype).sqrt()]
@@ -115,12 +111,9 @@ def _activation_sizes(target: FNN, inputs: Inputs) -> list[Float[Tensor, "*batch
     return sizes
 
 
-def _with_activations(gaps: list[Gap], target: FNN, inputs: Tensor) -> Iterable[tuple[Gap, Tensor]]:
-    """Pair each gap with the target's activations before it."""
-    z = target.as_inputs(inputs, "inputs")
-    for i, gap in enumerate(gaps):
-        yield gap, z
-        z = target.layers(slice(i, i + 1))(z)
+def _activations(target: FNN, inputs: Tensor) -> list[Tensor]:
+    """Compute what each layer of the target reads."""
+    return [inputs, *(p.relu() for p in target.preactivations(inputs)[:-1])]
 
 
 def _totals(gaps: list[Gap], frozen: FNN, ranks: _checks.Ranks) -> list[int]:

@@ -29,18 +29,11 @@ _EXPONENTS, _LIMITS = (1, 2, 4, 8), 60
 
 @dataclass(frozen=True)
 class Design:
-    """Describe data, and estimate risks from observed singular values.
+    """Describe ``n`` samples of ``D_out`` outputs, inputs of rank ``q`` and noise ``σ``.
 
-    A spectrum has ``k = min(D_out, q)`` singular values in falling order, ``[..., k]``. Raises
-    `InputError` for a span that is not from 1 to the number of samples, noise that is negative or
-    not finite and, in methods, another number of singular values.
-
-    Parameters
-    ----------
-    samples, outputs, span : int
-        ``n``, ``D_out``, and the rank ``q`` of the inputs.
-    noise : float
-        ``σ``.
+    Methods estimate risks from observed spectra, ``k = min(D_out, q)`` singular values in falling
+    order, ``[..., k]``. Raises `InputError` for a span ``q`` that is not from 1 to ``n``, noise
+    that is negative or not finite and, in methods, another number of singular values.
     """
 
     samples: int
@@ -50,7 +43,7 @@ class Design:
 
     def __post_init__(self) -> None:
         _checks.integer("span", self.span, 1, self.samples, limit="the samples")
-        _checks.finite("noise", self.noise, 0)
+        _checks.number("noise", self.noise, 0)
 
     @property
     def variance(self) -> float:
@@ -154,25 +147,23 @@ def fit(
 ) -> _Fit:
     """Find the total rank of adapters of least estimated risk, and a change with less, shrunk.
 
-    No statement bounds how far they are from the best. Raises `InputError` for data that do not
-    fit, layers of less rank than inputs and outputs, inputs that are all 0, and unknown noise with
-    ``n = q``.
+    No statement bounds how far they are from the best. Raises `InputError` for layers of less rank
+    than inputs and outputs, inputs that are all 0, and unknown noise with ``n = q``.
 
     Parameters
     ----------
     frozen : LinearNetwork
         Its product is ``P``.
-    inputs, outputs : Tensor
+    inputs, outputs
         ``X`` and ``Y``. The rank of ``X`` is taken in the coarser type of inputs and network.
-    noise : float, optional
+    noise
         ``σ``. By default it is estimated from what no linear map explains:
         ``σ̂² = ‖(Y − P X)(I − Π_X)‖²_F / (D_out (n − q))``.
 
     Returns
     -------
     rank, risks
-        The rank of least `Design.sure`, of those that differ by rounding the lowest; and the
-        estimates of all ranks from 0 [thm-risk].
+        The lowest rank of least `Design.sure` but for rounding, and those of all ranks [thm-risk].
     update, risk
         The change ``K`` with singular values shrunk, and its estimated risk [thm-shrink]. With
         noise 0 it keeps rounding errors too, so its rank can be above ``rank``.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .. import _checks
 from ..errors import InputError
-from ..networks.decoder import Decoder, DecoderSettings, Norm
+from ..networks.attention import PARTS, Norm, Settings
+from ..networks.decoder import Decoder
 from ..networks.gap import Gap
 from ..networks.segmentation import ADAPTED, AnyTransformer, Segments, segments
 from .narrow_heads import narrow_head_ranks
@@ -44,7 +45,7 @@ def transformer_ranks(frozen: AnyTransformer, target: AnyTransformer) -> Segment
     return Segments({name: least(name, gap) for name, gap in segments(frozen, target).items()})
 
 
-def savable_ranks(settings: DecoderSettings) -> tuple[list[str], int]:
+def savable_ranks(settings: Settings) -> tuple[list[str], int]:
     """Name the weights on which scales of units can save a rank, and count how many at once.
 
     A ReLU unit stays the same if its row of ``W_1`` is multiplied by ``λ > 0`` and its column of
@@ -55,21 +56,10 @@ def savable_ranks(settings: DecoderSettings) -> tuple[list[str], int]:
     return [*kinds, "W_2"] if kinds else [], len(kinds)
 
 
-class _Region(NamedTuple):
-    """The ranks of [thm-needed] for one shape."""
-
-    #: Of the two weights of a product their names, the rank of both, and the least of the second.
-    pairs: tuple[tuple[str, str, int, int], ...]
-    #: The full rank of each feed-forward weight.
-    full: dict[str, int]
-    #: The weights on which a rank can be saved, and on how many at once.
-    savable: tuple[list[str], int]
-
-
-def _region(network: Decoder) -> _Region:
-    """Find the region of a shape; refuse shapes of which nothing is proved."""
+def _full_ranks(network: Decoder) -> dict[str, int]:
+    """Find the full rank of feed-forward weights; refuse shapes of which nothing is proved."""
     _checks.kind(Decoder, network=network)
-    settings, sizes = network.settings, network.sizes
+    settings = network.settings
     if settings.norm is None or not settings.residual:
         raise InputError("network", allowed="with residual connections and norms", given=network)
     if settings.activation == "gelu_tanh":
@@ -79,26 +69,20 @@ def _region(network: Decoder) -> _Region:
     m = _checks.integer("dimension of normalized tokens", network.dimension, 3)
     # A final LayerNorm hides one direction of what is written.
     written = m if settings.final_norm else network.width
-    d, value = sizes["query size"], sizes["value size"]
-    pairs = (
-        ("W_Q", "W_K", min(2 * d, m), 0),
-        ("W_V", "W_O", min(2 * value, m), min(value, max(0, written - value))),
-    )
     full = {"W_1": m} | ({"W_3": m} if settings.gated else {}) | {"W_2": written}
-    kinds, count = savable_ranks(settings)
-    least, units = max(written, 1 + sum(full[kind] - 1 for kind in kinds)), sizes["hidden"]
+    kinds, _ = savable_ranks(settings)
+    least, units = max(written, 1 + sum(full[kind] - 1 for kind in kinds)), network.sizes["hidden"]
     if units < least:
         raise InputError("network's hidden units", allowed=f"at least {least}", given=units)
-    return _Region(pairs, full, (kinds, count))
+    return full
 
 
 def ranks_suffice(network: Decoder, ranks: Mapping[str, int]) -> bool:
     """Say whether adapters of these ranks make almost all pairs of networks equal [thm-needed].
 
     Both networks have the shape of ``network``, whose numbers do not matter; one adapter serves one
-    head, so packed ranks of `necessary_ranks` do not fit. Gains and shifts are frozen, but for
-    those of a final norm, and biases are tuned. With ``S`` the width, or ``m`` under a final
-    LayerNorm, and ``F`` hidden units the ranks are enough if and only if
+    head. Gains and shifts are frozen, but for those of a final norm, and biases are tuned. With
+    ``S`` the width, or ``m`` under a final LayerNorm, the ranks are enough if and only if
 
     - ``R_Q + R_K ≥ min(2 d, m)``, where no rank counts for more than the head size ``d``;
     - ``R_V + R_O ≥ min(2 d, m)`` in the same way, and ``R_O ≥ min(d, max(0, S − d))``;
@@ -113,7 +97,7 @@ def ranks_suffice(network: Decoder, ranks: Mapping[str, int]) -> bool:
     (``m + S − 1``; ``2 m + S − 2`` with gated ReLUs, ``S`` with GELUs or SiLUs without gates); and
     for ranks of other weights, or below 0.
     """
-    region = _region(network)
+    full, sizes = _full_ranks(network), network.sizes
     if network.settings.rotary is not None or network.groups < network.heads:
         allowed = "without rotary positions and grouped heads"
         raise InputError("network", allowed=allowed, given=network)
@@ -121,30 +105,26 @@ def ranks_suffice(network: Decoder, ranks: Mapping[str, int]) -> bool:
         allowed = f"one rank for each of {', '.join(network.weight_kinds)}"
         raise InputError("ranks", allowed=allowed, given=ranks)
     given = {kind: _checks.integer(f"rank of {kind}", ranks[kind], 0) for kind in ranks}
-    for first, second, both, least in region.pairs:
-        R, other = (min(given[k], *network.parameters[k].shape[-2:]) for k in (first, second))
-        if other < least or R + other < both:
-            return False
-    lacking = {kind: full - given[kind] for kind, full in region.full.items() if given[kind] < full}
-    kinds, count = region.savable
+    Q, K, V, O = (min(given[k], *network.parameters[k].shape[-2:]) for k in PARTS["attention"])
+    m, d = full["W_1"], sizes["value size"]
+    if Q + K < min(2 * sizes["query size"], m):
+        return False
+    if V + O < min(2 * d, m) or min(d, full["W_2"] - d) > O:
+        return False
+    lacking = {kind: rank - given[kind] for kind, rank in full.items() if given[kind] < rank}
+    kinds, count = savable_ranks(network.settings)
     return len(lacking) <= count and all(k in kinds and rank == 1 for k, rank in lacking.items())
 
 
-def necessary_ranks(network: Decoder, *, packed: bool = False) -> dict[str, int]:
+def necessary_ranks(network: Decoder) -> dict[str, int]:
     """Find ranks none of which can be lowered alone, for almost all networks of a shape.
 
-    Without rotary positions and grouped heads they are also enough [thm-needed]: of two weights of
-    a product both have half of the rank, as far as possible, and feed-forward layers save ranks on
-    ``W_1`` and ``W_3`` first. Otherwise attention has the counts of `packed_rank`, below which
-    equal ranks of two weights are too low [thm-packed]. A tuned target may need much less:
-    `transformer_ranks`. Raises `InputError` as `ranks_suffice` does, for packed heads that are
-    larger than what they read, and for packed heads under a final LayerNorm.
-
-    Parameters
-    ----------
-    packed : bool
-        Whether one adapter serves all heads of a weight, as PEFT has it; by default each head has
-        its own.
+    One adapter serves all heads of a weight, as PEFT has it. Weights of attention have the counts
+    of `packed_rank`, below which equal ranks of two weights are too low [thm-packed]; feed-forward
+    layers save ranks on ``W_1`` and ``W_3`` first [thm-needed]. A tuned target may need much less:
+    `transformer_ranks`. Raises `InputError` for shapes of which nothing is proved, as
+    `ranks_suffice` does but for rotary positions and grouped heads; for a final LayerNorm; and as
+    `packed_rank` does.
 
     Examples
     --------
@@ -152,27 +132,24 @@ def necessary_ranks(network: Decoder, *, packed: bool = False) -> dict[str, int]
     >>> from lorapower.networks import Decoder
     >>> gpt2 = {"residual": True, "norm": "layer", "activation": "gelu"}
     >>> necessary_ranks(Decoder.random(1, 12, 3, head_size=4, **gpt2))
-    {'W_Q': 4, 'W_K': 4, 'W_V': 4, 'W_O': 4, 'W_1': 11, 'W_2': 12}
+    {'W_Q': 7, 'W_K': 7, 'W_V': 7, 'W_O': 7, 'W_1': 11, 'W_2': 12}
     """
-    region, settings = _region(network), network.settings
-    ranks: dict[str, int] = {}
-    if packed and settings.final_norm and settings.norm == "layer":
-        raise InputError("network", allowed="without a final LayerNorm if packed", given=network)
-    H, groups = (network.heads, network.groups) if packed else (1, 1)
-    parts: tuple[Literal["scores", "values"], ...] = ("scores", "values")
-    for part, (first, second, both, least) in zip(parts, region.pairs, strict=True):
-        rotary = settings.rotary is not None and part == "scores"
-        if packed or rotary:
-            d = network.parameters[first].shape[-2]
-            about: Any = {"part": part, "groups": groups, "rotary": rotary, "norm": settings.norm}
-            R = packed_rank(network.width, H, d, **about)
-            counts = (H, groups) if part == "scores" else (groups, H)
-            ranks |= {first: min(R, counts[0] * d), second: min(R, counts[1] * d)}
-        else:
-            other = max(least, both // 2)
-            ranks |= {first: both - other, second: other}
-    kinds, count = region.savable
-    return ranks | {kind: full - (kind in kinds[:count]) for kind, full in region.full.items()}
+    full, settings = _full_ranks(network), network.settings
+    if settings.final_norm and settings.norm == "layer":
+        raise InputError("network", allowed="without a final LayerNorm", given=network)
+    H, groups = network.heads, network.groups
+    about: Any = {"groups": groups, "rotary": settings.rotary is not None, "norm": settings.norm}
+    d, value = network.sizes["query size"], network.sizes["value size"]
+    scores = packed_rank(network.width, H, d, part="scores", **about)
+    values = packed_rank(network.width, H, value, part="values", **about)
+    attention = {
+        "W_Q": min(scores, H * d),
+        "W_K": min(scores, groups * d),
+        "W_V": min(values, groups * value),
+        "W_O": min(values, H * value),
+    }
+    kinds, count = savable_ranks(settings)
+    return attention | {kind: rank - (kind in kinds[:count]) for kind, rank in full.items()}
 
 
 def packed_rank(

@@ -30,9 +30,8 @@ def adapt_attention(
     with what ``W_V`` has become. So the error tends to the floor. A total rank, by default any,
     goes to ``W_O`` of the first head of the first block.
 
-    Raises what `attention_floor` raises, and `InputError` for batches, for heads narrower
-    than the tokens, and for weights and gains that hide directions. Source: [prop-floor-attention],
-    [thm-attention-rank].
+    Raises what `attention_floor` raises, and `InputError` for batches, for heads narrower than the
+    tokens, and for weights and gains that hide directions. Source: as `attention_floor`.
 
     Examples
     --------

@@ -1,8 +1,7 @@
-"""Adapters of linear and ReLU networks fitted to inputs by closed forms, segment by segment."""
+"""Adapters of ReLU networks fitted to inputs by closed forms, block by block."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -13,9 +12,8 @@ from torch import Tensor
 
 from .. import _checks
 from ..adapters import Adapters
-from ..errors import InputError
-from ..lowrank import LowRank, truncated_svd
-from ..networks.layers import FNN, as_network
+from ..lowrank import truncated_svd
+from ..networks.layers import FNN
 from ..regions import Ball, Region, as_region
 from ..regression import Regression, reduced_rank, relative_error, second_moment_root
 from .fused import Fused, _Split, fuse
@@ -37,30 +35,22 @@ class FittedAdaptation(Adaptation):
     """Hold adapters fitted to inputs, and the evidence for them.
 
     Errors are mean squared differences of outputs from the target's over the variance of these: the
-    best constant has 1. ``success`` says whether the fit was carried back to the frozen network
-    acceptably.
-
-    Attributes
-    ----------
-    error : Tensor
-        On the test inputs, by which nothing was chosen.
-    fused : Fused
-        The networks with one matrix for each segment.
-    fused_adapters : Adapters
-        The fit itself, of the fused network; of a ReLU network it holds in the ``region``.
+    best constant has 1. The ``error`` is that on the test inputs, by which nothing was chosen.
+    ``fused_adapters`` are the fit itself, of the ``fused`` network; ``success`` says whether it was
+    carried back to the frozen network acceptably, where it holds in the ``region``.
     """
 
     error: Float[Tensor, ""]
     fused: Fused
     fused_adapters: Adapters
-    region: Region | None
+    region: Region
 
     @classmethod
     def measure(
         cls,
         fused: Fused,
         adapters: Adapters,
-        region: Region | None,
+        region: Region,
         data: _Split,
         *,
         throw: bool = True,
@@ -76,9 +66,9 @@ class FittedAdaptation(Adaptation):
 @torch.no_grad()
 @_checks.flushing()
 def adapt_fitted(
-    frozen: Any,
-    target: Any,
-    ranks: Any,
+    frozen: FNN | Any,
+    target: FNN | Any,
+    ranks: _checks.Ranks,
     inputs: Any,
     held_out: Any,
     *,
@@ -87,28 +77,25 @@ def adapt_fitted(
 ) -> FittedAdaptation:
     """Find the adapters and biases of the least error that closed forms reach on given inputs.
 
-    Each segment ``P`` of the fused network (`~lorapower.constructions.fused.fuse`) becomes ``P +
-    K``, with the ``K`` of the segment's rank and the bias of `regression.reduced_rank` on the
-    adapted network's own activations, in the metric of the outputs. Half of the held-out inputs
-    select, for each segment, among the theorem's splitting and several shrinkages of the fit, and
-    keep the theorem's adapters where all fits are worse. The other half gives the error.
+    Each block's product ``P`` (`~lorapower.constructions.fused.fuse`) becomes ``P + K``, with the
+    ``K`` of the block's rank and the bias of `regression.reduced_rank` on the adapted network's own
+    activations, in the metric of the outputs. Half of the held-out inputs select, for each block,
+    among the theorem's splitting and several shrinkages of the fit, and keep the theorem's adapters
+    where all fits are worse. The other half gives the error.
 
-    Raises `InputError` for networks and ranks that do not fit, for inputs that are too
-    few, of another width, not finite, or in both sets; with ``throw``, `PrecisionError` or
-    `SingularError` where too many digits are lost. Source: [thm-reduced-rank], [lem-any-change].
+    Raises what `adapt_relu` raises, and `InputError` for batches and for inputs that are too few or
+    in both sets. Source: [thm-reduced-rank], [lem-any-change].
 
     Parameters
     ----------
-    frozen, target
-        Two linear or two ReLU networks, or what `networks.as_network` takes.
-    ranks
-        One for all layers, or one for each.
     inputs, held_out
         Columns ``[width, samples]``, at least two and four. With less than a few times the width,
         the fit follows noise.
     on : Region or Tensor, optional
-        For ReLU networks, where the carried-back fit holds, as in `adapt_relu`; by default in a
-        ball about the mean of all inputs but those that test, 1.25 times as large as they need.
+        Where the carried-back fit holds; by default in a ball about the mean of all inputs but
+        those that test, 1.25 times as large as they need.
+    frozen, target, ranks, throw
+        See `adapt_relu`.
 
     Examples
     --------
@@ -124,32 +111,22 @@ def adapt_fitted(
     >>> float(fitted.error) < float(relative_error(blind(held_out), target(held_out)))
     True
     """
-    frozen, target = as_network(frozen, "frozen"), as_network(target, "target")
+    frozen, target = FNN.of(frozen, "frozen"), FNN.of(target, "target")
     fused = fuse(frozen, target, ranks)
     data = fused.split(inputs, held_out)
-    region = None
-    if isinstance(frozen, FNN):
-        if on is None:
-            on = Ball.about(torch.cat([data.fit, data.select], -1), _REACH)
-        region = as_region(on, data.fit.shape[-2], data.fit.dtype)
-    elif on is not None:
-        raise InputError("on", allowed="left out but for ReLU networks", given=f"one for {frozen}")
-    adapters = _fit(fused, data.fit, data.select)
+    if on is None:
+        on = Ball.about(torch.cat([data.fit, data.select], -1), _REACH)
+    region = as_region(on, target.widths[0], target.dtype)
+    pairs = zip(fused.network.weights, target.weights, fused.fused_ranks, strict=True)
+    updates = tuple(truncated_svd(W_target - P, rank) for P, W_target, rank in pairs)
+    theorem = Adapters(updates, tuple(torch.zeros_like(b) for b in target.biases))
+
+    def error(adapters: Adapters) -> float:
+        outputs = adapters.merge(fused.network)(data.select)
+        return float((outputs - target(data.select)).square().mean())
+
+    adapters = min(theorem, _fit_in_turn(fused, target, theorem, data), key=error)
     return FittedAdaptation.measure(fused, adapters, region, data, throw=throw)
-
-
-def _fit(fused: Fused, inputs: Tensor, select: Tensor) -> Adapters:
-    """Find the adapters of the fused network that err least on ``select``; see `adapt_fitted`."""
-    network, target = fused.network, fused.fused_target
-    pairs = zip(network.weights, target.weights, fused.fused_ranks, strict=True)
-    updates = tuple(truncated_svd(W_target - W, rank) for W, W_target, rank in pairs)
-    biases = tuple(b - a for a, b in zip(network.biases, target.biases, strict=True))
-    outputs = target(select)
-    return min(
-        Adapters(updates, biases),
-        _fit_in_turn(fused, updates, inputs, select),
-        key=lambda adapters: float((adapters.merge(network)(select) - outputs).square().mean()),
-    )
 
 
 def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
@@ -159,11 +136,10 @@ def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
     about its mean, at the target's activations; the bias adds the mean of the other directions.
     With enough rank the network is the target on all inputs. Source: [thm-reduced-rank].
     """
-    network, target = fused.network, fused.fused_target
-    assert isinstance(target, FNN)
+    network, target = fused.network, FNN.of(fused.target)
     z, updates, biases = target.as_inputs(inputs, "inputs"), [], []
-    for l, (W, rank) in enumerate(zip(network.weights, fused.fused_ranks, strict=True)):
-        E = target.weights[l] - W
+    for l, (P, rank) in enumerate(zip(network.weights, fused.fused_ranks, strict=True)):
+        E = target.weights[l] - P
         fitted = reduced_rank(E @ z, z, rank, towards=E, shrinkage=inf)
         updates.append(fitted.update)
         biases.append(target.biases[l] + fitted.intercept - network.biases[l])
@@ -171,57 +147,38 @@ def nearest(fused: Fused, inputs: Float[Tensor, "in samples"]) -> Adapters:
     return Adapters(tuple(updates), tuple(biases))
 
 
-def _fit_in_turn(
-    fused: Fused, theorem: Sequence[LowRank], inputs: Tensor, select: Tensor
-) -> Adapters:
+def _fit_in_turn(fused: Fused, target: FNN, theorem: Adapters, data: _Split) -> Adapters:
     """Fit layer after layer on the adapted network's own activations."""
-    network, target = fused.network, fused.fused_target
-    metrics = _metrics(target, inputs) if isinstance(target, FNN) else [None]
     updates, biases = [], []
-    adapted, wanted = [inputs, select], [inputs, select]
-    # A fused linear network has one layer, and no bias.
-    own_biases = network.biases or [inputs.new_zeros(len(network.weights[0]))]
-    goal_biases = target.biases or own_biases
-    for l, (W, W_target) in enumerate(zip(network.weights, target.weights, strict=True)):
-        wanted = [W_target @ z + goal_biases[l][:, None] for z in wanted]
-        missing = [y - W @ z for y, z in zip(wanted, adapted, strict=True)]
-        found = _fit_layer(
-            Regression(theorem[l], goal_biases[l]),
-            missing,
-            adapted,
-            fused.fused_ranks[l],
-            towards=W_target - W,
-            metric=metrics[l],
-            intercept=bool(target.biases),
-        )
-        updates.append(found.update)
-        biases.append(found.intercept - own_biases[l])
-        M = W + found.update.matrix()
-        adapted = [(M @ z + found.intercept[:, None]).relu() for z in adapted]
+    adapted = wanted = [data.fit, data.select]
+    targets = zip(target.weights, target.biases, _metrics(target, data.fit), strict=True)
+    for l, (W, bias, metric) in enumerate(targets):
+        P, rank = fused.network.weights[l], fused.fused_ranks[l]
+        wanted = [W @ z + bias[:, None] for z in wanted]
+        missing = [y - P @ z for y, z in zip(wanted, adapted, strict=True)]
+        options: Any = {"towards": W - P, "metric": metric}
+        fits = [
+            reduced_rank(missing[0], adapted[0], rank, shrinkage=size, **options)
+            for size in _SHRINKAGES
+        ]
+        fits.append(Regression(theorem.updates[l], bias))
+        best = _least_error(fits, missing[1], adapted[1], metric)
+        updates.append(best.update)
+        biases.append(best.intercept - bias)
+        M = P + best.update.matrix()
+        adapted = [(M @ z + best.intercept[:, None]).relu() for z in adapted]
         wanted = [z.relu() for z in wanted]
-    return Adapters(tuple(updates), tuple(biases) if target.biases else ())
+    return Adapters(tuple(updates), tuple(biases))
 
 
-def _fit_layer(
-    theorem: Regression,
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    rank: int,
-    *,
-    metric: Tensor | None,
-    **options: Any,
+def _least_error(
+    fits: list[Regression], outputs: Tensor, inputs: Tensor, metric: Tensor
 ) -> Regression:
-    """Fit by the first data with each shrinkage; keep what errs least on the second data."""
-    data = outputs[0], inputs[0]
-    fits = [
-        reduced_rank(*data, rank, shrinkage=size, metric=metric, **options) for size in _SHRINKAGES
-    ]
+    def error(fit: Regression) -> float:
+        missed = outputs - fit.update.matrix() @ inputs - fit.intercept[:, None]
+        return float((metric @ missed).square().mean())
 
-    def error(found: Regression) -> float:
-        missed = outputs[1] - found.update.matrix() @ inputs[1] - found.intercept[:, None]
-        return float((missed if metric is None else metric @ missed).square().mean())
-
-    return min((*fits, theorem), key=error)
+    return min(fits, key=error)
 
 
 def _metrics(target: FNN, x: Tensor) -> list[Tensor]:

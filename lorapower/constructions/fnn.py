@@ -26,8 +26,8 @@ from .linear import Adaptation, adapt_gap
 class FNNAdaptation(Adaptation):
     """Hold adapters and biases of a ReLU network, and the evidence for them.
 
-    ``success`` says whether every block is adapted acceptably and loses at most half of the type's
-    digits. ``regions`` hold the activations before, between and after the blocks.
+    With ``success`` each block loses at most half of the type's digits. ``regions`` hold the
+    activations before, between and after the blocks.
 
     Attributes
     ----------
@@ -36,9 +36,8 @@ class FNNAdaptation(Adaptation):
     rounding_errors : Tensor
         Measured deviation of each block's product from the predicted one; ``[..., L̄]``.
     digits_lost : Tensor
-        Decimal digits that each block's biases should cost, beyond the target layer, where
-        coordinates about the centre have a root mean square of 1, or on `regions.Samples`;
-        ``[..., L̄]``.
+        Decimal digits that each block's biases should cost, beyond the target layer, on
+        `regions.Region.typical` inputs; ``[..., L̄]``.
     """
 
     partition: Partition
@@ -60,7 +59,7 @@ class FNNAdaptation(Adaptation):
     ) -> Bool[Tensor, "*batch samples"]:
         """Say whether inner units are active and surplus outputs of blocks inactive at each input.
 
-        This holds in the region, as the proof needs, and may hold outside; linear outputs are free.
+        This holds in the region, as the proof needs, and may hold outside.
         """
         x = _checks.columns("x", x, self.region.width)
         preactivations = self.adapters.merge(frozen).preactivations(frozen.fill(x))
@@ -88,13 +87,11 @@ def adapt_relu(
     Block ``ℬ_i`` of the frozen layers imitates target layer ``i``; its weights are adapted as a
     deep linear network (`adapt_linear`). The least biases that keep its inner units active over the
     region make its layers affine, the last one takes them back, and the next block's region holds
-    the image of this one. Only the first units at the end of a block imitate a narrower target, to
-    which inputs are filled up with zeros (`Network.fill`); biases switch the others off, except
-    after a linear last layer.
+    the image of this one. Only the first units at the end of a block imitate a narrower target
+    (inputs: `Network.fill`); biases switch the others off, except after a linear last layer.
 
-    Raises `InputError` for what does not fit, `SingularError` where a block cannot be adapted, and
-    `PrecisionError` where biases should cost more than half of the type's digits. Source:
-    [thm-one-layer], [thm-partition]; for regions [prop-regions].
+    Raises what `adapt_linear` raises, and `PrecisionError` where biases should cost more than half
+    of the type's digits. Source: [thm-one-layer], [thm-partition]; for regions [prop-regions].
 
     Parameters
     ----------
@@ -104,7 +101,7 @@ def adapt_relu(
     on : Region or Tensor
         Where the result holds: everywhere in a `regions.Ball` or `regions.Box`; columns
         ``[..., width, samples]`` become `regions.Samples`. May be left out without ReLUs.
-    partition : Partition, optional
+    partition
         Uniform by default.
     ranks, throw
         See `adapt_linear`.

@@ -1,8 +1,7 @@
 """Networks with one matrix for each segment: all that adapters can reach.
 
 Adapters of total rank ``r`` turn a segment of non-singular layers with product ``P`` into ``P + K``
-for any ``K`` with ``rank K ≤ r`` [lem-any-change], and nothing else. So one matrix can stand for
-each segment, and what is found for it is carried back.
+for any ``K`` with ``rank K ≤ r`` [lem-any-change], and nothing else.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from ..networks.gap import Gap
 from ..networks.layers import FNN, LinearNetwork
 from ..networks.partition import Partition, blocks
 from ..regions import Region
-from .general import adapt
-from .linear import Adaptation
+from .fnn import adapt_relu
+from .linear import Adaptation, adapt_linear
 
 # The package offers the rest.
 __all__ = ["Fused"]
@@ -37,11 +36,11 @@ class _Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Fused:
-    """Hold a frozen network and a target with one matrix for each segment [def-fused].
+    """Hold a frozen network, and the ``network`` with one matrix for each segment [def-fused].
 
-    ``network`` and ``fused_target`` are the fused ``frozen`` and ``target``, to which they are
-    equal, but a ReLU ``network`` has no ReLUs within blocks of the ``partition``. ``fused_ranks``
-    are what adapters of ``ranks`` reach on each of its weights.
+    A linear ``network`` equals the ``frozen`` one; a ReLU ``network`` has the target's biases and
+    no ReLUs within blocks of the ``partition``. ``fused_ranks`` are what adapters of ``ranks``
+    reach on each of its weights.
     """
 
     frozen: Network
@@ -49,7 +48,6 @@ class Fused:
     ranks: Any
     partition: Partition | None
     network: Network
-    fused_target: Network
     fused_ranks: tuple[int, ...]
 
     def split_among_layers(
@@ -57,19 +55,18 @@ class Fused:
     ) -> Adaptation:
         """Give the frozen network the function that adapters give to the fused one.
 
-        Returns and raises what the construction does. For ReLU networks, and for no others, it
-        holds in a ``region``.
+        For ReLU networks it holds in a ``region``. Raises what `adapt` raises.
         """
         reached = adapters.merge(self.network)
-        return adapt(
-            self.frozen, reached, self.ranks, region, partition=self.partition, throw=throw
-        ).evidence
+        if isinstance(self.frozen, FNN):
+            options: Any = {"partition": self.partition, "throw": throw}
+            return adapt_relu(self.frozen, reached, self.ranks, region, **options)
+        return adapt_linear(self.frozen, reached, self.ranks, throw=throw)
 
     def split(self, inputs: Any, held_out: Any) -> _Split:
         """Return inputs to fit, to select by and to test on, as the target takes them.
 
-        Raises `InputError` for inputs that are too few, of another width, not finite, or in both
-        sets.
+        Raises `InputError` for inputs that are too few, of another width, or in both sets.
         """
         parts = []
         for name, given, least in (("inputs", inputs, 2), ("held_out", held_out, 4)):
@@ -91,9 +88,8 @@ def fuse(frozen: Network, target: Network, ranks: Any, partition: Partition | No
     """Fuse a frozen network and a target of its kind: one matrix for each segment [def-fused].
 
     In a linear network that is the whole product; in a ReLU network each block of the partition,
-    cut to the target's widths, with the target's biases. ``ranks`` are as the construction takes
-    them; the partition is uniform by default. Raises `InputError` for what the construction
-    refuses, and for batches.
+    cut to the target's widths, with the target's biases. ``ranks`` and ``partition`` are as in
+    `adapt_relu`, which also says what is refused; so are batches.
     """
     _checks.kind(LinearNetwork, FNN, frozen=frozen)
     _checks.kind(type(frozen), target=target)
@@ -103,15 +99,12 @@ def fuse(frozen: Network, target: Network, ranks: Any, partition: Partition | No
         gaps = blocks(frozen, target, partition)
         partition = Partition([gap.frozen.depth for gap in gaps])
         network: Network = target.with_parameters([gap.frozen.product() for gap in gaps])
-        fused_target: Network = target
         shares = [each[layers] for layers in partition.slices]
     else:
         gaps, partition, shares = [Gap(frozen, target)], None, [each]
-        network, fused_target = (
-            LinearNetwork([side.product()]) for side in (gaps[0].frozen, gaps[0].target)
-        )
+        network = LinearNetwork([gaps[0].frozen.product()])
     reach = tuple(
         min(sum(gap.ranks(share)), *weight.shape)
         for gap, share, weight in zip(gaps, shares, network.weights, strict=True)
     )
-    return Fused(frozen, target, ranks, partition, network, fused_target, reach)
+    return Fused(frozen, target, ranks, partition, network, reach)

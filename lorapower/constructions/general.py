@@ -9,7 +9,6 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 
 from .. import _checks
@@ -17,7 +16,6 @@ from ..adapters import Adapters
 from ..errors import InputError
 from ..networks.base import Network
 from ..networks.layers import FNN, LinearNetwork, as_network
-from ..networks.partition import Partition
 from ..regression import relative_error
 from .fnn import adapt_relu
 from .linear import Adaptation, adapt_linear
@@ -42,11 +40,6 @@ class Adapted(Generic[T]):
         """The updates of the weights and biases, in the order of ``as_network(frozen).weights``."""
         return self.evidence.adapters
 
-    @property
-    def success(self) -> Bool[Tensor, "*batch"]:
-        """Whether each member of a batch is adapted acceptably; ``[...]``."""
-        return self.evidence.success
-
     @cached_property
     def network(self) -> T:
         """The adapted network, of the kind that was given: a module, matrices, or a network."""
@@ -59,7 +52,6 @@ def adapt(
     ranks: Any,
     on: Any = None,
     *,
-    partition: Partition | None = None,
     throw: bool = True,
 ) -> Adapted[T]:
     """Make a frozen network imitate a target of its kind, by adapters and biases.
@@ -77,8 +69,6 @@ def adapt(
     on : Region or Tensor
         For networks with ReLUs, and for no others: the `regions.Region` on which to imitate, or
         inputs as columns ``[..., width, samples]``. Far from them the result is another function.
-    partition : Partition, optional
-        For ReLU networks, by default uniform.
     throw
         See `adapt_linear`.
 
@@ -101,11 +91,10 @@ def adapt(
     """
     network, goal = _one_kind(frozen, target)
     if isinstance(network, FNN):
-        found: Adaptation = adapt_relu(network, goal, ranks, on, partition, throw=throw)
-    elif on is not None or partition is not None:
-        name, given = ("partition", partition) if partition is not None else ("on", on)
+        found: Adaptation = adapt_relu(network, goal, ranks, on, throw=throw)
+    elif on is not None:
         allowed = "left out for linear networks and transformers, adapted for all inputs"
-        raise InputError(name, allowed=allowed, given=type(given).__name__)
+        raise InputError("on", allowed=allowed, given=type(on).__name__)
     else:
         construct: Any = adapt_linear if isinstance(network, LinearNetwork) else adapt_transformer
         found = construct(network, goal, ranks, throw=throw)
@@ -116,11 +105,10 @@ def adapt(
 def rank_for_error(frozen: Any, target: Any, error: float, on: Any) -> int:
     """Find the least rank at which constructed adapters leave at most an error on given inputs.
 
-    The error is `regression.relative_error`, the mean square over the variance of the target's
-    outputs. Adapters of one rank after the other, from 0 on, are made for single networks and
-    measured on columns ``[width, samples]`` or sequences ``[..., width, tokens]``.
-    Raises `InputError` where no rank is enough. [def-needed-rank] has the mean square, not the
-    variance, of the outputs.
+    The error is `regression.relative_error`; [def-needed-rank] has the mean square in place of the
+    variance. Adapters of one rank after the other, from 0 on, are made for single networks and
+    measured on columns ``[width, samples]`` or sequences ``[..., width, tokens]``. Raises
+    `InputError` where no rank is enough.
 
     Examples
     --------
@@ -134,7 +122,7 @@ def rank_for_error(frozen: Any, target: Any, error: float, on: Any) -> int:
     """
     frozen, target = _one_kind(frozen, target)
     _checks.single(frozen=frozen, target=target)
-    error, x = _checks.tolerance("error", error), target.as_inputs(on, "on")
+    error, x = _checks.number("error", error, 0), target.as_inputs(on, "on")
     wanted, region = target(x), x if isinstance(frozen, FNN) else None
     for rank in range(max(min(weight.shape) for weight in frozen.weights) + 1):
         adapted = adapt(frozen, target, rank, region, throw=False).network
@@ -169,15 +157,12 @@ def _as_module(given: nn.Module, network: Network) -> nn.Module:
     layers: Any = [
         m for _, m in module.named_modules(remove_duplicate=False) if type(m) is nn.Linear
     ]
+    if len(set(layers)) < len(layers):
+        # A layer that is used twice is adapted in two ways.
+        assert isinstance(network, LinearNetwork | FNN)
+        return network.to_sequential()
     for l, layer in enumerate(layers):
-        if any(layer is other for other in layers[:l]):
-            # A layer that is used twice is adapted in two ways.
-            assert isinstance(network, LinearNetwork | FNN)
-            return network.to_sequential()
-        with torch.no_grad():
-            layer.weight.copy_(network.weights[l])
-            if network.biases and layer.bias is None:
-                layer.bias = nn.Parameter(network.biases[l].clone())
-            elif network.biases:
-                layer.bias.copy_(network.biases[l])
+        layer.weight.data = network.weights[l].clone()
+        if network.biases:
+            layer.bias = nn.Parameter(network.biases[l].clone(), layer.weight.requires_grad)
     return module

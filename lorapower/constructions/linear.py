@@ -23,8 +23,7 @@ from ..networks.layers import LinearNetwork, product
 class Adaptation:
     """Hold what all constructions return: ``adapters``, and whether they succeed, ``[...]``.
 
-    They are ``ΔW_l = A_l B_lᵀ`` of rank at most ``R_l``, and ``Δb_l`` where biases are tuned;
-    `Adapters.merge` applies them. Without ``success`` they are the best found.
+    Without ``success`` they are the best found. `Adapters.merge` applies them.
     """
 
     adapters: Adapters
@@ -38,8 +37,6 @@ class Adaptation:
 @dataclass(frozen=True, eq=False, repr=False)
 class LinearAdaptation(Adaptation):
     """Hold adapters of a deep linear network, and the evidence for them.
-
-    Errors hold for every input. ``success`` says whether the rounding error is acceptable.
 
     Attributes
     ----------
@@ -75,21 +72,18 @@ def adapt_linear(
     then the same for the transposed network. Each member of the batch keeps its splitting of least
     rounding error.
 
-    Raises `InputError` for ranks out of range, networks that do not fit each other and products
-    that overflow, and `SingularError`, which names layer and members, where every splitting rounds
-    by more than half of the digits: ``rounding_error`` is above ``eps^{1/2}`` of ``‖W̄‖_2`` (of the
-    predicted error, if that is larger, and of ``‖E‖_2`` if ``W̄ = 0``). Source:
-    [thm-optimal-adaptation], [lem-splitting], [lem-any-change].
+    Raises `InputError` for ranks out of range and for what `networks.Gap` refuses, and
+    `SingularError` where every splitting rounds by more than half of the digits: ``rounding_error``
+    is above ``eps^{1/2}`` of ``‖W̄‖_2`` (of the predicted error, if that is larger, and of ``‖E‖_2``
+    if ``W̄ = 0``). Source: [thm-optimal-adaptation], [lem-splitting], [lem-any-change].
 
     Parameters
     ----------
     frozen, target
-        Networks, or what `LinearNetwork.of` takes, such as a matrix for the target, of equal
-        inputs, outputs and type; batch shapes broadcast. No frozen hidden layer is narrower than
-        these.
-    ranks : Ranks
+        As for `networks.Gap`; no frozen hidden layer is narrower than inputs or outputs.
+    ranks
         One for all layers, cut to each weight's smaller side, or one per layer, at most that side.
-    throw : bool
+    throw
         Raise an error where a member is not adapted acceptably; otherwise ``success`` says so.
 
     Examples
@@ -118,10 +112,8 @@ def adapt_gap(
 ) -> LinearAdaptation:
     """Adapt the frozen layers of a `Gap`, one rank per layer, as `adapt_linear` does.
 
-    The gap may be a batch of any shape, such as the blocks of ReLU networks ``[...]`` or the heads
-    of transformers ``[..., L, H]``; all parts of the result have this shape. Decompositions that
-    the gap holds are used again. Raises what `adapt_linear` raises, with ``first`` layers before
-    those of the gap.
+    The gap may be a batch of any shape, such as the heads of transformers ``[..., L, H]``. Errors
+    count ``first`` layers before those of the gap.
     """
     eps = torch.finfo(gap.frozen.dtype).eps
     ranks = gap.ranks(ranks)
@@ -131,10 +123,15 @@ def adapt_gap(
     # Of the target, or of the error where that is predicted to be larger or the target is zero.
     size = gap.target.norm
     scale = torch.maximum(torch.where(size > 0, size, gap.error(0)), spectral)
-    scale = scale.expand(batch).flatten()
 
-    gap = gap.flat()
-    problem = _Problem(gap.frozen.weights, ranks, gap.reached(total), gap.svd, gap.noise[:, None])
+    def flat(values: Tensor, dims: int) -> Tensor:
+        rest = values.shape[values.ndim - dims :]
+        return values.expand((*batch, *rest)).reshape(-1, *rest)
+
+    scale, noise = flat(scale, 0), flat(gap.noise, 0)[:, None]
+    weights = [flat(w, 2) for w in gap.frozen.weights]
+    svd = SVD(*(flat(part, dims) for part, dims in zip(gap.svd, (2, 1, 2), strict=True)))
+    problem = _Problem(weights, ranks, flat(gap.reached(total), 2), svd, noise)
     best = _split(problem, accepted=4 * last_place * scale)
     relative = best.rounding / scale.clamp(min=torch.finfo(scale.dtype).tiny)
     success = (relative <= eps**0.5).reshape(batch)

@@ -15,7 +15,8 @@ from .. import _checks, lowrank
 from ..adapters import Adapters
 from ..errors import InputError, SingularError
 from ..lowrank import LowRank
-from ..networks.decoder import GAINS, SHIFTS, Decoder
+from ..networks.attention import GAINS, SHIFTS
+from ..networks.decoder import Decoder
 from ..networks.gap import Gap
 from ..networks.segmentation import (
     ADAPTED,
@@ -34,40 +35,24 @@ A = TypeVar("A", Transformer, Decoder)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TransformerAdaptation(Adaptation):
-    """Adapters and vectors of a transformer, with the evidence for them.
+    """Hold adapters and vectors of a transformer, and the evidence for them.
 
     Adapters are in the order of the network's ``weights``, of rank 0 for those that stay.
-    ``success`` says whether every segment is adapted acceptably: it concerns rounding, narrow heads
-    and query biases, not other ranks that are too low.
+    ``success`` concerns rounding, narrow heads and query biases, not other ranks that are too low.
 
     Attributes
     ----------
     solutions : Segments
         A `LinearAdaptation` for each segment with two adapted weights: of four layers,
         ``[..., L, H]``; ``output`` of two, ``[...]``. A decoder may have none.
-    shift_condition_numbers : Tensor
-        Of a `Transformer`, of the systems for ``b̂_2``: the target's ``W_2`` of all blocks but the
-        last, and ``Ŵ_out``; ``[..., L]``. Of a `Decoder` ``[..., 0]``.
+    condition_number : Tensor
+        The largest of the linear systems solved, in a `Transformer` times those of the shifts
+        between blocks; ``[...]``. Errors of outputs, relative to the terms summed, seldom much
+        exceed ``eps`` times this.
     """
 
     solutions: Segments[LinearAdaptation]
-    shift_condition_numbers: Float[Tensor, "*batch _"]
-
-    @property
-    def condition_number(self) -> Float[Tensor, "*batch"]:
-        """The largest of the linear systems solved, times those of the shifts between blocks.
-
-        Errors of outputs, relative to the terms summed, seldom much exceed ``eps`` times this.
-        """
-        shifts = self.shift_condition_numbers
-        if not self.solutions:
-            return shifts.new_ones(shifts.shape[:-1])
-        worst = {name: found.condition_numbers.amax(-1) for name, found in self.solutions.items()}
-        largest = Segments(worst).largest()
-        if not shifts.shape[-1]:
-            return largest
-        between, last = shifts.tensor_split([-1], dim=-1)
-        return torch.maximum(largest, last[..., 0]) * between.prod(-1)
+    condition_number: Float[Tensor, "*batch"]
 
 
 @torch.no_grad()
@@ -91,22 +76,19 @@ def adapt_transformer(
     first, so that every vertex of [thm-needed] is exact; updates can then be much larger than
     differences.
 
-    Raises `SingularError` where a segment is reached with less than half of the digits, relative to
-    the product of its factors' norms plus the target's, and `InputError` for
-    ranks out of range, for transformers that do not fit, for a singular ``W_1`` or ``W_2`` of a
-    `Transformer`, for heads narrower than the tokens with less rank than they need
-    (`bounds.transformer_ranks`), and for a target whose scores no query bias completes. Source:
-    [thm-transformer], [thm-residual], [thm-needed]; for narrow heads [prop-narrow-heads].
+    Raises what `networks.segments` raises; `SingularError` where a segment is reached with less
+    than half of the digits, relative to the product of its factors' norms plus the target's; and
+    `InputError` for ranks out of range, for heads narrower than the tokens with less rank than they
+    need (`bounds.transformer_ranks`), and for a target whose scores no query bias completes.
+    Source: [thm-transformer], [thm-residual], [thm-needed]; for narrow heads [prop-narrow-heads].
 
     Parameters
     ----------
-    frozen, target : Transformer or Decoder
-        Of one kind, of equal settings, sizes and type; batch shapes broadcast.
     ranks : int, mapping or segments
         One for all, cut to each weight's smaller side; one for each kind of weight, the network's
         ``adapted_kinds``; or `bounds.transformer_ranks`, the largest of each kind.
-    throw
-        See `adapt_linear`.
+    frozen, target, throw
+        See `networks.segments` and `adapt_linear`.
 
     Examples
     --------
@@ -134,27 +116,27 @@ def adapt_transformer(
     ]
     sums = [w + update.matrix() for w, update in zip(frozen.weights, updates, strict=True)]
     adapted = frozen.with_parameters(sums, checked=False)
+    batch = torch.broadcast_shapes(frozen.batch_shape, target.batch_shape)
+    conditions = {name: found.condition_numbers.amax(-1) for name, found in solutions.items()}
+    worst = Segments(conditions).largest() if solutions else frozen.weights[0].new_ones(batch)
     if isinstance(adapted, Transformer) and isinstance(target, Transformer):
-        vectors, conditions = _plain_vectors(adapted, target, gaps, solutions["value_output"])
+        vectors, last, between = _plain_vectors(adapted, target, gaps, solutions["value_output"])
+        worst = torch.maximum(worst, last) * between
     else:
-        vectors, conditions = _vectors(adapted, target, paired="query_key" in gaps), None
+        vectors = _vectors(adapted, target, paired="query_key" in gaps)
         if "query_key" in gaps:
             vectors["b_Q"], solutions["query_key"] = _query_bias(
                 adapted, target, gaps["query_key"], solutions["query_key"], throw
             )
     reached = frozen.one_by_one(frozen.bias_kinds, vectors)
     changes = tuple(new - old for new, old in zip(reached, frozen.biases, strict=True))
-    batch = torch.broadcast_shapes(frozen.batch_shape, target.batch_shape)
-    success = torch.ones(batch, dtype=torch.bool).to(frozen.device)
+    success = torch.ones(batch, dtype=torch.bool, device=frozen.device)
     for relative in inverted(frozen, target).values():
         success = success & (relative <= 1).all(-1)
     if solutions:
         failed = Segments({name: ~found.success for name, found in solutions.items()})
         success = success & ~failed.largest()
-    if conditions is None:
-        conditions = frozen.weights[0].new_zeros(*success.shape, 0)
-    adapters = Adapters(tuple(updates), changes)
-    return TransformerAdaptation(adapters, success, solutions, conditions)
+    return TransformerAdaptation(Adapters(tuple(updates), changes), success, solutions, worst)
 
 
 def _adapt_segments(
@@ -191,13 +173,11 @@ def _ranks_by_kind(ranks: Any, network: AnyTransformer) -> dict[str, int]:
     if isinstance(ranks, Segments):
         largest = {name: int(part.max()) for name, part in ranks.items()}
         ranks = {kind: R for name, R in largest.items() for kind in ADAPTED[name]}
-    allowed = f"one integer, or one for each of {', '.join(shapes)}"
-    if isinstance(ranks, list | tuple | Tensor):
-        raise InputError("ranks", allowed=allowed, given=ranks)
-    if not isinstance(ranks, Mapping):
+    if not isinstance(ranks, Mapping | list | tuple | Tensor):
         return dict(zip(shapes, _checks.capped_ranks(ranks, list(shapes.values())), strict=True))
-    if set(ranks) != set(shapes):
-        raise InputError("ranks", allowed=allowed, given=sorted(map(str, ranks)))
+    if not isinstance(ranks, Mapping) or set(ranks) != set(shapes):
+        allowed = f"one integer, or one for each of {', '.join(shapes)}"
+        raise InputError("ranks", allowed=allowed, given=ranks)
     return {
         kind: _checks.integer(f"rank of {kind}", ranks[kind], 0, min(shape), limit="smaller side")
         for kind, shape in shapes.items()
@@ -248,8 +228,11 @@ def _plain_vectors(
     target: Transformer,
     gaps: Segments[Gap],
     values: LinearAdaptation,
-) -> tuple[dict[str, Tensor], Float[Tensor, "*batch _"]]:
-    """Find biases of a plain transformer, and the condition numbers of their systems."""
+) -> tuple[dict[str, Tensor], Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """Find biases of a plain transformer, and condition numbers of the systems for ``b̂_2``.
+
+    These are that of the last block, and the product of those of the others.
+    """
     # Where a system is singular its member fails, and its solution is not finite.
     shift = target.missing_shift.nan_to_num(0, 0, 0)
     shift = shift.expand(*adapted.batch_shape, *shift.shape[-2:])
@@ -262,9 +245,8 @@ def _plain_vectors(
     missed = (gap.target.product() - reached).sum(-3)[..., 1:, :, :]
     b_1 = target.b_1 + pad(lowrank.times(missed, shift), (0, 0, 1, 0))
     conditions = lowrank.condition_number(target.W_2)[..., :-1].expand(shift.shape[:-1])
-    of_out = lowrank.condition_number(adapted.W_out)[..., None]
     vectors = {"b_1": b_1, "b_2": torch.cat([between, last[..., None, :]], -2)}
-    return vectors, torch.cat([conditions, of_out], -1)
+    return vectors, lowrank.condition_number(adapted.W_out), conditions.prod(-1)
 
 
 def _vectors(adapted: Decoder, target: Decoder, *, paired: bool) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import randomness
 from ..bounds.transformer import savable_ranks
-from ..networks.attention import SHAPES
-from ..networks.decoder import Decoder, DecoderSettings
+from ..networks.attention import SHAPES, Settings
+from ..networks.decoder import Decoder
 from ..networks.gap import Gap
 from ..networks.segmentation import ADAPTED, Segments, segments
 
@@ -42,7 +42,7 @@ def _feed_forward(gaps: Segments[Gap]) -> dict[str, Gap]:
     return {ADAPTED[name][0]: gaps[name] for name in ("inner", "up", "outer") if name in gaps}
 
 
-def _lacking(gaps: Segments[Gap], ranks: Mapping[str, int], settings: DecoderSettings) -> set[str]:
+def _lacking(gaps: Segments[Gap], ranks: Mapping[str, int], settings: Settings) -> set[str]:
     """Name the feed-forward weights whose ranks lack one, where scales of units can save these."""
     savable, most = savable_ranks(settings)
     lacking = set()
@@ -74,7 +74,7 @@ def _align(target: Decoder, gaps: Segments[Gap], saved: Collection[str]) -> Deco
     batch = gaps["inner"].batch_shape[:-1]
     dims = len(target.batch_shape)
     parts = {k: p.expand(*batch, *p.shape[dims:]).clone() for k, p in target.parameters.items()}
-    of_units = [kind for kind in target.kinds if SHAPES[kind][:2] == ("blocks", "hidden")]
+    of_units = [kind for kind in target.parameters if SHAPES[kind][:2] == ("blocks", "hidden")]
     generator = randomness.generator(0, "alignment")
     for place in map(tuple, unrelated.nonzero().tolist()):
         frozen, wanted = ({kind: pair[i][place] for kind, pair in sides.items()} for i in (0, 1))
@@ -101,7 +101,7 @@ def _match(
     frozen: _Units,
     target: _Units,
     saved: Collection[str],
-    settings: DecoderSettings,
+    settings: Settings,
     generator: torch.Generator,
 ) -> _Match | None:
     """Find an order, and factors ``λ`` and ``μ``, for a random direction of each weight."""

@@ -2,7 +2,7 @@
 
 from .attention import Settings
 from .base import Network
-from .decoder import Decoder, DecoderSettings
+from .decoder import Decoder
 from .gap import Gap
 from .layers import FNN, LinearNetwork, as_network, product
 from .partition import Partition, blocks
@@ -13,7 +13,6 @@ from .transformer import Transformer
 __all__ = [
     "FNN",
     "Decoder",
-    "DecoderSettings",
     "Gap",
     "LinearNetwork",
     "Network",

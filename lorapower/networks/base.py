@@ -13,6 +13,9 @@ from torch.nn import functional
 
 from .. import _checks
 
+Inputs = Float[Tensor, "*#batch in samples"]
+Outputs = Float[Tensor, "*batch out samples"]
+
 
 class Network(ABC):
     """A network, or a batch of them, as tensors.
@@ -32,10 +35,9 @@ class Network(ABC):
         return 0
 
     @abstractmethod
-    def __call__(self, x: Float[Tensor, "*#batch in n"]) -> Float[Tensor, "*batch out n"]:
-        """Compute the outputs for the columns of ``x``."""
+    def __call__(self, x: Inputs) -> Outputs:
+        """Compute outputs ``[..., out, samples]`` for columns ``x``, ``[..., in, samples]``."""
 
-    @abstractmethod
     def with_parameters(
         self,
         weights: Sequence[Tensor],
@@ -47,6 +49,11 @@ class Network(ABC):
 
         Not ``checked``, it holds these very tensors, and gradients flow to them.
         """
+        return self._rebuilt(weights, self.biases if biases is None else biases, checked)
+
+    @abstractmethod
+    def _rebuilt(self, weights: Sequence[Tensor], biases: Sequence[Tensor], checked: bool) -> Self:
+        """Make the network of other parameters."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Apply ``change`` to each weight and bias."""
@@ -58,14 +65,10 @@ class Network(ABC):
         """Round all numbers to ``dtype``, float32 or float64, and move them to ``device``."""
         return self.map(lambda values: values.to(device or self.device, dtype or self.dtype))
 
-    def members(self, index: Any) -> Tensor:
-        """Find the positions in the flattened batch of the members at ``index``."""
-        count = torch.arange(self.batch_shape.numel(), device=self.device)
-        return count.reshape(self.batch_shape)[index]
-
     def __getitem__(self, index: Any) -> Self:
         """Pick the member, or members, of the batch at ``index``."""
-        members, dims = self.members(index), len(self.batch_shape)
+        count = torch.arange(self.batch_shape.numel(), device=self.device)
+        members, dims = count.reshape(self.batch_shape)[index], len(self.batch_shape)
         return self.map(lambda values: values.reshape(-1, *values.shape[dims:])[members])
 
     def __iter__(self) -> Iterator[Self]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,33 +16,25 @@ from ..lowrank import SVD, LowRank
 from .layers import LinearNetwork
 
 
-@dataclass(frozen=True, eq=False)
 class Gap:
     """The gap ``E = W̄ − ∏_l W_l`` that the adapters of a frozen piece have to close.
 
     Pieces are deep linear networks, or what `LinearNetwork.of` takes, of equal inputs, outputs and
-    type; batch shapes broadcast. Decompositions are kept: do not change weights in place. Raises
-    `InputError` for pieces that do not match and, with ``E``, for products that overflow.
+    type; ``batch_shape`` is that to which theirs broadcast. Decompositions are kept: do not change
+    weights in place. Raises `InputError` for pieces that do not match and, with ``E``, for products
+    that overflow.
     """
 
-    frozen: LinearNetwork
-    target: LinearNetwork
-
     def __init__(self, frozen: LinearNetwork | Any, target: LinearNetwork | Any) -> None:
-        frozen, target = LinearNetwork.of(frozen, "frozen"), LinearNetwork.of(target, "target")
-        needed, given = ((n.widths[0], n.widths[-1]) for n in (frozen, target))
+        self.frozen = LinearNetwork.of(frozen, "frozen")
+        self.target = LinearNetwork.of(target, "target")
+        needed, given = ((n.widths[0], n.widths[-1]) for n in (self.frozen, self.target))
         if given != needed:
             allowed = f"of {needed} inputs and outputs, like the frozen network"
             raise InputError("target", allowed=allowed, given=given)
-        _checks.like_frozen(target, frozen)
-        _checks.common_shape("frozen and target", [frozen.batch_shape, target.batch_shape])
-        object.__setattr__(self, "frozen", frozen)
-        object.__setattr__(self, "target", target)
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        """Leading dimensions: how many gaps this object holds."""
-        return torch.broadcast_shapes(self.frozen.batch_shape, self.target.batch_shape)
+        _checks.like_frozen(self.target, self.frozen)
+        shapes = [self.frozen.batch_shape, self.target.batch_shape]
+        self.batch_shape = _checks.common_shape("frozen and target", shapes)
 
     @cached_property
     def matrix(self) -> Float[Tensor, "*batch out in"]:
@@ -128,30 +119,11 @@ class Gap:
         for l, (rank, weight) in enumerate(zip(ranks, self.frozen.weights, strict=True)):
             cut_off = any(w < inputs for w in hidden[:l]) or any(w < outputs for w in hidden[l:])
             if rank and cut_off and self.rank.any():
-                raise InputError(
-                    "hidden widths",
-                    allowed=f"at least {outputs} (the outputs) after each layer of a rank above 0 "
-                    f"and at least {inputs} (the inputs) before it",
-                    given=hidden,
-                    remedy="give rank 0 to the layers that narrower ones cut off",
+                allowed = (
+                    f"at least {outputs} (the outputs) after each layer of a rank above 0 and at "
+                    f"least {inputs} (the inputs) before it"
                 )
+                remedy = "give rank 0 to the layers that narrower ones cut off"
+                raise InputError("hidden widths", allowed, hidden, remedy)
             usable.append(0 if cut_off else min(rank, *weight.shape[-2:]))
         return usable
-
-    def flat(self) -> Gap:
-        """Lay the gaps along one batch dimension; decompositions are kept."""
-        batch = self.batch_shape
-
-        def flatten(values: Tensor, dims: int) -> Tensor:
-            rest = values.shape[values.ndim - dims :]
-            return values.expand((*batch, *rest)).reshape(-1, *rest)
-
-        def flat(network: LinearNetwork) -> LinearNetwork:
-            flattened = LinearNetwork([flatten(w, 2) for w in network.weights], checked=False)
-            vars(flattened)["spectra"] = tuple(flatten(values, 1) for values in network.spectra)
-            return flattened
-
-        gap = Gap(flat(self.frozen), flat(self.target))
-        svd = SVD(*(flatten(part, dims) for part, dims in zip(self.svd, (2, 1, 2), strict=True)))
-        vars(gap).update(svd=svd, rounding_scale=flatten(self.rounding_scale, 0))
-        return gap

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, reduce
-from typing import Any, ClassVar, Literal, Self
+from itertools import accumulate
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import _checks, lowrank, randomness
 from ..errors import InputError
-from .base import Network
+from .base import Inputs, Network, Outputs
 
 
 class _Layers(Network):
@@ -35,8 +36,6 @@ class _Layers(Network):
         **options: Any,
     ) -> Self:
         """Draw square layers uniform on ``±1/√D``, like `torch.nn.Linear`, by seed and purpose.
-
-        ``options`` are those of the network, such as ``linear_last``.
 
         Examples
         --------
@@ -96,7 +95,7 @@ class LinearNetwork(_Layers):
 
     Weights ``[..., out, in]``, first layer first, or stacked to ``[..., L, D, D]``, are tensors,
     numpy arrays or nested lists, all float32 or all float64; batch dimensions broadcast. Raises
-    `InputError` for no layers, sizes that do not chain, other types, and non-finite numbers.
+    `InputError` for no layers, sizes that do not fit, other or mixed types, and non-finite numbers.
     Not ``checked``, it holds these very tensors, of one batch shape, and gradients flow to them.
     """
 
@@ -105,18 +104,10 @@ class LinearNetwork(_Layers):
     def __init__(self, weights: Any, *, checked: bool = True) -> None:
         self.weights = tuple(_usable_layers(weights)[0] if checked else weights)
 
-    def with_parameters(
-        self,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor] | None = None,
-        *,
-        checked: bool = True,
-    ) -> LinearNetwork:
-        return LinearNetwork(weights, checked=checked)
+    def _rebuilt(self, weights: Sequence[Tensor], biases: Sequence[Tensor], checked: bool) -> Self:
+        return type(self)(weights, checked=checked)
 
-    def __call__(
-        self, x: Float[Tensor, "*#batch in samples"]
-    ) -> Float[Tensor, "*batch out samples"]:
+    def __call__(self, x: Inputs) -> Outputs:
         """Compute ``W_L ⋯ W_1 x``, layer by layer."""
         return product([self.as_inputs(x), *self.weights])
 
@@ -149,11 +140,8 @@ class LinearNetwork(_Layers):
         norms = [values[..., 0] for values in self.spectra]
         if self.depth == 1:
             return norms[0]
-        first, *middle, last = self.weights
-        inner, outer = [first], [last]
-        for low, high in zip(middle, reversed(middle), strict=True):
-            inner.append(low @ inner[-1])
-            outer.append(outer[-1] @ high)
+        inner = [*accumulate(self.weights[:-1], lambda P, W: W @ P)]
+        outer = [*accumulate(reversed(self.weights[1:]), torch.matmul)]
         one = torch.ones_like(norms[0])
         before = [one, norms[0], *map(lowrank.norm, inner[1:])]
         after = [one, norms[-1], *map(lowrank.norm, outer[1:])]
@@ -167,12 +155,8 @@ class LinearNetwork(_Layers):
 class FNN(_Layers):
     """A ReLU network: layer ``l`` maps ``z`` to ``ReLU(W_l z + b_l)``.
 
-    With ``linear_last`` it ends with ``W_L z + b_L``. The ``L`` weights ``[..., out, in]`` and
-    biases ``[..., out]``, first layer first, may be stacked to ``[..., L, D, D]`` and
-    ``[..., L, D]``. Tensors, numpy arrays or nested lists are taken, all float32 or all float64;
-    batch dimensions broadcast. Raises `InputError` for no layers, sizes that do not fit, other or
-    mixed types, and numbers that are not finite. Not ``checked``, it holds these very tensors, and
-    gradients flow to them.
+    With ``linear_last`` it ends with ``W_L z + b_L``. Weights, and biases ``[..., out]`` or stacked
+    to ``[..., L, D]``, are taken and refused as by a `LinearNetwork`.
     """
 
     _stream = "ReLU network"
@@ -189,15 +173,8 @@ class FNN(_Layers):
         """How many of the first layers have a ReLU: all, or all but the last."""
         return self.depth - 1 if self.linear_last else self.depth
 
-    def with_parameters(
-        self,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor] | None = None,
-        *,
-        checked: bool = True,
-    ) -> FNN:
-        biases = self.biases if biases is None else biases
-        return FNN(weights, biases, linear_last=self.linear_last, checked=checked)
+    def _rebuilt(self, weights: Sequence[Tensor], biases: Sequence[Tensor], checked: bool) -> Self:
+        return type(self)(weights, biases, linear_last=self.linear_last, checked=checked)
 
     def layers(self, which: slice) -> FNN:
         """Cut out consecutive layers; only the last of all layers can be linear."""
@@ -215,9 +192,7 @@ class FNN(_Layers):
             biases.append(bias)
         return FNN(weights, biases, linear_last=self.linear_last)
 
-    def preactivations(
-        self, x: Float[Tensor, "*#batch in samples"]
-    ) -> list[Float[Tensor, "*batch _ samples"]]:
+    def preactivations(self, x: Inputs) -> list[Float[Tensor, "*batch _ samples"]]:
         """Compute ``W_l z_{l−1} + b_l`` of each layer, with ``z_0 = x`` and ``z_l`` its ReLU."""
         z, arguments = self.as_inputs(x), []
         for weight, bias in zip(self.weights, self.biases, strict=True):
@@ -225,9 +200,7 @@ class FNN(_Layers):
             z = arguments[-1].relu()
         return arguments
 
-    def __call__(
-        self, x: Float[Tensor, "*#batch in samples"]
-    ) -> Float[Tensor, "*batch out samples"]:
+    def __call__(self, x: Inputs) -> Outputs:
         """Compute ``z_L``: the last layer's pre-activations, or the ReLU of them."""
         last = self.preactivations(x)[-1]
         return last if self.linear_last else last.relu()
@@ -257,12 +230,9 @@ def as_network(value: Any, name: str = "network") -> Network:
     if isinstance(value, nn.Sequential | nn.Linear):
         return _from_sequential(value, name)
     if isinstance(value, str) or not isinstance(value, Tensor | np.ndarray | Sequence):
-        raise InputError(
-            name,
-            allowed="a network (lorapower.networks), torch.nn.Linear or Sequential, or matrices",
-            given=type(value).__name__,
-            remedy="networks.from_decoder reads transformers" if hasattr(value, "config") else "",
-        )
+        allowed = "a network (lorapower.networks), torch.nn.Linear or Sequential, or matrices"
+        remedy = "networks.from_decoder reads transformers" if hasattr(value, "config") else ""
+        raise InputError(name, allowed, type(value).__name__, remedy)
     is_matrix = isinstance(value, Tensor | np.ndarray) and value.ndim == 2
     return LinearNetwork([value] if is_matrix else value)
 
@@ -299,8 +269,8 @@ def _from_sequential(module: nn.Module, name: str) -> Network:
 
 def _usable_layers(weights: Any, biases: Any = None) -> tuple[list[Tensor], list[Tensor]]:
     """Read weights and biases (maybe none) of layers that chain, of one type and batch shape."""
-    matrices = _per_layer("weight", weights, min_dims=2)
-    vectors = [] if biases is None else _per_layer("bias", biases, min_dims=1)
+    matrices = _per_layer("weight", weights, 2)
+    vectors = [] if biases is None else _per_layer("bias", biases, 1)
     outputs, inputs = ([W.shape[dim] for W in matrices] for dim in (-2, -1))
     if outputs[:-1] != inputs[1:]:
         allowed = f"of {outputs[:-1]} columns after the first, the outputs of the layers before"
@@ -312,16 +282,15 @@ def _usable_layers(weights: Any, biases: Any = None) -> tuple[list[Tensor], list
     return expanded[: len(matrices)], expanded[len(matrices) :]
 
 
-def _per_layer(name: Literal["weight", "bias"], values: Any, *, min_dims: int) -> list[Tensor]:
-    """Read one tensor of at least ``min_dims`` dimensions a layer, from a sequence or a stack."""
+def _per_layer(name: str, values: Any, dims: int) -> list[Tensor]:
+    """Read one tensor of at least ``dims`` dimensions a layer, from a sequence or a stack."""
     plural = {"weight": "weights", "bias": "biases"}[name]
     if isinstance(values, Tensor | np.ndarray):
-        stacked = _checks.real_tensor(plural, values, min_dims=min_dims + 1)
-        values = stacked.unbind(-min_dims - 1)
+        values = _checks.real_tensor(plural, values, min_dims=dims + 1).unbind(-dims - 1)
     if not isinstance(values, Sequence) or isinstance(values, str) or not len(values):
         given = "none" if isinstance(values, Sequence) else type(values).__name__
         raise InputError(plural, allowed=f"one {name} or more", given=given)
     return [
-        _checks.real_tensor(f"{name} of layer {l}", value, min_dims=min_dims, copy=True)
+        _checks.real_tensor(f"{name} of layer {l}", value, min_dims=dims, copy=True)
         for l, value in enumerate(values, start=1)
     ]

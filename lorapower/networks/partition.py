@@ -19,9 +19,8 @@ class Partition:
     sizes: tuple[int, ...]
 
     def __init__(self, sizes: Iterable[int]) -> None:
-        checked = tuple(
-            _checks.integer(f"size of block {i}", size, 1) for i, size in enumerate(sizes, start=1)
-        )
+        each = enumerate(sizes, start=1)
+        checked = tuple(_checks.integer(f"size of block {i}", size, 1) for i, size in each)
         if not checked:
             raise InputError("sizes", allowed="at least one block", given="none")
         object.__setattr__(self, "sizes", checked)
@@ -54,13 +53,9 @@ def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list
     """
     _checks.kind(FNN, frozen=frozen, target=target)
     if frozen.linear_last != target.linear_last:
-        ends = {True: "with a linear layer", False: "with a ReLU"}
-        raise InputError(
-            "target",
-            allowed=f"a network that ends {ends[frozen.linear_last]}, like the frozen one",
-            given=f"one that ends {ends[target.linear_last]}",
-            remedy="adapters leave the end as it is; FNN(…, linear_last=…) says which it is",
-        )
+        allowed = f"with linear_last={frozen.linear_last}, like the frozen network"
+        remedy = "adapters leave the end as it is"
+        raise InputError("target", allowed, f"one with {target.linear_last}", remedy)
     if partition is None:
         partition = Partition.uniform(frozen.depth, target.depth)
     if (partition.depth, len(partition.sizes)) != (frozen.depth, target.depth):
@@ -70,14 +65,9 @@ def blocks(frozen: FNN, target: FNN, partition: Partition | None = None) -> list
     for i, layers in enumerate(partition.slices):
         outputs, inputs = target.weights[i].shape[-2:]
         sides = ("inputs", inputs, layers.start), ("outputs", outputs, layers.stop)
-        for end, needed, layer in sides:
-            if needed > frozen.widths[layer]:
-                raise InputError(
-                    f"{end} of target layer {i + 1}",
-                    allowed=f"at most {frozen.widths[layer]}, what the frozen network has there",
-                    given=needed,
-                    remedy="adapters leave the widths as they are",
-                )
+        for side, needed, l in sides:
+            name, limit = f"{side} of target layer {i + 1}", "the frozen network's width there"
+            _checks.integer(name, needed, 1, frozen.widths[l], limit=limit)
         weights = list(frozen.weights[layers])
         weights[0] = weights[0][..., :inputs]
         weights[-1] = weights[-1][..., :outputs, :]

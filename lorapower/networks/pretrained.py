@@ -11,23 +11,22 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..errors import InputError
-from .decoder import Decoder, DecoderSettings
+from .attention import Settings
+from .decoder import Decoder
 
 M = TypeVar("M", bound=nn.Module)
 
 # The package's names of activations by those of transformers.
 _ACTIVATIONS: dict[str, Any] = {
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "silu": "silu",
-    "swish": "silu",
+    **{"relu": "relu", "gelu": "gelu", "silu": "silu", "swish": "silu"},
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), "gelu_tanh"),
 }
+# The kinds that a block has once, and the vectors beside them.
+_BESIDE = {"W_1": "b_1", "W_3": "b_3", "W_2": "b_2", "g_1": "s_1", "g_2": "s_2"}
 
 
 class _Family(NamedTuple):
-    """Where models of a family have their blocks and final norm, and blocks their layers."""
+    """Where models of a family have blocks and a final norm, and blocks their layers by kind."""
 
     blocks: str
     final_norm: str
@@ -35,14 +34,14 @@ class _Family(NamedTuple):
 
 
 _GPT2_LAYERS = {
-    **dict.fromkeys(("Q", "K", "V"), "attn.c_attn"),
-    **{"O": "attn.c_proj", "1": "mlp.c_fc", "2": "mlp.c_proj"},
-    **{"norm 1": "ln_1", "norm 2": "ln_2"},
+    **dict.fromkeys(("W_Q", "W_K", "W_V"), "attn.c_attn"),
+    **{"W_O": "attn.c_proj", "W_1": "mlp.c_fc", "W_2": "mlp.c_proj"},
+    **{"g_1": "ln_1", "g_2": "ln_2"},
 }
 _LLAMA_LAYERS = {
-    **{name: f"self_attn.{name.lower()}_proj" for name in "QKVO"},
-    **{"1": "mlp.gate_proj", "3": "mlp.up_proj", "2": "mlp.down_proj"},
-    **{"norm 1": "input_layernorm", "norm 2": "post_attention_layernorm"},
+    **{f"W_{name}": f"self_attn.{name.lower()}_proj" for name in "QKVO"},
+    **{"W_1": "mlp.gate_proj", "W_3": "mlp.up_proj", "W_2": "mlp.down_proj"},
+    **{"g_1": "input_layernorm", "g_2": "post_attention_layernorm"},
 }
 _GPT2 = _Family("h", "ln_f", _GPT2_LAYERS)
 _LLAMA = _Family("layers", "norm", _LLAMA_LAYERS)
@@ -94,12 +93,11 @@ def from_decoder(module: nn.Module, *, final_norm: bool = True) -> Decoder:
     parameters = {kind: torch.stack([parts[kind] for parts in read]) for kind in read[0]}
     if final_norm:
         parameters |= {"g_f": final.weight, "s_f": final.filled_bias()}
-    norm: Any = blocks[0].get_submodule(family.layers["norm 1"])
+    norm: Any = blocks[0].get_submodule(family.layers["g_1"])
     is_layer_norm = isinstance(norm, nn.LayerNorm)
-    name = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
-    if name not in _ACTIVATIONS:
-        raise InputError("module", allowed=f"with one of {', '.join(_ACTIVATIONS)}", given=name)
-    settings = DecoderSettings(
+    name = getattr(config, "activation_function", getattr(config, "hidden_act", ""))
+    _checks.choice("module's activation", name, tuple(_ACTIVATIONS))
+    settings = Settings(
         residual=True,
         norm="layer" if is_layer_norm else "rms",
         activation=_ACTIVATIONS[name],
@@ -124,11 +122,10 @@ def to_decoder(network: Decoder, module: M) -> M:
     """
     _checks.single(network=network)
     other = from_decoder(module)
-    if other.sizes != network.sizes:
-        raise InputError("module", allowed=f"of sizes {network.sizes}", given=other.sizes)
-    if other.settings != network.settings:
-        allowed = f"with {network.settings}, like the network"
-        raise InputError("module", allowed=allowed, given=other.settings)
+    for aspect in ("sizes", "settings"):
+        given, needed = (getattr(one, aspect) for one in (other, network))
+        if given != needed:
+            raise InputError("module", allowed=f"of the network's {aspect}, {needed}", given=given)
     copy = deepcopy(module)
     family, blocks, final = _parts(copy)
     for l, block in enumerate(blocks):
@@ -177,25 +174,25 @@ def _rotary(config: Any) -> float | None:
 
 
 def _layers(family: _Family, block: nn.Module) -> dict[str, _Layer]:
-    """Find the block's layers and norms by name, as in `_Family`."""
-    found = {}
-    for name, place in family.layers.items():
+    """Find the block's layers and norms by kind."""
+    layers = {}
+    for kind, place in family.layers.items():
         layer: Any = block.get_submodule(place)
         weight: Any = layer.weight
         bias: Any = getattr(layer, "bias", None)
         if family is _GPT2 and weight.ndim == 2:
-            # These layers keep their matrices as rows for inputs.
-            weight = weight.mT
+            weight = weight.mT  # These layers have rows for inputs.
         if place == "attn.c_attn":
-            weight, bias = (part.chunk(3)["QKV".index(name)] for part in (weight, bias))
-        found[name] = _Layer(weight, bias)
-    return found
+            weight, bias = (part.chunk(3)["QKV".index(kind[-1])] for part in (weight, bias))
+        layers[kind] = _Layer(weight, bias)
+    return layers
 
 
 def _read(layers: Mapping[str, _Layer], heads: int, rotary: bool) -> dict[str, Tensor]:
     """Read a block's parameters."""
-    Q, K, V, O = (layers[name].weight for name in "QKVO")
-    b_Q, b_K, b_V, b_O = (layers[name].filled_bias() for name in "QKVO")
+    attention = [layers[f"W_{name}"] for name in "QKVO"]
+    Q, K, V, O = (layer.weight for layer in attention)
+    b_Q, b_K, b_V, b_O = (layer.filled_bias() for layer in attention)
     size = len(Q) // heads
     groups, scale = len(K) // size, size**-0.5
     values = b_V.unflatten(0, (groups, -1)).repeat_interleave(heads // groups, 0)
@@ -209,31 +206,26 @@ def _read(layers: Mapping[str, _Layer], heads: int, rotary: bool) -> dict[str, T
     }
     if rotary:
         parts["b_K"] = b_K.unflatten(0, (groups, -1))
-    for name in {"1", "2", "3"} & {*layers}:
-        parts |= {f"W_{name}": layers[name].weight, f"b_{name}": layers[name].filled_bias()}
-    for name in "12":
-        norm = layers[f"norm {name}"]
-        parts |= {f"g_{name}": norm.weight, f"s_{name}": norm.filled_bias()}
+    for kind in filter(layers.get, _BESIDE):
+        parts |= {kind: layers[kind].weight, _BESIDE[kind]: layers[kind].filled_bias()}
     return parts
 
 
 def _write(layers: Mapping[str, _Layer], network: Decoder, l: int) -> None:
     """Put the parameters of block ``l`` into a module's block."""
-    parts = {k: stack[l] for k, stack in network.parameters.items() if k not in ("g_f", "s_f")}
+    parts = {kind: stack[l] for kind, stack in network.parameters.items() if kind[-1] != "f"}
     scale = network.sizes["query size"] ** 0.5
     b_V, b_O = torch.zeros_like(parts["W_V"][..., 0]), parts["b_O"]
     b_K = parts.get("b_K", torch.zeros_like(parts["W_K"][..., 0]))
-    if layers["O"].bias is None and layers["V"].bias is not None:
+    if layers["W_O"].bias is None and layers["W_V"].bias is not None:
         b_V, b_O = _through_values(network, l)
     W_Q, W_K, W_V = (parts[kind].flatten(0, 1) for kind in ("W_Q", "W_K", "W_V"))
-    layers["Q"].write(scale * W_Q, scale * parts["b_Q"].flatten(), "b_Q")
-    layers["K"].write(W_K, b_K.flatten(), "b_K")
-    layers["V"].write(W_V, b_V.flatten(), "b_V")
-    layers["O"].write(parts["W_O"].movedim(0, 1).flatten(1), b_O, "b_O")
-    for name in {"1", "2", "3"} & {*layers}:
-        layers[name].write(parts[f"W_{name}"], parts[f"b_{name}"], f"b_{name}")
-    for name in "12":
-        layers[f"norm {name}"].write(parts[f"g_{name}"], parts[f"s_{name}"], f"s_{name}")
+    layers["W_Q"].write(scale * W_Q, scale * parts["b_Q"].flatten(), "b_Q")
+    layers["W_K"].write(W_K, b_K.flatten(), "b_K")
+    layers["W_V"].write(W_V, b_V.flatten(), "b_V")
+    layers["W_O"].write(parts["W_O"].movedim(0, 1).flatten(1), b_O, "b_O")
+    for kind in filter(layers.get, _BESIDE):
+        layers[kind].write(parts[kind], parts[_BESIDE[kind]], _BESIDE[kind])
 
 
 def _through_values(network: Decoder, l: int) -> tuple[Tensor, Tensor]:

@@ -91,12 +91,9 @@ def segments(
     for name, conditions in inverted(frozen, target).items() if throw else ():
         if (bad := conditions > 1).any():
             block = int(bad.reshape(-1, bad.shape[-1]).any(0).nonzero()[0])
-            raise InputError(
-                f"{name} of block {block + 1}{_checks.failed_members(bad[..., block])}",
-                allowed="non-singular",
-                given="one that is singular up to rounding",
-                remedy="the theorem inverts it; perturb it",
-            )
+            weight = f"{name} of block {block + 1}{_checks.failed_members(bad[..., block])}"
+            remedy = "the theorem inverts it; perturb it"
+            raise InputError(weight, "non-singular", "one that is singular up to rounding", remedy)
     cut: Any = _cut if isinstance(target, Decoder) else _cut_plain
     ours, theirs = (cut(network, target, batch) for network in (frozen, target))
     return Segments({name: Gap(ours[name], theirs[name]) for name in ours})
@@ -166,7 +163,7 @@ def _chain(batch: tuple[int, ...], *weights: Tensor) -> LinearNetwork:
 def _require_alike(frozen: AnyTransformer, target: AnyTransformer) -> None:
     """Refuse two networks whose segments do not correspond."""
     names = [field.name for field in fields(frozen.settings)]
-    if isinstance(frozen, Decoder) and frozen.settings.norm is None:
+    if frozen.settings.norm is None:
         names.remove("eps")
     target.require_like(frozen, names, tuple(frozen.sizes))
     if isinstance(frozen, Transformer) and frozen.sizes["hidden"] != frozen.width:

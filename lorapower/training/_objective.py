@@ -31,11 +31,9 @@ class Objective:
         self.has_one_sided, self.one_sided = bool(one_sided.any()), one_sided[:, None, None]
         ends_with_relu = isinstance(network, FNN) and not network.linear_last
         if self.has_one_sided and (self.has_classes or not ends_with_relu):
-            raise InputError(
-                "loss",
-                allowed="'squared', but for ReLU networks that end with a ReLU and a squared error",
-                given=f"'one-sided' for {'classes' if self.has_classes else network}",
-            )
+            allowed = "'squared', but for ReLU networks that end with a ReLU and a squared error"
+            given = f"'one-sided' for {'classes' if self.has_classes else network}"
+            raise InputError("loss", allowed=allowed, given=given)
         self.validation = self._checked(*data.validation)
         self.first_block = self._checked(*data.block(0), Data.BLOCK)
 
@@ -90,10 +88,8 @@ class Objective:
 
 def _outputs(network: Network, x: Tensor) -> Tensor:
     if network.sequences:  # Runs by samples.
-        stacks = (
-            [values[:, None] for values in each] for each in (network.weights, network.biases)
-        )
-        return network.with_parameters(*stacks, checked=False)(x)
+        weights, biases = ([v[:, None] for v in each] for each in (network.weights, network.biases))
+        return network.with_parameters(weights, biases, checked=False)(x)
     if not isinstance(network, FNN):
         return network(x)
     last = _preactivation(network, x)

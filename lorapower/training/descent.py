@@ -1,9 +1,9 @@
-"""Descent by L-BFGS: of any loss, and of one network's adapters."""
+"""Descent by L-BFGS: of any loss, and from a fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import compress
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,12 @@ from torch import Tensor
 
 from .. import _checks
 from ..adapters import Adapters
+from ..constructions.fitted import FittedAdaptation
 from ..lowrank import LowRank
-from ..networks.base import Network
 
-# `descend` looks at the validation error after so many iterations, and ends after so many looks
+# `polish` looks at the error on other inputs after so many iterations, and ends after so many looks
 # that did not lower it by this share.
 CHUNK, PATIENCE, PROGRESS = 25, 4, 1e-3
-
-# Inputs and outputs.
-Pair = tuple[Tensor, Tensor]
 
 
 @torch.enable_grad()
@@ -78,33 +75,41 @@ def lbfgs(
 
 @torch.no_grad()
 @_checks.flushing()
-def descend(
-    network: Network, adapters: Adapters, training: Pair, validation: Pair, iterations: int = 300
-) -> Adapters:
-    """Lower the mean squared error by L-BFGS; return the adapters of least validation error.
+def polish(
+    fitted: FittedAdaptation,
+    inputs: Tensor,
+    held_out: Tensor,
+    *,
+    iterations: int = 300,
+    throw: bool = True,
+) -> FittedAdaptation:
+    """Minimize the error of all segments of a fit together; return the best, or the fit itself.
 
-    All factors and all tuned biases move; no iteration raises the error on ``training``. Each pair
-    has inputs of the network and the outputs that it should give, and all is of one type. The
-    descent ends before ``iterations`` where the error on ``validation`` stops falling.
+    All factors and biases of the fused network take at most ``iterations`` of L-BFGS, none of which
+    raises the error on ``inputs``. Adapters of least error on the first half of ``held_out`` are
+    kept; the other half gives the error that is returned. ``fitted`` is what
+    `constructions.adapt_fitted` returned for the same ``inputs`` and ``held_out``.
+
+    Source: the adapters are [def-adapter]'s; nothing is promised but what is measured.
     """
+    iterations = _checks.integer("iterations", iterations, 0)
+    problem, network = fitted.fused, fitted.fused.network
+    data = problem.split(inputs, held_out)
     # Balanced factors share a step alike.
-    factors = [f for u in adapters.balanced().updates for f in (u.left, u.right)]
-    count, start = len(factors), [*factors, *adapters.bias_updates]
-    moves = [True] * len(start)
-    if adapters.tuned is not None and adapters.bias_updates:
-        moves[count:] = adapters.tuned.biases.tolist()
-    if not iterations or not any(part.numel() for part in compress(start, moves)):
-        return adapters
+    updates = [update.balanced() for update in fitted.fused_adapters.updates]
+    factors = [factor for update in updates for factor in (update.left, update.right)]
+    count, start = len(factors), [*factors, *fitted.fused_adapters.bias_updates]
 
-    def error(pair: Pair, parts: Sequence[Tensor]) -> Tensor:
+    def error(x: Tensor, y: Tensor, *parts: Tensor) -> Tensor:
         triples = zip(network.weights, parts[:count:2], parts[1:count:2], strict=True)
+        weights = [W + A @ B.mT for W, A, B in triples]
         # There are no changes where no bias is tuned.
         biases = [b + change for b, change in zip(network.biases, parts[count:], strict=False)]
-        weights = [W + A @ B.mT for W, A, B in triples]
         tuned = network.with_parameters(weights, biases or None, checked=False)
-        return (tuned(pair[0]) - pair[1]).square().mean()
+        return (tuned(x) - y).square().mean()
 
-    best, least = start, float(error(validation, start))
+    on_fit, on_select = (partial(error, x, problem.target(x)) for x in (data.fit, data.select))
+    best, least = start, float(on_select(*start))
     done = waited = 0
 
     @torch.no_grad()
@@ -113,17 +118,15 @@ def descend(
         done += 1
         if done % CHUNK and done < iterations:
             return
-        now = float(error(validation, parts))
+        now = float(on_select(*parts))
         waited = 0 if now < least * (1 - PROGRESS) else waited + 1
         if now < least:
             best, least = parts, now
         if waited == PATIENCE:
             raise StopIteration
 
-    def loss(*parts: Tensor) -> Tensor:
-        pairs = zip(parts, start, moves, strict=True)
-        return error(training, [part if moving else first for part, first, moving in pairs])
-
-    lbfgs(loss, *start, iterations=iterations, history=30, look=look)
-    updates = map(LowRank, best[:count:2], best[1:count:2])
-    return Adapters(tuple(updates), tuple(best[count:]), adapters.tuned)
+    if iterations and any(part.numel() for part in start):
+        lbfgs(on_fit, *start, iterations=iterations, history=30, look=look)
+    polished = map(LowRank, best[:count:2], best[1:count:2])
+    adapters = Adapters(tuple(polished), tuple(best[count:]))
+    return FittedAdaptation.measure(problem, adapters, fitted.region, data, throw=throw)

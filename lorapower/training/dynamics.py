@@ -33,9 +33,13 @@ def flow(
     Raises `InputError` for other columns. Source: [thm-flow].
     """
     E, B = error.to(torch.float64), right.to(torch.float64)
+    gram = B.mT @ B
+    length = math.sqrt(float(gram.diagonal().mean()))
+    if not (gram / gram.diagonal().mean() - torch.eye(len(gram)).to(B)).abs().max() <= 1e-8:
+        raise InputError("right", allowed="of orthogonal columns of one length", given="others")
     # At rates 1 the same flow has √η_B A and √η_A B, and √(η_A η_B) E.
     root_A, root_B = (math.sqrt(rate) for rate in rates)
-    beta = root_A * _length(B)
+    beta = root_A * length
     values, left, into = _eigenvectors(root_A * root_B * E, beta**2 / 2)
     echelon, pivots = _echelon(into.mT @ B * root_A)
     t = times.to(values)[:, None]
@@ -48,15 +52,6 @@ def flow(
     basis, _ = torch.linalg.qr(scaled)
     S = (values.clamp(max=0) * t - size.log() / 2).exp()[..., None] * basis
     return LowRank(left @ S / root_B, into @ S / root_A)
-
-
-def _length(B: Tensor) -> float:
-    """Return the length of the columns of ``B₀``, or refuse columns that `flow` does not take."""
-    gram = B.mT @ B
-    square = gram.diagonal().mean()
-    if not (gram / square - torch.eye(B.shape[-1]).to(B)).abs().max() <= 1e-8:
-        raise InputError("right", allowed="of orthogonal columns of one length", given="others")
-    return math.sqrt(float(square))
 
 
 def _eigenvectors(E: Tensor, half: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import cos, pi, prod
-from typing import Any, NamedTuple
+from math import cos, pi
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from .. import _checks, randomness
-from ..adapters import Adapters, N, Tuned
+from ..adapters import Adapters, N
 from ..errors import InputError
 from ..lowrank import LowRank
 from ..networks.base import Network
@@ -47,9 +48,8 @@ def train(
     steps. All is computed on the frozen network's device. The loss is the mean squared error over
     outputs, tokens and samples or, where labels are classes, the cross-entropy.
 
-    Raises `InputError` for ranks or layers out of range, for data that does not fit the network or
-    the loss, and for a loss that the network does not have. Source: the protocol of the study's
-    experiments.
+    Raises `InputError` for a loss that the network does not have. Source: the protocol of the
+    study's experiments.
 
     Parameters
     ----------
@@ -70,24 +70,23 @@ def train(
     """
     steps = _checks.integer("steps", steps, 1)
     every = _checks.integer("every", every, 1, steps, limit="the steps")
-    until = _checks.tolerance("until", until)
+    until = _checks.number("until", until, 0)
     runs = _Runs(frozen, tunings, seed)
     one_sided = runs.each(lambda tuning: tuning.loss == "one-sided")
     objective = Objective(runs.frozen, data, one_sided)
     optimizer = _Optimizer(runs, steps)
-    curve = _Curve(runs.start, steps, every, until)
     # glibc keeps freed memory for reuse up to twice the largest block freed so far; beyond that
     # every step would ask the system for its pages, in a third of its time.
     torch.empty(KEPT, dtype=torch.uint8)
-    curve.validate(0, objective.validation_loss(runs.networks(runs.start)), runs.start)
+    curve = _Curve(runs.start, objective.validation_loss(runs.networks(runs.start)), until)
     for step, batch in zip(range(1, steps + 1), objective.batches(), strict=False):
         with torch.enable_grad():
             loss = objective.training_loss(runs.networks(optimizer.values()), batch)
         optimizer.descend(loss)
-        curve.follow(step, loss.detach())
+        curve.running &= loss < torch.inf
         if step % every == 0:
             values = optimizer.values()
-            curve.validate(step, objective.validation_loss(runs.networks(values)), values)
+            curve.record(step, loss, objective.validation_loss(runs.networks(values)), values)
             if not curve.running.any():
                 break
     return runs.results(curve)
@@ -137,35 +136,31 @@ class _Optimizer:
         self.schedule.step()
 
 
-class _Weight(NamedTuple):
-    """What is tuned of one weight: it becomes ``W + A B`` or, where it is tuned in full, ``F``."""
-
-    A: Float[Tensor, "runs out rank"]
-    B: Float[Tensor, "runs rank in"]
-    F: Float[Tensor, "runs _ in"]
-
-
 class _Runs:
     """All runs, tuning by tuning and for each the members of the frozen batch.
 
-    A run's parameters are a row of numbers, at first of ``start``: `_Weight` after `_Weight`, then
-    the biases. They are added to ``weights`` and ``biases``, which are 0 where a run tunes them in
-    full. Numbers that a run does not tune are 0: columns past its rank, in which slopes are 0, and
-    what is not ``tuned``.
+    A run's parameters are a row of numbers, at first of ``start``: for each weight ``A``, ``B`` and
+    ``F``, of which it becomes ``W + A B`` or, tuned in full, ``F``; then the biases. They are added
+    to ``weights`` and ``biases``, which are 0 where a run tunes them in full. Numbers that a run
+    does not tune are 0: columns past its rank, in which slopes are 0, and what is not ``tuned``.
     """
 
     def __init__(
         self, frozen: Network, tunings: Sequence[Tuning], seed: int | Sequence[int]
     ) -> None:
         _checks.kind(Network, frozen=frozen)
-        self.members = frozen.batch_shape.numel()
+        self.members, dims = frozen.batch_shape.numel(), len(frozen.batch_shape)
         seeds = seed if isinstance(seed, Sequence) else [seed] * self.members
         if len(seeds) != self.members:
             allowed = f"one, or one for each of {self.members} networks"
             raise InputError("seed", allowed=allowed, given=len(seeds))
+        self.tunings, self.shape = tunings, (len(tunings), *frozen.batch_shape)
+
+        def repeat(values: Tensor) -> Tensor:
+            return torch.cat([values.reshape(self.members, *values.shape[dims:])] * len(tunings))
+
         # The network's own checks refuse numbers too large for single precision.
-        self.frozen: Any = frozen.to(torch.float32)
-        self.tunings = tunings
+        self.frozen: Any = frozen.to(torch.float32).map(repeat)
         # [runs, weights], −1 where a weight is tuned in full, and [runs, biases].
         self.ranks = self.each(self._ranks)
         self.tuned_biases = self.each(self._tuned_biases).bool()
@@ -176,49 +171,51 @@ class _Runs:
         values = torch.tensor([*map(value, self.tunings)], device=self.frozen.device)
         return values.repeat_interleave(self.members, 0)
 
-    def _ranks(self, tuning: Tuning) -> list[int]:
+    def _ranks(self, tuning: Tuning) -> Sequence[int]:
         network, shapes = self.frozen, [weight.shape[-2:] for weight in self.frozen.weights]
         if tuning.final:
             count = len(shapes)
             last = _checks.integer("final", tuning.final, 0, count, limit="the number of weights")
             return [0] * (count - last) + [-1] * last
         ranks = _checks.ranks_per_layer(tuning.ranks, shapes)
-        if network.sequences and isinstance(tuning.ranks, int):
+        if network.sequences and np.ndim(tuning.ranks) == 0:
             pairs = zip(ranks, network.adapted, strict=True)
             return [rank if adapted else 0 for rank, adapted in pairs]
-        return list(ranks)
+        return ranks
 
     def _tuned_biases(self, tuning: Tuning) -> list[bool]:
         """Say which biases are tuned."""
         count, biases = len(self.frozen.biases), tuning.biases
-        if isinstance(biases, tuple):
+        if not isinstance(biases, bool):
             if len(biases) != count:
                 allowed = f"True, False, or one of them for each of {count}"
                 raise InputError("biases", allowed=allowed, given=f"{len(biases)} of them")
-            return list(biases)
-        whole = not tuning.final or tuning.final == len(self.frozen.weights)
+            return [bool(tuned) for tuned in biases]
+        if not tuning.final or tuning.final == len(self.frozen.weights):
+            return [biases] * count
         # In a transformer the last weight is W_out, which has no bias beside it.
         beside = 0 if self.frozen.sequences else tuning.final
-        return [biases and (whole or l >= count - beside) for l in range(count)]
+        return [biases and l >= count - beside for l in range(count)]
 
     def _start(self, seeds: Sequence[int]) -> None:
         """Put all runs at their starts."""
         self.weights, self.biases = list[Tensor](), list[Tensor]()
         starts, tuned = list[Tensor](), list[Tensor]()
-        for m, weight in enumerate(self.frozen.weights):
-            W, ranks = self._stacked(weight, 2), self.ranks[:, m, None, None]
-            is_full, (runs, out, into) = ranks < 0, W.shape
-            largest = max(int(ranks.max()), 0)
+        for m, W in enumerate(self.frozen.weights):
+            ranks, (runs, out, into) = self.ranks[:, m, None, None], W.shape
+            largest, is_full = max(int(ranks.max()), 0), ranks < 0
+            generators = [randomness.generator(seed, "factors", m) for seed in seeds]
+            # All columns are drawn, so that runs of other ranks begin with the same ones.
+            size = min(out, into), into
+            drawn = [randomness.normal(g, *size, dtype=torch.float32) for g in generators]
+            B = FACTOR_SCALE * torch.cat([torch.stack(drawn)[:, :largest]] * len(self.tunings))
+            B = B.to(W).where(torch.arange(largest, device=W.device)[:, None] < ranks, 0.0)
             A = W.new_zeros(runs, out, largest)
-            factors = [self._first_factors(seed, m, min(out, into), into) for seed in seeds]
-            B = self._stacked(torch.stack(factors)[:, :largest].to(W), 2)
-            B = B.where(torch.arange(largest, device=W.device)[:, None] < ranks, 0.0)
             full = W.where(is_full, 0.0) if is_full.any() else W.new_zeros(runs, 0, into)
             starts += [A, B, full]
             tuned += [torch.ones_like(A), torch.ones_like(B), is_full.expand_as(full)]
             self.weights.append(W.where(~is_full, 0.0))
-        for bias, is_tuned in zip(self.frozen.biases, self.tuned_biases.mT[..., None], strict=True):
-            b = self._stacked(bias, 1)
+        for b, is_tuned in zip(self.frozen.biases, self.tuned_biases.mT[..., None], strict=True):
             starts.append(b.where(is_tuned, 0.0))
             tuned.append(is_tuned.expand_as(b))
             self.biases.append(b.where(~is_tuned, 0.0))
@@ -226,28 +223,18 @@ class _Runs:
         self.start = torch.cat([part.flatten(1) for part in starts], 1)
         self.tuned = torch.cat([part.flatten(1).bool() for part in tuned], 1)
 
-    def _stacked(self, values: Tensor, dims: int) -> Tensor:
-        """Repeat what each member of the frozen batch has for each tuning."""
-        rest = values.shape[values.ndim - dims :]
-        return values.reshape(self.members, *rest).repeat(len(self.tunings), *[1] * dims)
-
-    @staticmethod
-    def _first_factors(seed: int, m: int, rank: int, into: int) -> Tensor:
-        generator = randomness.generator(seed, "factors", m)
-        return FACTOR_SCALE * randomness.normal(generator, rank, into, dtype=torch.float32)
-
-    def _split(self, values: Tensor) -> tuple[list[_Weight], list[Tensor]]:
-        """Split parameters into those of each weight, and the biases."""
-        pieces = values.split([prod(size) for size in self.sizes], 1)
+    def _split(self, values: Tensor) -> tuple[list[Tensor], ...]:
+        """Split parameters into ``A``, ``B`` and ``F`` of all weights, and the biases."""
+        pieces = values.split([size.numel() for size in self.sizes], 1)
         parts = [p.view(len(p), *size) for p, size in zip(pieces, self.sizes, strict=True)]
         count = 3 * len(self.weights)
-        return [_Weight(*parts[m : m + 3]) for m in range(0, count, 3)], parts[count:]
+        return parts[:count:3], parts[1:count:3], parts[2:count:3], parts[count:]
 
     def networks(self, values: Float[Tensor, "runs parameters"]) -> Network:
         """Make the networks of all runs, a batch, through which gradients flow."""
-        tuned, changes = self._split(values)
+        *of_weights, changes = self._split(values)
         weights = []
-        for W, (A, B, full) in zip(self.weights, tuned, strict=True):
+        for W, A, B, full in zip(self.weights, *of_weights, strict=True):
             base = W + full if full.numel() else W
             weights.append(torch.baddbmm(base, A, B) if A.numel() else base)
         biases = [b + change for b, change in zip(self.biases, changes, strict=True)]
@@ -255,58 +242,43 @@ class _Runs:
 
     def results(self, curve: _Curve) -> Training[Any]:
         """Collect networks and adapters at the least validation loss of each run."""
-        shape, (tuned, _) = self._shape, self._split(curve.best)
-        updates = [LowRank(shape(weight.A), shape(weight.B).mT) for weight in tuned]
-        network = self.networks(curve.best).map(shape)
-        pairs = zip(network.biases, self.frozen.biases, strict=True)
-        which = Tuned(shape(self.ranks.clamp(min=0)), shape(self.tuned_biases))
-        return Training(
-            network,
-            Adapters.trimmed(updates, [new - old for new, old in pairs], which),
-            steps=curve.steps,
-            training_loss=shape(curve.training_loss),
-            validation_loss=shape(curve.validation_loss),
-            best_loss=shape(curve.best_loss),
-            best_step=shape(curve.best_step),
-            diverged=shape(curve.diverged),
-        )
 
-    def _shape(self, values: Tensor) -> Tensor:
-        return values.reshape(len(self.tunings), *self.frozen.batch_shape, *values.shape[1:])
+        def shaped(values: Tensor) -> Tensor:
+            return values.reshape(*self.shape, *values.shape[1:])
+
+        network, (left, right, *_) = self.networks(curve.best), self._split(curve.best)
+        updates = [LowRank(shaped(A), shaped(B).mT) for A, B in zip(left, right, strict=True)]
+        pairs = zip(network.biases, self.frozen.biases, strict=True)
+        adapters = Adapters(tuple(updates), tuple(shaped(new - old) for new, old in pairs))
+        return Training(
+            network.map(shaped),
+            adapters.trimmed(),
+            torch.tensor(curve.steps, device=network.device),
+            training_loss=shaped(torch.stack(curve.training, 1)),
+            validation_loss=shaped(torch.stack(curve.validation, 1)),
+            best_loss=shaped(curve.best_loss),
+            best_step=shaped(curve.best_step),
+            diverged=shaped(~curve.running & ~(curve.best_loss <= curve.goal)),
+        )
 
 
 class _Curve:
     """Losses of all runs, and the parameters at the least validation loss of each."""
 
-    def __init__(self, start: Tensor, steps: int, every: int, until: float) -> None:
-        runs = len(start)
-        self.every, self.until, self.best = every, until, start
-        self.steps = torch.arange(0, steps + 1, every, device=start.device)
-        self.training_loss = start.new_full((runs, len(self.steps)), torch.nan)
-        self.validation_loss = self.training_loss.clone()
-        self.best_loss = start.new_full((runs,), torch.inf)
-        self.best_step = torch.zeros_like(self.best_loss, dtype=torch.long)
+    def __init__(self, start: Tensor, loss: Float[Tensor, " runs"], until: float) -> None:
+        self.steps, self.training, self.validation = [0], [torch.nan * loss], [loss]
+        self.best, self.best_loss = start, loss.where(loss < torch.inf, torch.inf)
+        self.best_step, self.goal = torch.zeros_like(loss, dtype=torch.long), until * loss
         # Until a run is at its goal, or a loss is no finite number.
-        self.running = torch.ones_like(self.best_loss, dtype=torch.bool)
+        self.running = (loss < torch.inf) & ~(loss <= self.goal)
 
-    def follow(self, step: int, loss: Float[Tensor, " runs"]) -> None:
-        """Record the losses that a step was taken on; stop runs that diverge."""
-        self.running &= loss < torch.inf
-        if step % self.every == 0:
-            self.training_loss[:, step // self.every] = loss.where(self.running, torch.nan)
-
-    def validate(self, step: int, loss: Float[Tensor, " runs"], values: Tensor) -> None:
-        """Record validation losses, keep parameters where they are the least, stop at goals."""
-        if step == 0:
-            self.goal = self.until * loss
-        self.validation_loss[:, step // self.every] = loss.where(self.running, torch.nan)
-        better = self.running & (loss < self.best_loss)
-        self.best_loss = loss.where(better, self.best_loss)
+    def record(self, step: int, training: Tensor, validation: Tensor, values: Tensor) -> None:
+        """Keep losses, and parameters where the validation loss is the least; stop at goals."""
+        self.steps.append(step)
+        self.training.append(training.where(self.running, torch.nan))
+        self.validation.append(validation.where(self.running, torch.nan))
+        better = self.running & (validation < self.best_loss)
+        self.best_loss = validation.where(better, self.best_loss)
         self.best_step.masked_fill_(better, step)
         self.best = values.where(better[:, None], self.best)
-        self.running &= (loss < torch.inf) & ~(better & (loss <= self.goal))
-
-    @property
-    def diverged(self) -> Tensor:
-        """Say which runs ended before their goal."""
-        return ~self.running & ~(self.best_loss <= self.goal)
+        self.running &= (validation < torch.inf) & ~(better & (validation <= self.goal))

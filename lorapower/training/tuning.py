@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar, get_args
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Generic, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from ..adapters import Adapters, N
 from ..errors import InputError
 from ..networks.base import Network
 
-T = TypeVar("T")
 LARGEST = torch.finfo(torch.float32).max
 Schedule = Literal["constant", "cosine"]
 Loss = Literal["squared", "one-sided"]
@@ -31,12 +30,11 @@ class Tuning:
 
     The last ``final`` of the network's ``weights`` are tuned in full, with their biases, instead of
     adapters; ``biases`` says of all or of each whether they are tuned. Adam has the L2 penalty
-    ``weight_decay``. Its rate stays ``"constant"`` or falls to 0 as half a ``"cosine"``. Raises
-    `InputError` for a value that has no meaning for any network.
+    ``weight_decay``. Its rate stays ``"constant"`` or falls to 0 as half a ``"cosine"``.
 
     Attributes
     ----------
-    ranks : int or tuple of int
+    ranks : int or sequence of int
         One for each of the network's ``weights``. One number caps all: no weight gets more than its
         smaller side, and in a plain transformer only the weights that the theorem adapts
         [thm-transformer] get adapters.
@@ -47,39 +45,27 @@ class Tuning:
     Examples
     --------
     >>> from lorapower.training import Tuning
-    >>> Tuning(ranks=[4, 0, 2], biases=False).ranks
-    (4, 0, 2)
-    >>> Tuning(ranks=2.7)
+    >>> Tuning(ranks=[4, 0, 2], biases=False).schedule
+    'constant'
+    >>> Tuning(ranks=2, final=1)
     Traceback (most recent call last):
-    lorapower.errors.InputError: ranks must be an integer from 0; got 2.7
+    lorapower.errors.InputError: final must be 0 where adapters have a rank; got 1 with ranks 2
     """
 
-    ranks: int | tuple[int, ...] = 0
+    ranks: int | Sequence[int] = 0
     final: int = 0
-    biases: bool | tuple[bool, ...] = True
+    biases: bool | Sequence[bool] = True
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     schedule: Schedule = "constant"
     loss: Loss = "squared"
 
     def __post_init__(self) -> None:
-        ranks = _one_or_each(self.ranks, lambda rank: _checks.integer("ranks", rank, 0))
-        object.__setattr__(self, "ranks", ranks)
-        object.__setattr__(self, "biases", _one_or_each(self.biases, bool))
-        if _checks.integer("final", self.final, 0) and np.any(ranks):
-            given = f"{self.final} with ranks {ranks}"
+        if _checks.integer("final", self.final, 0) and np.any(self.ranks):
+            given = f"{self.final} with ranks {self.ranks}"
             raise InputError("final", allowed="0 where adapters have a rank", given=given)
         _checks.choice("schedule", self.schedule, get_args(Schedule))
         _checks.choice("loss", self.loss, get_args(Loss))
-
-
-def _one_or_each(value: Any, read: Callable[[Any], T]) -> T | tuple[T, ...]:
-    """Read one value for all, or a sequence of them."""
-    if isinstance(value, np.ndarray | Tensor):
-        value = value.tolist()
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(map(read, value))
-    return read(value)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,8 +76,8 @@ class Training(Generic[N]):
     ``best_step``. As one batch, updates are padded with zeros to the largest rank; ``adapters[i]``
     has the ranks of its own `Tuning`, and none for a weight that was tuned in full.
     Losses are at ``steps``, 0 before the first one: ``training_loss`` on the step's batch (NaN at
-    0), ``validation_loss`` after the step; NaN once a run has ended. A run has ``diverged`` and
-    ends if a loss is no finite number.
+    0), ``validation_loss`` after the step; NaN once a run has ended, and none once all have. A run
+    has ``diverged`` and ends if a loss is no finite number.
     """
 
     network: N
@@ -102,10 +88,6 @@ class Training(Generic[N]):
     best_loss: Float[Tensor, " tunings *batch"]
     best_step: Int[Tensor, " tunings *batch"]
     diverged: Bool[Tensor, " tunings *batch"]
-
-    def __repr__(self) -> str:
-        kind, batch = type(self.network).__name__, list(self.best_loss.shape)
-        return f"Training({kind}, batch {batch}, {int(self.steps[-1])} steps)"
 
 
 class Data(ABC):
@@ -126,6 +108,7 @@ class Data(ABC):
         """Return batches of steps ``BLOCK · index`` to ``BLOCK · (index + 1)``, ``[BLOCK, …]``."""
 
 
+@dataclass(eq=False)
 class Fresh(Data):
     """Inputs ``N(0, s² I)`` drawn anew for every step, labelled by a function.
 
@@ -135,24 +118,23 @@ class Fresh(Data):
     ``purpose`` give equal inputs whatever is trained; different purposes give independent ones.
     """
 
-    def __init__(
-        self,
-        label: Callable[[Tensor], Tensor],
-        shape: tuple[int, ...],
-        *,
-        samples: int = 256,
-        scale: float = 1.0,
-        seed: int = 0,
-        purpose: tuple[str, ...] = (),
-    ) -> None:
-        if isinstance(label, nn.Module):
+    label: Callable[[Tensor], Tensor]
+    shape: tuple[int, ...]
+    _: KW_ONLY
+    samples: int = 256
+    scale: float = 1.0
+    seed: int = 0
+    purpose: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.label, nn.Module):
             allowed = "a network or a function of columns, not a module, which takes rows"
             remedy = "networks.as_network makes a network of a Sequential"
-            raise InputError("label", allowed=allowed, given=type(label).__name__, remedy=remedy)
-        # Training is in single precision, and so are its labels.
-        self.label = label.to(torch.float32) if isinstance(label, Network) else label
-        self.shape, self.samples, self.scale = tuple(shape), samples, scale
-        self.seed, self.purpose = seed, purpose
+            given = type(self.label).__name__
+            raise InputError("label", allowed=allowed, given=given, remedy=remedy)
+        if isinstance(self.label, Network):
+            # Training is in single precision, and so are its labels.
+            self.label = self.label.to(torch.float32)
         self.validation = self._draw((), 256, "validation inputs")
 
     def block(self, index: int) -> Labelled:
@@ -170,53 +152,50 @@ class Fresh(Data):
         return x.to(y.device), y
 
 
+@dataclass(eq=False)
 class Fixed(Data):
     """Given labelled inputs, of a form that `Data` describes: all in every step, or in batches.
 
     Batches of ``samples`` come in an order that is new in each epoch. An epoch uses each sample
-    once, except the few that do not fill another batch. Raises `InputError` for what is no pair,
-    for numbers that are not finite, and for labels that do not fit inputs.
+    once, except the few that do not fill another batch.
     """
 
-    def __init__(
-        self,
-        training: tuple[Any, Any],
-        validation: tuple[Any, Any],
-        *,
-        samples: int | None = None,
-        seed: int = 0,
-        purpose: tuple[str, ...] = (),
-    ) -> None:
-        self.training = _usable("training", training)
-        self.validation = _usable("validation", validation)
-        x, y = self.training
+    training: tuple[Any, Any]
+    validation: tuple[Any, Any]
+    _: KW_ONLY
+    samples: int | None = None
+    seed: int = 0
+    purpose: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.training = x, y = _usable("training", self.training)
+        self.validation = _usable("validation", self.validation)
         self._dim = 0 if x.ndim == 3 else -1
         count = x.shape[self._dim]
         if y.ndim == 0 or y.shape[self._dim] != count:
             allowed = f"of as many labels as inputs, {count}"
             raise InputError("training", allowed=allowed, given=f"labels of {tuple(y.shape)}")
-        self.samples = count if samples is None else _checks.integer("samples", samples, 1, count)
-        self.seed, self.purpose = seed, purpose
+        if self.samples is not None:
+            _checks.integer("samples", self.samples, 1, count)
 
     def block(self, index: int) -> Labelled:
         x, y = self.training
         count = x.shape[self._dim]
-        if self.samples == count:
+        samples = self.samples or count
+        if samples == count:
             return x.expand(self.BLOCK, *x.shape), y.expand(self.BLOCK, *y.shape)
-        per_epoch = count // self.samples
-        places = [divmod(self.BLOCK * index + step, per_epoch) for step in range(self.BLOCK)]
-        orders = {epoch: self._order(epoch, count) for epoch in {epoch for epoch, _ in places}}
-        batches = [orders[epoch].split(self.samples)[batch] for epoch, batch in places]
+        places = [divmod(self.BLOCK * index + i, count // samples) for i in range(self.BLOCK)]
+        orders = {}
+        for epoch in {epoch for epoch, _ in places}:
+            generator = randomness.generator(self.seed, *self.purpose, "order", epoch)
+            order = torch.randperm(count, generator=generator, device="cpu")
+            orders[epoch] = order.to(x.device)
+        batches = [orders[epoch].split(samples)[batch] for epoch, batch in places]
 
         def pick(part: Tensor) -> Tensor:
             return torch.stack([part.index_select(self._dim, batch) for batch in batches])
 
         return pick(x), pick(y)
-
-    def _order(self, epoch: int, count: int) -> Tensor:
-        generator = randomness.generator(self.seed, *self.purpose, "order", epoch)
-        order = torch.randperm(count, generator=generator, device="cpu")
-        return order.to(self.training[0].device)
 
 
 def _usable(name: str, labelled: tuple[Any, Any]) -> Labelled:

@@ -126,7 +126,7 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
     "LowRank": (lambda A, B: LowRank(A, B).balanced().matrix(), [M, matrix(5, 3)]),
     "second_moment_root": (partial(second_moment_root, ridge=0.1), [matrix(3, 9)]),
     "truncate": (
-        lambda A, Z, R: truncate(A, 2, inputs=Z, metric=R).update.matrix(),
+        lambda A, Z, R: truncate(A, 2, inputs=Z, metric=R).matrix(),
         [M, matrix(3, 7), N],
     ),
     "reduced_rank": (
@@ -156,10 +156,6 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
     "transformer_ranks": (least_rank, [heads, heads]),
     "transformer_ranks, norms": (least_rank, [normed, normed]),
     "attention_floor": (lambda f, t: bounds.attention_floor(f, t, X, 1).value, [normed] * 2),
-    "feed_forward_floor": (
-        lambda f, t: bounds.feed_forward_floor(f, t, X, 3).value,
-        [normed] * 2,
-    ),
     "sure": (lambda A: DESIGN.sure(lowrank.spectrum(A)), [matrix(4, 6)]),
     "shrink_values": (lambda A: DESIGN.shrink_values(lowrank.spectrum(A)), [matrix(4, 6)]),
     "adapt_linear": (of_linear_adapt, [deep(2), deep(1)]),
@@ -169,8 +165,8 @@ CASES: dict[str, tuple[Callable[..., Any], Sequence[Maker]]] = {
 }
 
 
-# These go through members one by one, and need one.
-BY_MEMBER = {"attention_floor", "feed_forward_floor"}
+# This goes through members one by one, and needs one.
+BY_MEMBER = {"attention_floor"}
 
 
 def batch_of(value: Any) -> tuple[int, ...]:

@@ -128,6 +128,11 @@ DOORS = [
         {"W_O": [ONE.W_O * torch.nan], "W_1": [ONE.W_1[..., :2]], "W_K": [ONE.W_K[:, :0]]},
     ),
     Door(lambda parameters: ONE.replace(**parameters), {"parameters": {}}, {"parameters": [BIAS]}),
+    Door(
+        lambda settings: Transformer(ONE.parameters, settings),
+        {"settings": ONE.settings},
+        {"settings": [FEW.settings]},
+    ),
     Door(lambda biases: ONE.replace(**biases), {"biases": {}}, {"biases": UNLIKE}),
     Door(
         Adapters((LowRank(X, X[:, :4]),) * 2, (X[:, 0],) * 2).merge,
@@ -208,7 +213,7 @@ DOORS = [
         {"frozen": ["text"], "target": [LINEAR["target"]], "ranks": RANKS, "on": [None]},
     ),
     Door(adapt, LINEAR | {"ranks": 1, "on": None}, {"on": [X]}),
-    Door(adapt, HEADS | {"ranks": 3, "on": None}, {"on": [X], "partition": [Partition([1])]}),
+    Door(adapt, HEADS | {"ranks": 3, "on": None}, {"on": [X]}),
     Door(
         rank_for_error,
         LINEAR | {"error": 0.5, "on": X},
@@ -270,7 +275,7 @@ DOORS = [
     ),
     Door(
         bounds.necessary_ranks,
-        {"network": UNRELATED, "packed": True},
+        {"network": UNRELATED},
         {"network": [HEADS["target"], UNRELATED.replace(activation="gelu_tanh"), FEW]},
     ),
     Door(

@@ -63,7 +63,7 @@ def test_adapt_is_the_construction_of_the_kind(kind: str) -> None:
     found = adapt(frozen, target, 3, *on)
     expected: Any = construct(frozen, target, 3, *on)  # type: ignore[operator]
     assert type(found.evidence) is type(expected)
-    assert bool(found.success)
+    assert bool(found.evidence.success)
     assert type(found.network) is type(frozen)
     for mine, other in zip(found.adapters.updates, expected.adapters.updates, strict=True):
         assert torch.equal(mine.matrix(), other.matrix())

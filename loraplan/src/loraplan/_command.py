@@ -105,10 +105,6 @@ class _PlanOptions(_Options):
         False,
         "--estimate",
     )
-    work: Path | None = _flag(
-        "Folder for results of finished stages: the same command goes on from there if it was "
-        "interrupted."
-    )
     details: bool = _flag("Print the size, rank and loss of each module.", False, "--details")
     thorough: bool = _flag(
         f"Plan with {MOST_TEXTS} texts of any length, certify with {fewest(MOST_TEXTS)}, and "

@@ -18,7 +18,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import _randomness
-from ._folders import StageCache
 from ._lowrank import LowRank
 from ._measuring import Readout, sum_by_text
 from ._models import has_bfloat16
@@ -239,7 +238,6 @@ class Slopes:
         draw: Callable[[int, Tensor], Sequence[Tensor]] | None,
         *,
         seed: int,
-        work: StageCache | None = None,
         report: Callable[[int, int], None] = lambda *_: None,
     ) -> list[Float[Tensor, "rows directions"]]:
         """Take moments, find directions, and differentiate along them: one pass over all stages.
@@ -257,13 +255,8 @@ class Slopes:
         stages: dict[int, list[str]] = {k: [] for k in range(len(network.blocks), -1, -1)}
         for name in self._modules:
             stages.setdefault(network.stage(name), []).append(name)
-        work, finished = work or StageCache(None, {}), 0
-        if before := work.find("slopes"):
-            finished, once, many, products, kept = before
-            for name, (two, *about) in kept.items():
-                self.directions[name] = Directions(LowRank(*two), *about)
-        report(finished, len(stages))
-        for done, k in enumerate([*stages][finished:], 1 + finished):
+        report(0, len(stages))
+        for done, k in enumerate(stages, 1):
             weights = network.stage_weights(k)
             runs: dict[int, _Run] = {}
             rows: dict[str, list[Any]] = {n: [] for n in stages[k] if n not in self._known}
@@ -290,9 +283,6 @@ class Slopes:
                 for name, product in self._products(i, run, many[i]).items():
                     # Of embeddings that are a head, too, both count.
                     products[name][i] = products[name].get(i, 0.0) + product
-            each = self.directions.items()
-            kept = {n: ((x.update.left, x.update.right), *x[1:]) for n, x in each}
-            work.save("slopes", (done, once, many, products, kept))
             report(done, len(stages))
         joined = []
         for i, along in sorted(many.items()):

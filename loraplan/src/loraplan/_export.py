@@ -55,13 +55,7 @@ _NO_MODULES, _TYING = "dummy-target-modules", "embed_tokens"
 
 
 def save_peft(
-    folder: Path | str,
-    network: nn.Module,
-    updates: Mapping[str, LowRank],
-    *,
-    biases: bool = False,
-    base: str | None = None,
-    **options: Any,
+    folder: Path | str, network: nn.Module, updates: Mapping[str, LowRank], *, biases: bool = False
 ) -> None:
     """Write updates ``ΔW = A Bᵀ`` of a network's modules as an adapter that peft reads.
 
@@ -76,12 +70,8 @@ def save_peft(
         embedding, ``[words, width]``, is transposed: its ``in`` are words.)
     biases : bool
         Whether all biases are written too, as they are in the network.
-    base : str, optional
-        The name of the base for the configuration.
-    **options
-        Other entries of ``peft.LoraConfig``, such as ``modules_to_save``.
     """
-    _write(folder, _attach(network, updates, biases=biases, **options), base)
+    _write(folder, _attach(network, updates, biases=biases))
 
 
 def _attach(network: nn.Module, updates: Mapping[str, LowRank], **options: Any) -> Any:
@@ -118,7 +108,7 @@ def _set(module: nn.Module, name: str, values: Tensor) -> None:
     module.get_submodule(owner)._parameters[part] = nn.Parameter(values.clone().contiguous())
 
 
-def _write(folder: Path | str, wrapped: Any, base: str | None) -> None:
+def _write(folder: Path | str, wrapped: Any, base: str | None = None) -> None:
     """Write an adapter that is in a network."""
     config = wrapped.peft_config["default"]
     config.base_model_name_or_path = base

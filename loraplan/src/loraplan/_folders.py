@@ -5,18 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from ._errors import InputError, ResultsError
 
@@ -48,14 +43,6 @@ def sample(folder: Path) -> str:
             for k in range(64):
                 opened.seek(k * max(size - 4096, 0) // 63)
                 found.update(opened.read(4096))
-    return found.hexdigest()[:16]
-
-
-def digest_numbers(tensors: Iterable[Tensor]) -> str:
-    """A short digest of numbers."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
 
 
@@ -119,18 +106,6 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
-    """Give a file to write, which takes the place of another when it is whole."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    with writing(file.parent):
-        try:
-            yield partial
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
 def write_folder(folder: Path, *, own: Collection[str] = ()) -> Iterator[Path]:
     """Give a folder to fill, which takes its name when complete and is gone if anything fails.
 
@@ -159,49 +134,10 @@ def write_folder(folder: Path, *, own: Collection[str] = ()) -> Iterator[Path]:
 
 def rewrite(file: Path, text: str) -> None:
     """Replace a file by a whole one."""
-    with _replacing(file) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-class StageCache:
-    """Results of finished stages in a folder, from which a run that was killed goes on.
-
-    They are tensors by name, each written whole or not at all; without a folder nothing. Raises
-    `InputError` for a folder with something else than results ``about`` the same from the same
-    `versions`, and `ResultsError` for one that cannot be written.
-    """
-
-    def __init__(self, folder: Path | str | None, about: Mapping[str, Any]) -> None:
-        self._folder = None if folder is None else Path(folder).expanduser()
-        if self._folder is None:
-            return
-        text = json.dumps({**about, "versions": versions()}, sort_keys=True, indent=2)
-        file = self._folder / "about.json"
-        with writing(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            there = file.read_text("utf-8") if file.is_file() else None
-            others = [path for path in self._folder.iterdir() if not path.name.startswith(".")]
-        if there != text and others:
-            allowed = (
-                "a new folder, or that of a run with these models, texts, options and versions"
-            )
-            raise InputError("work", allowed, folder, "name another folder, or remove this one")
-        rewrite(file, text)
-
-    def find(self, name: str) -> Any:
-        """Find what was saved by a name; ``None`` if nothing was."""
-        if self._folder and (file := self._folder / f"{name}.pt").is_file():
-            # One that is damaged is computed again.
-            with contextlib.suppress(EOFError, OSError, RuntimeError, UnpicklingError):
-                return torch.load(file, weights_only=True)
-        return None
-
-    def save(self, name: str, value: Any) -> None:
-        """Save tensors, in place of what was saved by this name."""
-        if self._folder:
-            with _replacing(self._folder / f"{name}.pt") as partial:
-                try:
-                    torch.save(value, partial)
-                except RuntimeError as error:
-                    # As torch says it of a disk that is full.
-                    raise OSError(str(error).splitlines()[0]) from error
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    with writing(file.parent):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -59,13 +59,5 @@ class LowRank:
         """Keep the first columns of both factors."""
         return LowRank(self.left[..., :rank], self.right[..., :rank])
 
-    def balanced(self) -> LowRank:
-        """Rescale columns so that each is as long in one factor as in the other."""
-        sides = [torch.linalg.vector_norm(f, dim=-2, keepdim=True) for f in (self.left, self.right)]
-        root = (sides[0] / sides[1]).sqrt()
-        # A column of zeros stays one.
-        root = torch.where(root.isfinite() & (root > 0), root, 1)
-        return LowRank(self.left / root, self.right * root)
-
     def __repr__(self) -> str:
         return f"LowRank(left={[*self.left.shape]}, right={[*self.right.shape]})"

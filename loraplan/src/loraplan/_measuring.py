@@ -54,22 +54,18 @@ class Measured(NamedTuple):
     variation : float
         The mean total variation ``½‖p̄ − p̂‖₁`` of the distributions, averaged over each text and
         then over texts: of draws from both, coupled at best, this share differs.
-    accuracy : float
-        The share of right decisions of the adapted network; NaN without labels.
-    base_accuracy : float
-        The same of the base.
-    tuned_accuracy : float
-        The same of the tuned network.
+    accuracy, base_accuracy, tuned_accuracy : float
+        Shares of right decisions of the adapted network, the base and the tuned network; NaN
+        without labels.
     evidence : Evidence, optional
         What all texts that were ever checked say of the certificate in an adapter's
         ``report.json``.
     kept : bool
         Whether that file has the evidence now, so that the next check goes on from there.
-    bfloat16 : float
-        The error of the adapter, merged, with weights and values in bfloat16, against the tuned
-        outputs in float32; NaN unless a check asks for it, and where peft cannot merge the adapter.
-    tuned_bfloat16 : float
-        The same of the tuned network.
+    bfloat16, tuned_bfloat16 : float
+        The errors of the adapter, merged, and of the tuned network with weights and values in
+        bfloat16, against the tuned outputs in float32; NaN unless a check asks for them, and where
+        peft cannot merge the adapter.
     differing : dict
         Entries of the configuration, which an adapted network has from the base, of which the tuned
         model has others, with both values: the loss counts them.

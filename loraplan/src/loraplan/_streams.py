@@ -240,27 +240,21 @@ class Network:
 
 
 def stream(
-    pair: Pair,
-    which: str | Adapter,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    read: Reader | None = None,
+    pair: Pair, which: str | Adapter, device: torch.device, read: Reader | None = None
 ) -> Network:
     """The network of the ``"base"``, of the ``"tuned"`` checkpoint, or of the base adapted.
 
-    An adapter is merged in other types than float32, and of embeddings and heads always.
+    An adapter of embeddings and heads is merged.
     """
     factors: dict[str, LowRank] = {}
     if isinstance(which, Adapter):
-        apart = pair.modules.keys() - pair.words.keys() if dtype == torch.float32 else ()
-        factors = {name: update for name, update in which.factors.items() if name in apart}
-        merged = {n: update for n, update in which.factors.items() if n not in factors}
+        merged = {n: update for n, update in which.factors.items() if n in pair.words}
+        factors = {n: update for n, update in which.factors.items() if n not in merged}
         read = read or pair.reader(Adapter(merged, which.biases))
     skeleton = pair.skeleton("tuned" if which == "tuned" else "base")
-    # In another type logits are rounded too.
-    same_head = dtype == torch.float32 and (which == "tuned" or pair.keeps_head(which))
-    about: dict[str, Any] = {"device": device, "dtype": dtype, "same_head": same_head}
-    return Network(pair, skeleton, read or pair.reader(which), factors=factors, **about)
+    about: dict[str, Any] = {"device": device, "factors": factors}
+    about["same_head"] = which == "tuned" or pair.keeps_head(which)
+    return Network(pair, skeleton, read or pair.reader(which), **about)
 
 
 class TextStates:

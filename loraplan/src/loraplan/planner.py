@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -20,7 +19,6 @@ from torch import Tensor
 from . import _checks, _effect, _randomness
 from ._effect import Directions, GreedySelection, Moments
 from ._errors import InputError
-from ._folders import StageCache, digest_numbers
 from ._limits import are_alike, quantile
 from ._lowrank import LowRank
 from ._measuring import Measurement, Readout, TunedOutputs, measure_networks
@@ -73,9 +71,6 @@ class Planner:
         The highest rank of a module.
     device, report
         Where texts pass, and what receives progress: the stage, the steps done, their number.
-    work : Path or str, optional
-        A folder for the results of stages that are finished, from which the same call goes on
-        after it was interrupted.
 
     Attributes
     ----------
@@ -99,7 +94,6 @@ class Planner:
         max_rank: int = 64,
         seed: int = 0,
         device: str = "cpu",
-        work: Path | str | None = None,
         report: Report | None = None,
     ) -> None:
         """Pass texts through both networks."""
@@ -114,9 +108,6 @@ class Planner:
         self.texts = prepare(pair, texts, held_out, tokens=tokens, thorough=thorough, seed=seed)
         self.probes = _THOROUGH if thorough else _effect.PROBES
         memory = require_memory(self._memory())
-        given = (x for part in self.texts[:3] for batch in part for x in batch)
-        about = {"texts": digest_numbers(given), "pair": pair.fingerprint}
-        self._stages = StageCache(work, about | {"device": self.device.type} | self.options)
         self.readout = Readout(stream(pair, "tuned", self.device))
         # The largest size so far, and the directions for it.
         self._selection: tuple[int, GreedySelection] | None = None
@@ -152,16 +143,12 @@ class Planner:
         choice = _effect.choose(self.candidates, *self.sketches, parameters)
         return self.with_gains(choice.gains(parameters))
 
-    def offer(self, parameters: int) -> Adapter:
-        """Make the `candidate`, or the adapter of rank 0 everywhere where that loses less.
+    def no_worse(self, adapter: Adapter) -> Adapter:
+        """Take an adapter or, if its `error` is less, the one of rank 0 everywhere.
 
-        What they lose is the `error`. The second differs from the base by what adapters carry
-        beside factors, and derivatives at the tuned network say little of so large a step.
+        That differs from the base by what adapters carry beside factors, and derivatives at the
+        tuned network say little of so large a step.
         """
-        return self._no_worse(self.candidate(parameters))
-
-    def _no_worse(self, adapter: Adapter) -> Adapter:
-        """This adapter or, if that loses less, the one of rank 0 everywhere."""
         nothing = self.with_gains(torch.zeros_like(self.candidates.costs))
         return min(nothing, adapter, key=self.error) if adapter.factors else adapter
 
@@ -199,24 +186,20 @@ class Planner:
             if lost(self.run((adapter, "select"))[0].squares) <= error:
                 break
             if high == self.most:
-                return self._no_worse(adapter)
+                return self.no_worse(adapter)
             low, high = high, min(2 * high, self.most)
-        # Several at a time where reading weights takes time.
-        parts = [1 / 2] if self.device.type == "cpu" else [part / 5 for part in range(1, 5)]
         while high > 1.05 * low + self.parameters(1) // 50:
             steps = math.log(high / low) / math.log(1.05) if low else 2**6
-            total = done + max(1, math.ceil(math.log(steps, 1 + len(parts))))
+            total = done + max(1, math.ceil(math.log2(steps)))
             self.report("searching the smallest adapter", done, total)
             done += 1
-            between = (round(low ** (1 - x) * high**x if low else x * high) for x in parts)
-            if not (sizes := sorted({*between} - {low, high})):
+            size = round(low**0.5 * high**0.5 if low else high / 2)
+            if size in (low, high):
                 break
-            tried = [*map(self.at, sizes)]
-            ran = self.run(*((smaller, "select") for smaller in tried))
-            for size, smaller, measurement in reversed([*zip(sizes, tried, ran, strict=True)]):
-                if lost(measurement.squares) > error:
-                    low = size
-                    break
+            smaller = self.at(size)
+            if lost(self.run((smaller, "select"))[0].squares) > error:
+                low = size
+            else:
                 adapter, high = smaller, size
         self.report("searching the smallest adapter", done, done)
         return adapter
@@ -258,21 +241,8 @@ class Planner:
 
     def run(self, *adapters: tuple[Adapter, Part]) -> list[Measurement]:
         """Pass texts through the base with an adapter; all of these together, block by block."""
-        names, networks = [], []
-        for adapter, part in adapters:
-            sides = (side for each in adapter.factors.values() for side in (each.left, each.right))
-            names.append(f"{part}-{digest_numbers([*sides, *adapter.biases.values()])}")
-            network = stream(self.pair, adapter, self.device)
-            networks.append((network, getattr(self, part)))
-        found = [self._stages.find(name) for name in names]
-        again = [i for i, states in enumerate(found) if states is None]
-        for i, measurement in zip(
-            again, measure_networks([networks[i] for i in again]), strict=True
-        ):
-            found[i] = measurement.states
-            self._stages.save(names[i], measurement.states)
-        each = zip(networks, found, strict=True)
-        return [Measurement(part, network, states) for (network, part), states in each]
+        networks = ((stream(self.pair, adapter, self.device), part) for adapter, part in adapters)
+        return measure_networks([(network, getattr(self, part)) for network, part in networks])
 
     def error(self, adapter: Adapter) -> float:
         """Measure ``η`` on the texts for selection."""
@@ -320,13 +290,7 @@ class Planner:
             self.readout.network, [*fit, *select, *stated], len(fit) + len(select)
         )
         base = TextStates(stream(self.pair, "base", self.device), [*select, *stated])
-        passed = self._stages.find("passed")
-        if passed is None:
-            advance([self._tuned, base], functools.partial(self.report, stage))
-            passed = [(each.hidden, each.kept, each.states) for each in (self._tuned, base)]
-            self._stages.save("passed", passed)
-        for each, (hidden, kept, states) in zip((self._tuned, base), passed, strict=True):
-            each.hidden, each.kept, each.states = hidden, kept, states
+        advance([self._tuned, base], functools.partial(self.report, stage))
         parts = [*fit, *select], select, stated
         ends = slice(len(parts[0])), slice(len(fit), len(parts[0])), slice(len(parts[0]), None)
         states = (self._tuned.states[end] for end in ends)
@@ -357,9 +321,7 @@ class Planner:
 
         slopes = self.slopes(self.modules)
         tell = functools.partial(self.report, "directions of changes and their derivatives")
-        rows = slopes.collect_derivatives(
-            self._decompose, draw, seed=self.seed, work=self._stages, report=tell
-        )
+        rows = slopes.collect_derivatives(self._decompose, draw, seed=self.seed, report=tell)
         weighted = {name: slopes.directions[name] for name in self.modules}
         # They take much memory, and a later look at moments can have them again.
         self._tuned.kept = []

@@ -53,7 +53,6 @@ class PlanOptions(TypedDict, total=False):
     serving: bool
     seed: int
     device: str
-    work: Path | str | None
     report: Report | None
     any_base: bool
 
@@ -145,12 +144,6 @@ class Plan:
         if self.aim is None:
             return self.measured.error <= 1 + _RELOADED
         return self.stated <= self.aim
-
-    def __repr__(self) -> str:
-        error, number = self.measured.error, self.adapter.parameters
-        highest = max(self.adapter.ranks.values(), default=0)
-        said = f"error {error:.3g}, certified {self.certified:.3g}; {number} parameters"
-        return f"Plan({said}, ranks to {highest})"
 
     def table(self) -> pd.DataFrame:
         """Make a table with each module's size, rank, and the part of the effect it loses alone."""
@@ -269,7 +262,7 @@ def plan(
         found = _state(planner, Adapter({}, {}), aim, estimate)
     elif aim is None:
         number = number if rank is None else planner.parameters(number)
-        found = _state(planner, planner.offer(number), aim, estimate)
+        found = _state(planner, planner.no_worse(planner.candidate(number)), aim, estimate)
     else:
         found = _search(planner, aim, estimate)
     if not planner.equal:
@@ -313,7 +306,8 @@ def prices(
     planner = _prepare(base, tuned, texts, options)
     ranks = range(_limits.SIZES)
     numbers = {min(planner.parameters(1) * 2**k // 4, planner.most) for k in ranks}
-    adapters = {each.parameters: each for each in map(planner.offer, sorted(numbers))}
+    offers = (planner.no_worse(planner.candidate(number)) for number in sorted(numbers))
+    adapters = {each.parameters: each for each in offers}
     rows, test = [], planner.test
     for done, adapter in enumerate(adapters.values()):
         planner.report("measuring", done, len(adapters))
@@ -360,8 +354,6 @@ def extract(
     overwrite = _checks.flag("overwrite", overwrite)
     require_apart("out", out, [base, tuned])
     folder = require_free("out", out, overwrite=overwrite, own=_export.FILES)
-    if (work := options.get("work")) is not None:
-        require_apart("work", work, [base, tuned, folder])
     start = time.perf_counter()
     result = plan(base, tuned, texts, **options)
     if not result.reached:
@@ -437,7 +429,8 @@ def check(
     _require_runs(adapter, adapted, Batch._make(part[:1] for part in batches[0]))
     networks = [stream(pair, "tuned", where), stream(pair, "base", where), adapted]
     if dtype == "bfloat16":
-        networks.append(stream(pair, "tuned", where, torch.bfloat16))
+        half: dict[str, Any] = {"device": where, "dtype": torch.bfloat16}
+        networks.append(Network(pair, pair.skeleton(), pair.reader("tuned"), **half))
         merged = _export.load_merged(adapter, pair, where)
         networks += [] if merged is None else [merged]
     passes = [TextStates(network, batches) for network in networks]

@@ -17,29 +17,26 @@ GREY = "0.4"
 DARK = "0.15"
 _BLUE, _YELLOW, _GREEN, _ORANGE, _PINK, _BROWN, *_, _SKY = sns.color_palette("colorblind")
 
-#: Colour of each method, by its name in the column of methods.
-COLORS: dict[str, ColorType] = {
-    "construction": _BLUE,
-    "fitted": _GREEN,
-    "trained": _ORANGE,
-    "final layers": _PINK,
-    "all weights": _YELLOW,
-    "random": _BROWN,
-    "pretrained": _SKY,
-    "by effect": _BLUE,
-    "by norm": GREY,
-    "same rank": GREY,
-    "target": DARK,
-    "frozen": GREY,
-    "bound": DARK,
-    "predicted": GREY,
-    "floor": GREY,
-}
 # What is computed and not measured has no marker.
-_MARKERS = {
-    **{"construction": "o", "fitted": "D", "trained": "s", "final layers": "^", "all weights": "v"},
-    **{"random": "P", "pretrained": "X", "by effect": "o", "by norm": "s", "same rank": "s"},
+_LOOKS: dict[str, tuple[ColorType, str]] = {
+    "construction": (_BLUE, "o"),
+    "fitted": (_GREEN, "D"),
+    "trained": (_ORANGE, "s"),
+    "final layers": (_PINK, "^"),
+    "all weights": (_YELLOW, "v"),
+    "random": (_BROWN, "P"),
+    "pretrained": (_SKY, "X"),
+    "by effect": (_BLUE, "o"),
+    "by norm": (GREY, "s"),
+    "same rank": (GREY, "s"),
+    "target": (DARK, ""),
+    "frozen": (GREY, ""),
+    "bound": (DARK, ""),
+    "predicted": (GREY, ""),
+    "floor": (GREY, ""),
 }
+#: Colour of each method, by its name in the column of methods.
+COLORS = {method: color for method, (color, _) in _LOOKS.items()}
 # Depths are shades up to this one.
 _DEEPEST = 16
 # Methods of one chapter alone take these colours, which have no meaning elsewhere.
@@ -70,7 +67,7 @@ def look(method: Any, methods: Sequence[Any], kind: int) -> dict[str, Any]:
     """Choose colour and marker of one of the methods, and its kind of line; depths are integers."""
     free = [other for other in methods if isinstance(other, str) and other not in COLORS]
     if method in COLORS:
-        color, marker = COLORS[method], _MARKERS.get(method, "")
+        color, marker = _LOOKS[method]
     elif method in free:
         place = free.index(method)
         color, marker = _FREE[place % len(_FREE)], _SHAPES[place % len(_SHAPES)]
@@ -78,9 +75,8 @@ def look(method: Any, methods: Sequence[Any], kind: int) -> dict[str, Any]:
         shade = 0.8 * min(math.log(max(method, 1)) / math.log(_DEEPEST), 1)
         color, marker = mpl.colormaps["viridis"](shade), _SHAPES[(method - 1) % len(_SHAPES)]
     kind = 2 if method == "predicted" else kind
-    fill = "full" if kind % 2 else "none"
-    line = LINES[kind % len(LINES)]
-    return {"color": color, "marker": marker, "linestyle": line, "fillstyle": fill}
+    lines = {"linestyle": LINES[kind % len(LINES)], "fillstyle": "full" if kind % 2 else "none"}
+    return {"color": color, "marker": marker} | lines
 
 
 def mark_rounding(ax: Axes, level: float) -> None:

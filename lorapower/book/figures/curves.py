@@ -13,7 +13,6 @@ import seaborn as sns
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
@@ -50,10 +49,9 @@ def tidy(
     tables = []
     for method in next(iter(columns.values())):
         at = np.asarray(x[method] if isinstance(x, Mapping) else x, dtype=float)
-        values = {name: np.asarray(column[method]) for name, column in columns.items()}
-        named = {"x": at} | values
+        named = {"x": at} | {name: np.asarray(column[method]) for name, column in columns.items()}
         rows = np.broadcast_arrays(*(array.reshape(len(at), -1) for array in named.values()))
-        flat = dict(zip(named, (array.ravel() for array in rows), strict=True))
+        flat = {name: array.ravel() for name, array in zip(named, rows, strict=True)}
         tables.append(pd.DataFrame({"method": method, **flat}))
     return pd.concat(tables, ignore_index=True)
 
@@ -134,13 +132,13 @@ def error_against_rank(
         if thresholds:
             threshold = thresholds[rows.method.iloc[0]]
             ax.axvline(threshold, **_MARK | {"color": aspect["color"]})
-    _finish(ax, _ROUNDING, "linear", yscale, xlabel=xlabel, ylabel=ylabel)
-    kinds: dict[str, dict[str, Any]] = {}
     if "predicted" in data:
-        kinds = {"measured": {"marker": "o", "mfc": "none", "ls": ""}, line: {"ls": "-"}}
+        ax.plot([], [], "o", color=GREY, mfc="none", label="measured")
+        ax.plot([], [], "-", color=GREY, label=line)
     if thresholds:
-        kinds["threshold"] = {"ls": ":"}
-    _name(figure, {name: Line2D([], [], color=GREY, **kind) for name, kind in kinds.items()})
+        ax.plot([], [], ":", color=GREY, label="threshold")
+    _finish(ax, _ROUNDING, "linear", yscale, xlabel=xlabel, ylabel=ylabel)
+    _name(figure)
     return figure
 
 
@@ -205,12 +203,11 @@ def _finish(ax: Axes, rounding: float | None, xscale: str, yscale: str, **labels
         mark_rounding(ax, rounding)
 
 
-def _name(figure: Figure, more: Mapping[str, Artist] | None = None) -> None:
+def _name(figure: Figure) -> None:
     """Add a legend above the panels, where it hides no curve, with each name once."""
     shown: dict[str, Artist] = {}
     for line in (line for ax in figure.axes for line in ax.lines):
         if not str(line.get_label()).startswith("_"):
             shown.setdefault(str(line.get_label()), line)
-    shown |= more or {}
     columns = 3 if max(map(len, shown)) <= _SHORT else 2
     figure.legend([*shown.values()], [*shown], loc="outside upper center", ncols=columns)
