@@ -173,7 +173,7 @@ $(out)/chapters/%.ipynb: chapters/%.ipynb tools/execute.py $(ready)
 	+@echo 'Executing $< (profile $(PROFILE))'
 	@$(bin)/python tools/execute.py $< $@ $(PROFILE) $(JOBS) $(if $(filter-out $<,$?),,--reworded)
 
-$(pair): $(addprefix loraplan/src/loraplan/,_example.py _models.py) $(ready)
+$(pair): $(addprefix loraplan/src/loraplan/,_example.py _models.py _randomness.py) $(ready)
 	+@echo 'Making the example that chapters share'
 	@rm -rf $(@D)
 	@$(bin)/python -c 'from records import pairs; pairs.example()'

@@ -33,7 +33,7 @@ def is_narrow(gap: Gap) -> bool:
 
 
 def require_ranks(gap: Gap, ranks: Mapping[str, int]) -> None:
-    """Refuse ranks of two weights, by name, below those of `narrow_head_ranks`."""
+    """Refuse ranks of two weights, by name, that are below what heads need [prop-narrow-heads]."""
     r_1, r_2, together = (
         max(each.flatten().tolist(), default=0) for each in narrow_head_ranks(gap)[:3]
     )

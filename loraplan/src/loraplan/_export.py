@@ -307,7 +307,7 @@ def load_merged(folder: Path, pair: Pair, device: torch.device, dtype: torch.dty
 
 
 def estimate(pair: Pair, adapter: Adapter, rank: int | None = None) -> tuple[int, int]:
-    """Count the numbers that `save` would write, and about how many bytes they take."""
+    """Count the numbers that ``save`` would write, and about how many bytes they take."""
     from peft import get_peft_model_state_dict
 
     adapter = _pad(pair, adapter, rank)
