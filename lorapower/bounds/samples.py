@@ -182,7 +182,7 @@ def fit(
     >>> A, B = randomness.normal(draw, 2, 16, 2)
     >>> x, noise = randomness.normal(draw, 2, 16, 400)
     >>> samples.fit(frozen, x, frozen(x) + A @ B.mT @ x + noise).rank
-    3
+    2
     """
     found, whitened, design = _observe(frozen, inputs, outputs, noise)
     risks = design.sure(found.S).nan_to_num(torch.inf, torch.inf)

@@ -43,7 +43,7 @@ def test_adapters_for_tunings_are_measured(tmp_path: Path, monkeypatch: Patch) -
     assert table.carried["mergekit"] == 3 * sides
     assert table.carried["effect of blocks"] > table.carried["effect"]
     planner = plans.plan("a", plans.BLOCKS)
-    some, more = (plans.least(planner, "peft, energy", error) for error in (9, 0.1))
+    some, more = (plans.least(planner, "peft, energy", error) for error in (9, 0.01))
     assert some.parameters < more.parameters
     assert planner.error(more) <= 0.1
 

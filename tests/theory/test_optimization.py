@@ -115,7 +115,7 @@ def test_critical_points_and_their_curvature_correspond(
     ranks: tuple[int, ...], kept: list[int]
 ) -> None:
     """Of one adapter and of several layers, one singular, which no search meets, or none."""
-    size, rank, seed = 3, sum(ranks), kept[-1] + len(kept)
+    size, rank, seed = 3, sum(ranks), kept[-1] + len(kept) + 2
     W = [random_matrix(3, 3, condition_number=3.0, seed=seed, purpose=f"{l}") for l in range(3)]
     merged = [chain(size, W[:l]) for l in range(len(ranks) + 1)]
     P = merged[-1]
