@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import checkpoint_files as files
+import numpy as np
 import pytest
 import torch
 from checkpoint_files import Patch
@@ -40,7 +41,7 @@ from loraplan._measuring import measure_networks
 from loraplan._streams import stream
 
 Places = tuple[str, str]
-BERT = "BertForSequenceClassification"
+BERT, LLAMA = "BertForSequenceClassification", "LlamaForCausalLM"
 TEXTS, FRESH = files.texts(140), files.texts(140, 1)
 
 
@@ -212,39 +213,72 @@ def test_plans_are_certified(places: Places, tmp_path: Path) -> None:
     report = json.loads((out / _export.REPORT).read_text())
     typical = math.sqrt(plan.planner.select.effect.mean())
     assert (report["certified"], report["typical_effect"]) == (0.02, typical)
+    # Checks keep nothing, and say more with more texts.
+    kept = {file: file.read_bytes() for file in out.iterdir()}
+    few, many, again = (
+        loraplan.check(out, places[1], some, base=places[0])
+        for some in (FRESH[:50], FRESH, FRESH[::-1])
+    )
+    assert kept == {file: file.read_bytes() for file in out.iterdir()}
+    assert (few.texts, many.texts) == (50, 140)
+    assert few.own_effect >= many.own_effect
+    assert few.same_repeated < many.same_repeated <= many.same < 1
+    assert many.same_repeated == again.same_repeated
+    # The base that an adapter names is the default.
+    assert loraplan.check(out, places[1], FRESH).own_effect == many.own_effect
 
-    def check(texts: list[str], *, changed: Any = None, **options: Any) -> Any:
-        if changed is not None:
-            (out / _export.REPORT).write_text(json.dumps(report | changed))
-        return loraplan.check(places[0], str(out), places[1], texts, **options)
 
-    # The texts of the plan confirm nothing, however many fresh ones stand beside them.
-    assert len(report["used_texts"]) == 70 + 61
-    used = [text for text in TEXTS if _texts._digest(text) in report["used_texts"]]
-    with pytest.raises(InputError, match=r"at least 1 text that neither the .* used; got 0"):
-        check(used)
-    assert check(FRESH, tokens=99).evidence is None
-    first = check([*used, *(f"  {text} " for text in used), *FRESH[:20], *FRESH[:20]])
-    assert (first.texts, first.evidence.verdict) == (40, "undecided")
-    # Others are counted once, and added.
-    second = check(FRESH)
-    assert (second.texts, *second.evidence[:1], second.evidence.verdict) == (120, 160, "confirmed")
-    with pytest.raises(InputError, match="got 0"):
-        check(FRESH)
-    kept = json.loads((out / _export.REPORT).read_text())
-    assert kept.pop("evidence")["texts"] == 160
-    assert kept == report
-    out.chmod(0o500)
-    failed = check(FRESH, changed={"certified": plan.measured.certified / 100})
-    assert (failed.evidence.verdict, failed.kept) == ("failed", os.getuid() == 0)
-    out.chmod(0o700)
-    for strange in (None, "high", math.nan):
-        assert check(FRESH, changed={"certified": strange}).evidence is None
-    assert check(FRESH, changed={"evidence": {"texts": "many"}}).evidence is None
-    (out / _export.REPORT).unlink()
-    assert check(FRESH).evidence is None
-    with pytest.raises(InputError, match=r"^texts must be at least 61 texts; got 60"):
-        check(FRESH[:60])
+def dequantized(folder: Path, place: str) -> str:
+    """A checkpoint rounded to eight bits a row, as a file of such weights would be read."""
+    network = files.loaded(place, LLAMA)
+    with torch.no_grad():
+        for value in network.parameters():
+            if value.ndim == 2:
+                step = value.abs().amax(1, keepdim=True).clamp(min=1e-9) / 127
+                value.copy_((value / step).round() * step)
+    network.save_pretrained(folder)
+    Pair.open(place, place).tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_anything_that_loads_may_stand_in(tmp_path: Path) -> None:
+    """It is measured as transformers runs it: in shares of the effect, and in decisions."""
+    base, tuned = files.pair(tmp_path, LLAMA)
+    out = tmp_path / "out"
+    plan = loraplan.extract(base, tuned, TEXTS, out, rank=1)
+    merged = files.save_merged(tmp_path / "merged", plan)
+    half = files.loaded(merged, LLAMA).to(torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    plan.planner.pair.tokenizer.save_pretrained(tmp_path / "half")
+    eight = dequantized(tmp_path / "eight", tuned)
+    ids = files.apart(_texts.prepare_all(plan.planner.pair, FRESH, 128)[0])
+    wanted, before = (files.plain(files.loaded(place, LLAMA), ids) for place in (tuned, base))
+    for standin, dtype in [
+        (merged, torch.float32),
+        (str(tmp_path / "half"), torch.float32),
+        (eight, torch.float32),
+        (tuned, torch.float32),
+        (tuned, torch.bfloat16),
+    ]:
+        options: Any = {"dtype": dtype, "attn_implementation": "eager"}
+        rows = files.plain(files.loaded(standin, LLAMA, **options), ids).float()
+        name = str(dtype).removeprefix("torch.")
+        found = loraplan.check(standin, tuned, FRESH, base=base, dtype=name)
+        error = float((rows - wanted).norm() / (before - wanted).norm())
+        assert found.error == pytest.approx(error, rel=1e-5, abs=1e-6)
+        equal = (rows.argmax(-1) == wanted.argmax(-1)).float().mean()
+        assert found.agreement == pytest.approx(float(equal), abs=1e-6)
+        alone = loraplan.check(standin, tuned, FRESH, dtype=name)
+        assert alone.same == found.same
+        assert math.isnan(alone.error)
+        assert math.isnan(alone.own_effect)
+    # The adapter is what was merged, and with a tuned adapter the base is its own.
+    one, same = (loraplan.check(each, tuned, FRESH, base=base).error for each in (out, merged))
+    assert one == pytest.approx(same, rel=1e-4)
+    other = loraplan.check(merged, out, FRESH)
+    assert other.error < 1e-4
+    # Where all of 140 texts have the same decisions.
+    assert other.same == 1 - loraplan.mean_limit(np.zeros(140))
 
 
 @pytest.mark.parametrize(("architecture", "bias"), [(BERT, 0), ("BertModel", 0), (BERT, 0.3)])

@@ -256,9 +256,8 @@ def test_groups_are_divided_as_wholes_and_certify_once() -> None:
     # Any text of a group may be the one.
     places = torch.cat([batch.places for batch in found.test])
     assert {*(places // 130).tolist()} == {0, 1, 2}
-    about: dict[str, Any] = {"tokens": 128, "seed": 0, "used": found.used, "certify": False}
-    fresh, digests = _texts.prepare_all(PAIR, given, **about)
-    assert _texts.count(fresh) == len(digests) == 4
+    checked, _ = _texts.prepare_all(PAIR, given, 128)
+    assert _texts.count(checked) == len({text.group for text in given})
     few = "groups, which count once each: 61 .*; got 121: give more documents, or no groups"
     with pytest.raises(InputError, match=few):
         prepared([Text(text, group=str(i % 121)) for i, text in enumerate(files.texts(390))])

@@ -120,7 +120,7 @@ TEXTS = [
         }.items()
     ],
     Row(f"{PLAN} --held-out one.txt", "held_out must be at least 61", put("one.txt", FEW[:300])),
-    Row("check base lora tuned --texts one.txt", "at least 61 texts", put("one.txt", FEW[:300])),
+    Row("check base lora tuned --texts one.txt", "at least 1 text", put("one.txt", "\n")),
     *content("one.txt", "texts must be at least 122 texts", "", "\n \n\t\n", FEW, FEW[:300] * 9),
     *content("one.txt", "texts must be of at least 122 groups", MANY.replace("\nw1", "\n\nw1")),
     *content("one.jsonl --group of", "texts must be of at least 122 groups", grouped(121)),
@@ -295,7 +295,7 @@ CHECKPOINTS = [
             "base ./nowhere": "tuned must be a folder that exists",
             "base /nowhere": "tuned must be a folder that exists",
             "base a/b/c": "tuned must be a folder that exists",
-            "base ''": "tuned must be a checkpoint or an adapter",
+            "base ''": "tuned must be a folder, a file in GGUF",
             "base texts/lines.txt": "the hub did not give it",
             "base somebody/other": "'somebody/other': no such folder, and the hub did not give it",
             "somebody/other tuned": "base must be a folder that exists, or a name on the hub",
@@ -372,18 +372,9 @@ SHRUNK: list[tuple[str, Change]] = [
     ("file is missing or damaged", put(FACTORS, "no")),
     ("file is missing or damaged", cut(FACTORS, 999)),
 ]
-READ = "adapter must be one that peft reads into the base"
-# As a report that a check has written, but for the number of texts.
-COUNTED = json.dumps(
-    {
-        "options": {"tokens": 128},
-        "typical_effect": 1.0,
-        "certified": 0.1,
-        "evidence": {"texts": -500, "exceeding": 0, "confirming": 99.0},
-    }
-)
+READ = "standin must be one that peft reads into the base"
 CHECKED: list[tuple[str, Change]] = [
-    ("adapter must be a folder with an adapter of peft", drop(CONFIG)),
+    ("got 'lora', a folder without config.json", drop(CONFIG)),
     *[(READ, put(CONFIG, written)) for written in ("{", "{}")],
     (READ, entries(peft_type="MINE")),
     (READ, entries(r=4)),
@@ -391,10 +382,9 @@ CHECKED: list[tuple[str, Change]] = [
     (READ, drop(FACTORS)),
     (READ, put(FACTORS, "no")),
     (READ, cut(FACTORS, 999)),
-    ("adapter must be with evidence as checks write it", put("report.json", COUNTED)),
     (READ, tensors(lambda t: t.update({KEY: torch.ones(3, 9)}))),
     (READ, tensors(renamed)),
-    ("one of finite numbers that brings", tensors(lambda t: t[KEY].fill_(torch.nan))),
+    ("one of finite numbers, with a head", tensors(lambda t: t[KEY].fill_(torch.nan))),
     *[
         (f"changes weights; got lora, of type {kind}", functools.partial(prompts, kind=made))
         for kind, made in {
@@ -411,8 +401,11 @@ ADAPTERS = [
     *[
         Row(f"check {rest}", said)
         for rest, said in {
-            "base nowhere tuned --texts texts/lines.txt": "a folder with an adapter of peft",
-            "base tuned tuned --texts texts/lines.txt": "a folder with an adapter of peft",
+            "base ./nowhere tuned --texts texts/lines.txt": "standin must be a folder that exists",
+            "base gpt/base tuned --texts texts/lines.txt": "standin must be of type 'bert', like",
+            "tuned --texts texts/lines.txt": "models must be a stand-in and a tuned model, maybe",
+            "base lora tuned --same 1 --texts texts/lines.txt": "same must be above 0 and below 1",
+            "base lora tuned --error 0 --texts texts/lines.txt": "error must be above 0 and below",
             "base gpt/lora tuned --texts texts/lines.txt": READ,
             "base lora ./nowhere --texts texts/lines.txt": "tuned must be a folder that exists",
             "lora lora tuned --texts texts/lines.txt": "base must be a checkpoint with all its",
@@ -515,8 +508,8 @@ ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
     ("estimate must be True or False; got 'no'", {"estimate": "no"}),
     ("any_base must be True or False; got 'no'", {"any_base": "no"}),
     ("device must be one that torch finds", {"device": ["cpu"]}),
-    ("base must be a checkpoint", {"base": 3}),
-    ("tuned must be a checkpoint or an adapter", {"tuned": None}),
+    ("base must be a folder, a file in GGUF", {"base": 3}),
+    ("tuned must be a folder, a file in GGUF", {"tuned": None}),
     ("options must be among held_out, modules, ", {"module": "all"}),
 ]
 

@@ -176,7 +176,7 @@ def test_what_is_lost_is_lost_where_it_is_served(
         name: tuple(config[name] for config in values) for name in entries
     }
     # Of a check too.
-    checked = loraplan.check(base, str(out), tuned, files.texts(140, 1))
+    checked = loraplan.check(out, tuned, files.texts(140, 1), base=base)
     assert checked.differing == plan.measured.differing
     assert 0.02 * bool(entries) < checked.error < 1
     # A plan knows the numbers before they are written.
@@ -228,20 +228,15 @@ def test_errors_in_bfloat16_are_those_of_networks_in_it(architecture: str, tmp_p
     plan = loraplan.extract(base, tuned, TEXTS, out, rank=1)
     full = files.save_merged(tmp_path / "full", plan)
     pair, fresh = plan.planner.pair, files.texts(140, 1)
-    checked = loraplan.check(base, str(out), tuned, fresh, dtype="bfloat16")
-    options: Any = {"tokens": 128, "seed": 0, "used": (), "certify": False}
-    batches, _ = _texts.prepare_all(pair, fresh, **options)
+    batches, _ = _texts.prepare_all(pair, fresh, 128)
     effect = files.distances(pair.network("base"), pair.network(), batches, pair.task).numpy()
-    for place, off in ((full, checked.bfloat16), (tuned, checked.tuned_bfloat16)):
-        options = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+    for standin, place in ((out, full), (tuned, tuned)):
+        checked = loraplan.check(standin, tuned, fresh, base=base, dtype="bfloat16")
+        options: Any = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
         network = files.loaded(place, architecture, **options)
         squares = files.distances(network, pair.network(), batches, pair.task).numpy()
-        assert off == pytest.approx(ratio(squares, effect), rel=1e-6)
-    assert checked.tuned_bfloat16 > 1e-3
-    # All else is of float32.
-    networks = pair.network(plan.adapter), pair.network()
-    squares = files.distances(*networks, batches, pair.task).numpy()
-    assert checked.error == pytest.approx(ratio(squares, effect), rel=1e-4)
+        assert checked.error == pytest.approx(ratio(squares, effect), rel=1e-6)
+        assert checked.error > 1e-3
 
 
 KINDS: list[tuple[str, Any, dict[str, Any]]] = [
@@ -269,14 +264,16 @@ def test_any_adapter_is_measured_as_peft_runs_it(
                 if value.requires_grad:
                     value.add_(0.1 * torch.randn_like(value))
         made.save_pretrained(str(tmp_path))
-        # A check takes as many texts as are worth it: of 129 all.
         given = TEXTS[:129]
-        found = loraplan.check(base, str(tmp_path), tuned, given, dtype="bfloat16")
+        found, half = (
+            loraplan.check(tmp_path, tuned, given, base=base, dtype=dtype)
+            for dtype in ("float32", "bfloat16")
+        )
     wanted, decisions = files.lost(base, tuned, tmp_path, "LlamaForCausalLM", given)
     assert (found.texts, found.decisions) == (len(given), decisions)
     assert found.error == pytest.approx(wanted, rel=1e-4)
     assert abs(found.error - 1) > 1e-3
-    assert found.bfloat16 == pytest.approx(found.error, rel=0.05)
+    assert half.error == pytest.approx(found.error, rel=0.05)
 
 
 @pytest.mark.parametrize("rank", [4, 16, 64])

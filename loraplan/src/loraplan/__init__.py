@@ -14,7 +14,7 @@ The *base* is the model before tuning, *tuned* after it. An adapter adds an *upd
 
 from ._errors import InputError, LoraplanError, ResultsError
 from ._export import save_peft
-from ._limits import LEAST_TEXTS, Evidence, quantile_limit
+from ._limits import LEAST_TEXTS, mean_limit, quantile_limit, repeated_limit
 from ._measuring import Measured
 from ._texts import Text, read_texts
 from .pair import Adapter, Module, Pair
@@ -24,7 +24,6 @@ from .workflow import Plan, PlanOptions, check, extract, plan, prices
 __all__ = [
     "LEAST_TEXTS",
     "Adapter",
-    "Evidence",
     "InputError",
     "LoraplanError",
     "Measured",
@@ -37,9 +36,11 @@ __all__ = [
     "Text",
     "check",
     "extract",
+    "mean_limit",
     "plan",
     "prices",
     "quantile_limit",
     "read_texts",
+    "repeated_limit",
     "save_peft",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ._errors import InputError
 from ._lowrank import LowRank
-from ._models import PEFT_CONFIG, Checkpoint, Rows, listed, public_name, quiet, reason
+from ._models import PEFT_CONFIG, Checkpoint, Rows, find, listed, public_name, quiet, reason
 
 # Entries of the configuration that make LoRA something other than W + s B A.
 _VARIANTS = "use_dora use_qalora use_bdlora kasa_config monteclora_config arrow_config "
@@ -58,6 +58,27 @@ def variant(config: Any) -> tuple[str, ...]:
         remedy = "save it with path_initial_model_for_weight_conversion of peft"
         return allowed, f"started by {start}, which changes them", remedy
     return ()
+
+
+def is_adapter(name: str, source: str | Path) -> bool:
+    """Whether a folder, or a name on the hub, is an adapter of peft."""
+    return (find(name, str(source)) / PEFT_CONFIG).is_file()
+
+
+def named_base(source: str | Path) -> str:
+    """Find the base that an adapter names."""
+    from peft import PeftConfig
+
+    try:
+        with quiet():
+            about = PeftConfig.from_pretrained(str(find("adapter", str(source))))
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        allowed, given = f"with a {PEFT_CONFIG} that peft reads", f"{source} ({reason(error)})"
+        raise InputError("adapter", allowed, given) from error
+    if not about.base_model_name_or_path:
+        remedy = "name the base before it"
+        raise InputError("adapter", "one that names its base", str(source), remedy)
+    return str(about.base_model_name_or_path)
 
 
 class MergedCheckpoint:

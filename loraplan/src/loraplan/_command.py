@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from . import _example, workflow
-from ._export import measure_peft, megabytes, most, percent, without_nan
+from ._errors import InputError
+from ._export import least, measure, megabytes, most, percent, without_nan
 from ._folders import require_apart
-from ._limits import DOUBT, PROMISE, SELDOM, SIZES, UNIT, Evidence, confidence, fewest
+from ._limits import DOUBT, PROMISE, SELDOM, SHARE, SIZES, UNIT, confidence, fewest
 from ._measuring import Measured
 from ._texts import MOST_TEXTS, read_texts
 from .planner import Report
@@ -62,9 +63,6 @@ def _flag(help: str, default: Any = None, *names: str, **about: Any) -> Any:
 class _Options:
     """What all commands take: each field is an argument or a flag."""
 
-    base: str = typer.Argument(
-        help="The base: a folder, a name on the hub, or 'packaged'.", metavar="BASE"
-    )
     texts: Path = _flag(
         "Texts like those the model is for, which it was not tuned on: .txt, one a line; .jsonl or "
         ".csv with 'text', maybe 'label'; or .jsonl of chats ('messages').",
@@ -74,9 +72,8 @@ class _Options:
         "Field of .jsonl or .csv that texts of one document or source share: a group counts once. "
         "In .txt blank lines separate documents."
     )
-    tokens: int | None = _flag("Each text is cut to this many tokens; 128, or as in the plan.")
+    tokens: int | None = _flag("Each text is cut to this many tokens; 128.")
     any_base: bool = _flag("Take adapters that name another base.", False, "--any-base")
-    seed: int = _flag("Draws texts and probes.", 0)
     device: str = _flag("Where networks run: cpu, cuda, cuda:1, mps.", "cpu")
     as_json: bool = _flag("Print the report as JSON and nothing else.", False, "--json")
     quiet: bool = _flag("Report no progress.", False, "--quiet")
@@ -86,9 +83,13 @@ class _Options:
 class _PlanOptions(_Options):
     """What `plan` takes."""
 
+    base: str = typer.Argument(
+        help="The base: a folder, a name on the hub, or 'packaged'.", metavar="BASE"
+    )
     tuned: str = typer.Argument(
         help="What was tuned from it: a checkpoint, or an adapter of peft.", metavar="TUNED"
     )
+    seed: int = _flag("Draws texts and probes.", 0)
     held_out: Path | None = _flag("Other texts, to certify with. Without: half of the texts.")
     error: float | None = _flag(
         "Part of what tuning typically changes in a text that may be lost, chosen before you look "
@@ -142,12 +143,21 @@ class _ExtractOptions(_PlanOptions):
 class _CheckOptions(_Options):
     """What `check` takes."""
 
-    adapter: str = typer.Argument(help="Folder of an adapter that peft reads.", metavar="ADAPTER")
-    tuned: str = typer.Argument(help="What it stands in for, as in `plan`.", metavar="TUNED")
+    models: list[str] = typer.Argument(
+        help="The base, what stands in for the tuned model (an adapter of peft, a merged "
+        "checkpoint, a file in GGUF), and the tuned model. Without a base nothing is said of the "
+        "effect; adapters name theirs.",
+        metavar="[BASE] STANDIN TUNED",
+    )
+    same: float | None = _flag(
+        "Status 0 only if, at the stated confidence, at least this share of decisions is the tuned "
+        "model's."
+    )
+    error: float | None = _flag(
+        "Status 0 only if nine of ten texts lose at most this part of what tuning changed in them."
+    )
     dtype: Literal["float32", "bfloat16"] = _flag(
-        "bfloat16: say too what is lost with weights and values of that. Certificates are for "
-        "float32.",
-        "float32",
+        "The type of the stand-in's weights and values.", "float32"
     )
 
 
@@ -209,25 +219,28 @@ def extract(options: _ExtractOptions) -> None:
 
 @_command(_CheckOptions)
 def check(options: _CheckOptions) -> None:
-    """Measure anybody's adapter against the tuned model, on texts that were not used before.
+    """Say how much of a tuned model a stand-in keeps, on texts that chose nothing about it.
 
-    Of an adapter with a certificate it says CONFIRMED, FAILED or, until there are enough texts,
-    UNDECIDED, and keeps count in report.json: check again with new texts as often as you like. A
-    wrong certificate is ever confirmed in at most {doubt} of cases, and a true one fails in at most
-    {doubt}.
-    The status is 1 if it failed.
+    A stand-in is an adapter of any kind that peft reads, a merged checkpoint, a file in GGUF, or
+    the tuned model itself with --dtype bfloat16. Limits hold at a confidence of {confidence}, for
+    any distribution of texts, if these are independent draws: the first if this is the only check,
+    the other however often you come back with more texts in the same file. Nothing is kept between
+    checks. Texts are scored as they are given; nothing is generated.
+    With --same or --error the status is 1 if the first limit does not say that much is kept.
     """
+    for name in ("same", "error"):
+        if (share := getattr(options, name)) is not None and not 0 < share < 1:
+            raise InputError(name, "above 0 and below 1", share)
+    if not 2 <= len(options.models) <= 3:
+        given = " ".join(options.models)
+        raise InputError("models", "a stand-in and a tuned model, maybe after a base", given)
     measured = _call(workflow.check, options)
-    carried, size = measure_peft(Path(options.adapter))
-    about: dict[str, Any] = {"carried": carried, "adapter_bytes": size}
-    if evidence := measured.evidence:
-        about |= {"verdict": evidence.verdict, "evidence": evidence._asdict()}
+    size = measure(options.models[-2])
     if options.as_json:
-        _print(without_nan(measured._asdict() | about))
+        _print(without_nan(measured._asdict() | {"bytes": size}))
     else:
-        rows = _evidence(evidence, measured.kept) if evidence else _certificate(measured)
-        _tell([*rows, *_measured(measured), ("Size", f"{megabytes(size)}, {carried:,} numbers")])
-    if evidence and evidence.verdict == "failed":
+        _tell([*_promises(measured, options), *_measured(measured), ("Size", megabytes(size))])
+    if not _is_kept(measured, options):
         raise typer.Exit(SHORT)
 
 
@@ -261,7 +274,12 @@ def _call(function: Callable[..., Any], options: _Options) -> Any:
     files = {name: given[name] for name in ("texts", "held_out") if name in given}
     if "out" in given:
         require_apart("out", given["out"], files.values())
-    about = {"models": (given["tuned"], given["base"]), "group": given.pop("group", None)}
+    if isinstance(options, _CheckOptions):
+        *base, given["standin"], given["tuned"] = given.pop("models")
+        given |= {"base": base[0]} if base else {}
+        given.pop("same", None), given.pop("error", None)
+    models = [given[name] for name in ("tuned", "base", "standin") if name in given]
+    about = {"models": models, "group": given.pop("group", None)}
     given |= {name: read_texts(file, **about) for name, file in files.items()}
     if options.quiet or options.as_json:
         return function(**given)
@@ -351,7 +369,11 @@ def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
     if not plan.reached:
         rows.append(("", _remedy(plan)))
     rows += _neighbours(plan.neighbours_alike)
-    rows += _measured(measured, certified=plan.aim is None)
+    if math.isfinite(measured.own_effect):
+        how = confidence() if plan.aim is None else "estimate"
+        own = f"{most(measured.own_effect)} of what tuning changed in that text ({how})"
+        rows.append(("Own effect", f"9 of 10 texts lose at most {own}"))
+    rows += _measured(measured, "Decisions")
     size = f"{megabytes(plan.size)}: {plan.adapter.parameters:,} numbers in factors, "
     size += f"{plan.carried:,} in all"
     rows.append(("Size", size if plan.reached and out is not None else f"about {size}"))
@@ -407,37 +429,48 @@ def _certificate(measured: Measured, also: str = "") -> list[tuple[str, str]]:
     return [("Certified", f"{PROMISE} {most(measured.certified)} {UNIT} ({by})")]
 
 
-def _evidence(evidence: Evidence, kept: bool) -> list[tuple[str, str]]:
-    """What all texts that were ever checked say of a certificate."""
-    said = f"{evidence.exceeding} of {evidence.texts} fresh texts, over all checks, exceed the "
-    said += "certified loss"
-    if evidence.verdict == "undecided":
-        few, many = (evidence.missing(share) for share in (0.03, 0.05))
-        said += f". About {few} more texts decide it if 3% of all texts do, {many} if 5% do"
-    warning = [("WARNING", "report.json cannot be written to: the next check starts anew.")]
-    return [("Verdict", f"{evidence.verdict.upper()}: {said}"), *warning[kept:]]
+def _is_kept(measured: Measured, options: _CheckOptions) -> bool:
+    """Whether the limits say that as much is kept as was asked."""
+    same = options.same is None or measured.same >= options.same
+    return same and (options.error is None or measured.own_effect <= options.error)
 
 
-def _measured(measured: Measured, *, certified: bool = True) -> list[tuple[str, str]]:
-    """What an adapter loses, for people; an estimate where texts decided on it."""
-    rows = [("Estimate", f"{percent(measured.error)} lost over all {measured.texts} texts")]
-    if math.isfinite(measured.own_effect):
-        how = confidence() if certified else "estimate"
-        own = f"{most(measured.own_effect)} of what tuning changed in that text ({how})"
-        rows.insert(0, ("Own effect", f"9 of 10 texts lose at most {own}"))
+def _promises(measured: Measured, options: _CheckOptions) -> list[tuple[str, str]]:
+    """What texts say of all texts like them, for people."""
+    rows, often = list[tuple[str, str]](), "however often you check"
+    if (options.same, options.error) != (None, None):
+        kept = "KEPT" if _is_kept(measured, options) else "NOT KEPT"
+        rows.append(("Verdict", f"{kept}, by {measured.texts} texts at {confidence()}"))
+    if math.isfinite(measured.same):
+        same = f"at least {least(measured.same)} of decisions are the tuned model's, so accuracy "
+        same += f"changes by at most {most(1 - measured.same)[:-1]} points; "
+        rows.append(("Decisions", f"{same}{least(measured.same_repeated)} {often}"))
+    if not math.isnan(measured.own_effect):
+        own = f"{SHARE:.0%} of texts lose at most {most(measured.own_effect)} of what tuning "
+        own += f"changed in them; {most(measured.own_effect_repeated)} {often}"
+        rows.append(("Own effect", own))
+    sure = f"{confidence()}, if texts like these {measured.texts} are independent draws"
+    rows.append(("Confidence", sure))
+    if measured.alike:
+        alike = f"{measured.alike} texts are nearly the same as another: are they independent?"
+        rows.append(("WARNING", alike))
+    return rows
+
+
+def _measured(measured: Measured, label: str = "Here") -> list[tuple[str, str]]:
+    """What was measured on these texts, for people."""
+    rows = []
+    if math.isfinite(measured.error):
+        rows.append(("Estimate", f"{percent(measured.error)} lost over all {measured.texts} texts"))
     if math.isfinite(measured.agreement):
         equal = round(measured.agreement * measured.decisions)
         decisions = f"{equal:,} of {measured.decisions:,} as the tuned model"
         drawn = f"if both sample, they differ on {percent(measured.variation)}"
-        rows.append(("Decisions", f"{decisions}; {drawn}"))
+        rows.append((label, f"{decisions}; {drawn}"))
     if math.isfinite(measured.accuracy):
         parts = measured.base_accuracy, measured.tuned_accuracy, measured.accuracy
         base, tuned, adapted = map(percent, parts)
         rows.append(("Accuracy", f"{adapted}; the tuned model {tuned}, the base {base}"))
-    if math.isfinite(measured.tuned_bfloat16):
-        merged, floor = map(percent, (measured.bfloat16, measured.tuned_bfloat16))
-        lost = f"{merged} lost with the adapter merged, {floor} by the tuned model itself"
-        rows.append(("bfloat16", f"{lost}; all else is of float32"))
     if entries := ", ".join(measured.differing):
         rows.append(("Note", f"The loss counts that adapters have the base's {entries}."))
     return rows

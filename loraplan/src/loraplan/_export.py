@@ -9,19 +9,16 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ._adapters import MergedCheckpoint, module_factors, staying, variant
-from ._errors import InputError, ResultsError
-from ._folders import rewrite
-from ._limits import Evidence
+from ._errors import InputError
 from ._lowrank import LowRank
-from ._models import PEFT_CONFIG, Rows, public_name, quiet
+from ._models import PEFT_CONFIG, Rows, find, public_name, quiet
 from ._streams import Network
-from ._texts import TOKENS
 from .pair import Adapter, Pair
 
 if TYPE_CHECKING:
@@ -240,7 +237,7 @@ def load(folder: Path | str, pair: Pair, device: torch.device) -> Network:
     from peft import PeftConfig
 
     if not (Path(folder) / PEFT_CONFIG).is_file():
-        raise InputError("adapter", "a folder with an adapter of peft", str(folder))
+        raise InputError("standin", "a folder with an adapter of peft", str(folder))
 
     def read(name: str, rows: Rows = None) -> Tensor:
         name = plain_name(name)
@@ -259,12 +256,12 @@ def load(folder: Path | str, pair: Pair, device: torch.device) -> Network:
         adapted = _read(folder, pair.network("base", read))
     if about.is_prompt_learning:
         given = f"{folder}, of type {about.peft_type.value}, whose prompts have own outputs"
-        raise InputError("adapter", "one that changes weights", given)
+        raise InputError("standin", "one that changes weights", given)
     network = Network(pair, adapted.get_base_model(), read, device=device)
     own = len(pair.skeleton("base").get_submodule(pair.blocks))
     if len(network.blocks) != own:
         allowed, given = f"one that keeps all {own} blocks", f"{folder}, with {len(network.blocks)}"
-        raise InputError("adapter", allowed, given)
+        raise InputError("standin", allowed, given)
     return network
 
 
@@ -278,7 +275,7 @@ def _reading(folder: Path | str) -> Iterator[None]:
             yield
         except Exception as error:  # whatever peft raises for a folder like any other
             given = f"{folder} ({' '.join(str(error).split())})"
-            raise InputError("adapter", "one that peft reads into the base", given) from error
+            raise InputError("standin", "one that peft reads into the base", given) from error
 
 
 def _read(folder: Path | str, network: Any) -> Any:
@@ -292,11 +289,11 @@ def _read(folder: Path | str, network: Any) -> Any:
     return adapted.eval().requires_grad_(False)
 
 
-def load_merged(folder: str, pair: Pair, device: torch.device) -> Network | None:
-    """The base with an adapter merged into it, in bfloat16; ``None`` where peft cannot merge."""
-    about: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+def load_merged(folder: Path, pair: Pair, device: torch.device, dtype: torch.dtype) -> Network:
+    """Load the base with an adapter merged into it, in a type; refuse those that peft cannot."""
+    about: dict[str, Any] = {"device": device, "dtype": dtype}
     with suppress(InputError):
-        merged = MergedCheckpoint(pair.base, folder, Path(folder))
+        merged = MergedCheckpoint(pair.base, str(folder), folder)
         merged.fit(pair.build(empty=True))
         return Network(pair, pair.skeleton("base"), merged.read, **about)
     # Others than LoRA are merged by peft, into a whole network.
@@ -305,7 +302,8 @@ def load_merged(folder: str, pair: Pair, device: torch.device) -> Network | None
     if not getattr(adapted.peft_config["default"], "ensure_weight_tying", False):
         with suppress(AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
             return Network(pair, adapted.merge_and_unload(), pair.reader("base"), **about)
-    return None
+    allowed = "one that peft can merge, to measure it in another type than float32"
+    raise InputError("standin", allowed, str(folder))
 
 
 def estimate(pair: Pair, adapter: Adapter, rank: int | None = None) -> tuple[int, int]:
@@ -323,6 +321,13 @@ def estimate(pair: Pair, adapter: Adapter, rank: int | None = None) -> tuple[int
     return numbers, 4 * numbers + 160 * len(tensors) + len(json.dumps(about, default=list))
 
 
+def measure(source: str) -> int:
+    """Count the bytes of a model's or an adapter's weights."""
+    file = Path(source).expanduser()
+    files = [file] if file.is_file() else find("standin", source).glob("*.safetensors")
+    return sum(each.stat().st_size for each in files)
+
+
 def measure_peft(folder: Path) -> tuple[int, int]:
     """Count the numbers in an adapter's file, and the bytes of its files."""
     from peft import load_peft_weights
@@ -330,53 +335,6 @@ def measure_peft(folder: Path) -> tuple[int, int]:
     tensors = load_peft_weights(str(folder), device="cpu", local_files_only=True)
     size = sum(file.stat().st_size for file in folder.glob("adapter_*"))
     return sum(tensor.numel() for tensor in tensors.values()), size
-
-
-class Certified(NamedTuple):
-    """What a report certifies: the unit of losses and their limit, and the evidence so far.
-
-    It holds for texts of so many ``tokens`` at most, and for the pair of this `Pair.fingerprint`.
-    Texts of the digests ``used`` have been seen by the plan or by checks.
-    """
-
-    tokens: int = TOKENS
-    typical: float = math.nan
-    limit: float = math.nan
-    used: frozenset[str] = frozenset()
-    evidence: Evidence = Evidence()
-    fingerprint: str = ""
-
-
-def read_report(folder: Path | str) -> Certified:
-    """Read what the report beside an adapter certifies; without one nothing."""
-    found = Certified()
-    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        report = json.loads((Path(folder) / REPORT).read_text(encoding="utf-8"))
-        kept = report.get("evidence") or {}
-        used = frozenset([*report.get("used_texts", ()), *kept.get("checked_texts", ())])
-        found = Certified(int(report["options"]["tokens"]), used=used)
-        typical, limit = float(report["typical_effect"]), float(report["certified"])
-        if 0 < typical < math.inf and 0 <= limit < math.inf:
-            counts = (type(x)(kept.get(name, x)) for name, x in Evidence()._asdict().items())
-            pair = str(report.get("fingerprint", ""))
-            found = Certified(found.tokens, typical, limit, used, Evidence(*counts), pair)
-    evidence = found.evidence
-    if not (0 <= evidence.exceeding <= evidence.texts and all(map(math.isfinite, evidence))):
-        allowed, remedy = f"with evidence as checks write it to {REPORT}", "remove that entry"
-        raise InputError("adapter", allowed, str(folder), remedy)
-    return found
-
-
-def keep_evidence(folder: Path | str, evidence: Evidence, counted: list[str]) -> bool:
-    """Write evidence and the digests of more counted texts to the report; false if that fails."""
-    file = Path(folder) / REPORT
-    report = json.loads(file.read_text(encoding="utf-8"))
-    before = (report.get("evidence") or {}).get("checked_texts", [])
-    report["evidence"] = evidence._asdict() | {"checked_texts": [*before, *counted]}
-    with suppress(ResultsError):
-        rewrite(file, json.dumps(report, indent=2, allow_nan=False) + "\n")
-        return True
-    return False
 
 
 def describe(folder: Path, report: Mapping[str, Any], modules: pd.DataFrame) -> None:
@@ -448,6 +406,11 @@ def megabytes(size: int) -> str:
 def most(share: float) -> str:
     """Write an upper limit of a share for people, rounded up."""
     return percent(math.ceil(1000 * share - 1e-9) / 1000) if math.isfinite(share) else "–"
+
+
+def least(share: float) -> str:
+    """Write a lower limit of a share for people, rounded down."""
+    return percent(math.floor(1000 * share + 1e-9) / 1000) if math.isfinite(share) else "–"
 
 
 def percent(share: float) -> str:

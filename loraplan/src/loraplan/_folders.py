@@ -28,24 +28,6 @@ def _digest(file: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def sample(folder: Path) -> str:
-    """Compute a digest of configurations and of pieces of all weights in a folder.
-
-    Of each file of weights 64 pieces of 4 kB are read, evenly spaced, besides its name and size.
-    """
-    found = hashlib.sha256()
-    for file in sorted([*folder.glob("*config.json"), *folder.glob("adapter_model.bin")]):
-        found.update(file.read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        found.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as opened:
-            for k in range(64):
-                opened.seek(k * max(size - 4096, 0) // 63)
-                found.update(opened.read(4096))
-    return found.hexdigest()[:16]
-
-
 def versions() -> dict[str, str]:
     """Find the versions of the packages on which results depend."""
     names = "loraplan", "torch", "transformers", "peft"
@@ -130,14 +112,3 @@ def write_folder(folder: Path, *, own: Collection[str] = ()) -> Iterator[Path]:
                 if old.exists():
                     old.rename(folder)
                 raise
-
-
-def rewrite(file: Path, text: str) -> None:
-    """Replace a file by a whole one."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    with writing(file.parent):
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)

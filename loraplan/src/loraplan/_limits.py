@@ -1,4 +1,4 @@
-"""Errors of texts in one number, and limits that hold for any distribution of texts."""
+"""Upper limits of mean losses and of quantiles that hold for any distribution of texts."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-#: The share of texts that a certificate speaks of.
-SHARE = 0.9
-#: How often a certificate may be wrong. All that is said of the confidence follows from this.
+#: How often a limit may be wrong. All that is said of the confidence follows from this.
 DOUBT = 0.05
+#: The share of texts that lose at most their stated part of the tuning's effect.
+SHARE = 0.9
 #: Sizes of adapters that are certified together, each at this part of the doubt.
 SIZES = 7
 #: What is certified and what it is a part of, in words.
@@ -23,11 +22,10 @@ PROMISE = f"at least {SHARE:.0%} of texts like these lose at most"
 UNIT = "of what tuning typically changes in a text"
 #: How often a certificate of first plans is wrong, in words.
 SELDOM = f"at most one in {1 / DOUBT:.3g}"
-# Evidence for or against a certificate is enough at this logarithm of a likelihood ratio.
-_ENOUGH = math.log(1 / DOUBT)
-# Logarithms of likelihood ratios of one text that does not exceed a limit and of one that does: if
-# a twentieth exceed it rather than a tenth, and if a fifth do.
-_RATIOS = [(math.log(0.95 / 0.9), math.log(0.5)), (math.log(0.8 / 0.9), math.log(2))]
+# Stakes of the bets that hold at any time, as parts of the largest ones. Each is as likely.
+_STAKES = (np.arange(256) + 0.5) / 256
+# The largest stake where the number of texts is known before, lest one text ruins the bettor.
+_LARGEST = 0.9
 # Of independent draws 1% have a larger rank correlation of neighbours, in units of its spread.
 _ALIKE = 2.33
 
@@ -35,6 +33,72 @@ _ALIKE = 2.33
 def confidence(doubt: float = DOUBT) -> str:
     """Write the confidence of a certificate for people."""
     return f"{1 - doubt:.1%}".replace(".0%", "%")
+
+
+def mean_limit(losses: NDArray[np.float64]) -> float:
+    """Compute an upper limit of the mean of losses in [0, 1] [prop-certificate].
+
+    It holds for any distribution from which the ``losses``, ``[n]``, were drawn independently, but
+    for a share `DOUBT` of such draws. Where all are 0 or 1 it is the exact one of Clopper and
+    Pearson (1934), and else that of bets (`betting_limit`).
+    """
+    if np.isin(losses, (0, 1)).all():
+        return binomial_limit(int(losses.sum()), len(losses))
+    return betting_limit(losses)
+
+
+def binomial_limit(failed: int, texts: int, doubt: float = DOUBT) -> float:
+    """Compute the largest chance at which so few of so many fail in a share ``doubt`` of draws."""
+    if failed == texts:
+        return 1.0
+    return float(scipy.stats.beta.ppf(1 - doubt, failed + 1, texts - failed))
+
+
+def betting_limit(losses: NDArray[np.float64]) -> float:
+    """Compute an upper limit of a mean by bets against larger ones.
+
+    Against a mean ``m`` a fortune grows by ``1 + λ (m − x)`` with each loss ``x``; the stake ``λ``
+    is made of the losses before. It is a martingale if ``m`` is the mean, so that it ever reaches
+    ``1/DOUBT`` in at most a share `DOUBT` of draws, and it grows with ``m``. Source: Waudby-Smith
+    and Ramdas (2024), their predictable plug-in.
+    """
+    counts = np.arange(2, len(losses) + 2)
+    means = (0.5 + losses.cumsum()) / counts
+    variances = (0.25 + np.square(losses - means).cumsum()) / counts
+    before = np.concatenate([[0.25], variances[:-1]])
+    stakes = np.sqrt(2 * math.log(1 / DOUBT) / (len(losses) * before))
+
+    def fortune(m: float) -> float:
+        kept = np.minimum(stakes, _LARGEST / (1 - m))
+        return float(np.log1p(kept * (m - losses)).cumsum().max())
+
+    return _least(fortune, 0.0)
+
+
+def repeated_limit(losses: NDArray[np.float64]) -> float:
+    """Compute a limit of a mean that holds however often one looks, with ever more texts.
+
+    A fortune is divided among stakes ``c/(1 − m)``, with ``0 < c < 1``, against a mean ``m``, and
+    grows to the average of ``Π (1 + c (m − x)/(1 − m))`` over them. It depends on no order of the
+    ``losses``, ``[n]``. Where the mean is at least ``m`` it is a supermartingale, and ever reaches
+    ``1/DOUBT`` in at most a share `DOUBT` of cases (Ville) [prop-certificate]. For losses of 0 and
+    1 it is a likelihood ratio, with all shares below ``m`` as likely.
+    """
+    values, counts = np.unique(losses, return_counts=True)
+
+    def fortune(m: float) -> float:
+        gains = np.log1p(_STAKES[:, None] * (m - values) / (1 - m)) @ counts
+        return float(np.logaddexp.reduce(gains)) - math.log(len(_STAKES))
+
+    return _least(fortune, float(losses.mean()) if len(losses) else 0.0)
+
+
+def _least(fortune: Callable[[float], float], low: float) -> float:
+    """Find the least mean at which the logarithm of a fortune, which grows, is ``1/DOUBT``."""
+    high, goal = 1 - 1e-9, math.log(1 / DOUBT)
+    if not (low < high and fortune(high) > goal):
+        return 1.0
+    return float(scipy.optimize.brentq(lambda m: fortune(m) - goal, low, high, xtol=1e-9))
 
 
 def ratio(squares: NDArray[np.float64], effect: NDArray[np.float64]) -> float:
@@ -51,14 +115,19 @@ def quantile(losses: NDArray[np.float64]) -> float:
 
 
 @functools.cache
-def allowed(texts: int, doubt: float = DOUBT) -> int:
-    """Count how many of so many texts may exceed what they certify; -1 if they are too few.
+def allowed(texts: int, doubt: float = DOUBT, *, repeated: bool = False) -> int:
+    """Count how many of so many texts may lose more than nine of ten do; -1 if they are too few.
 
-    It is the most that a binomial number of draws with probability 0.1 does not exceed in at most
-    ``doubt`` of cases (Wilks, 1941).
+    It is the most by which at least nine of ten lose no more: by `binomial_limit` (Wilks, 1941) or,
+    ``repeated``, by `repeated_limit`.
     """
-    most = int(scipy.stats.binom.ppf(doubt, texts, 1 - SHARE))
-    return most - int(scipy.stats.binom.cdf(most, texts, 1 - SHARE) > doubt)
+
+    def limit(failed: int) -> float:
+        if not repeated:
+            return binomial_limit(failed, texts, doubt)
+        return repeated_limit(np.repeat([1.0, 0.0], [failed, texts - failed]))
+
+    return next(k for k in range(texts + 1) if limit(k) > 1 - SHARE) - 1
 
 
 #: Texts that each part needs, or groups of them: two of these may exceed what they certify, of
@@ -74,13 +143,16 @@ def fewest(texts: int) -> int:
     return next(n for n in range(texts, 0, -1) if allowed(n - 1) < allowed(texts))
 
 
-def quantile_limit(losses: NDArray[np.float64], doubt: float = DOUBT) -> float:
+def quantile_limit(
+    losses: NDArray[np.float64], doubt: float = DOUBT, *, repeated: bool = False
+) -> float:
     """Compute an upper limit of what 90% of texts lose at most [prop-certificate].
 
     It holds for any distribution from which the ``losses``, ``[n]``, were drawn independently, but
-    for a share ``doubt`` of such draws. Infinite for too few losses: fewer than 29 at 0.05.
+    for a share ``doubt`` of such draws or, ``repeated``, for a share of 0.05 of all who look at
+    ever more texts as often as they like. Infinite for too few: fewer than 29 at 0.05, or 43.
     """
-    exceeding = allowed(len(losses), doubt)
+    exceeding = allowed(len(losses), doubt, repeated=repeated)
     return math.inf if exceeding < 0 else float(np.sort(losses)[-1 - exceeding])
 
 
@@ -96,53 +168,6 @@ def search(
     if estimate and lost(start) > aim:
         return next((k for k in reversed(range(start)) if not lost(k) > aim), 0)
     return max(itertools.takewhile(lambda k: lost(k) <= aim, range(start, number)), default=start)
-
-
-class Evidence(NamedTuple):
-    """What fresh texts say of a certificate, counted one after another in any number of checks.
-
-    ``texts`` were counted, of which so many are ``exceeding`` the limit. ``confirming`` is the
-    largest logarithm so far of the likelihood that a twentieth exceed it over that of a tenth, and
-    ``contradicting`` that of a fifth over a tenth [prop-certificate].
-    """
-
-    texts: int = 0
-    exceeding: int = 0
-    confirming: float = 0.0
-    contradicting: float = 0.0
-
-    def add(self, exceeds: NDArray[np.bool_]) -> Evidence:
-        """Count more texts, each of which exceeds the limit or does not."""
-        outside = self.exceeding + exceeds.cumsum()
-        inside = self.texts + np.arange(1, len(exceeds) + 1) - outside
-        highest = [
-            max(before, float((inside * below + outside * above).max()))
-            for before, (below, above) in zip(self[2:], _RATIOS, strict=True)
-        ]
-        return Evidence(self.texts + len(exceeds), int(outside[-1]), *highest)
-
-    @property
-    def verdict(self) -> str:
-        """``"failed"``, ``"confirmed"`` or ``"undecided"``.
-
-        A certificate that is wrong is ever confirmed in at most a share ``DOUBT`` of cases, however
-        often one checks, and a true one ever fails in at most as many.
-        """
-        if self.contradicting >= _ENOUGH:
-            return "failed"
-        return "confirmed" if self.confirming >= _ENOUGH else "undecided"
-
-    def missing(self, share: float) -> int:
-        """Estimate how many more texts would confirm the certificate, if this share exceed it."""
-        below, above = _RATIOS[0]
-        now = (self.texts - self.exceeding) * below + self.exceeding * above
-        return math.ceil((_ENOUGH - now) / ((1 - share) * below + share * above))
-
-
-def exceed(losses: NDArray[np.float64], limit: float) -> NDArray[np.bool_]:
-    """Say which losses exceed a limit by more than merged and unmerged adapters differ."""
-    exceeding: NDArray[np.bool_] = ~(losses <= 1.001 * limit + 1e-5)
-    return exceeding
 
 
 def are_alike(losses: NDArray[np.float64]) -> bool:

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._limits import DOUBT, Evidence, quantile_limit, ratio
+from ._limits import DOUBT, mean_limit, quantile_limit, ratio, repeated_limit
 from ._streams import Network, TextStates, advance, centre
-from ._texts import Batch
+from ._texts import Batch, mix
 from .pair import Task
 
 # Rows of logits that are computed at a time.
@@ -47,8 +47,13 @@ class Measured(NamedTuple):
         independently and decided on no adapter [prop-certificate]. A text loses ``‖f̂ − f̄‖``;
         typical is the root mean square of ``‖f_0 − f̄‖`` over the texts by which a plan was
         selected or, without a plan, over these.
-    own_effect : float
-        The same, as a part of what tuning changes in that text.
+    own_effect, own_effect_repeated : float
+        The same, as a part of what tuning changes in that text; and a limit for all who look at
+        ever more texts, however often.
+    same, same_repeated : float
+        Of decisions on texts like these at least this share is the tuned network's, on average over
+        texts, with the same confidence; and a limit for all who look however often. So the accuracy
+        of decisions, and any score of them in [0, 1], differs by at most ``1 − same``.
     decisions : int
         The number of decisions: of texts or, for a language model, of tokens.
     variation : float
@@ -57,18 +62,11 @@ class Measured(NamedTuple):
     accuracy, base_accuracy, tuned_accuracy : float
         Shares of right decisions of the adapted network, the base and the tuned network; NaN
         without labels.
-    evidence : Evidence, optional
-        What all texts that were ever checked say of the certificate in an adapter's
-        ``report.json``.
-    kept : bool
-        Whether that file has the evidence now, so that the next check goes on from there.
-    bfloat16, tuned_bfloat16 : float
-        The errors of the adapter, merged, and of the tuned network with weights and values in
-        bfloat16, against the tuned outputs in float32; NaN unless a check asks for them, and where
-        peft cannot merge the adapter.
     differing : dict
         Entries of the configuration, which an adapted network has from the base, of which the tuned
         model has others, with both values: the loss counts them.
+    alike : int
+        The number of texts that are nearly the same as another one.
     """
 
     error: float
@@ -77,16 +75,16 @@ class Measured(NamedTuple):
     texts: int
     certified: float = math.inf
     own_effect: float = math.inf
+    own_effect_repeated: float = math.inf
+    same: float = math.nan
+    same_repeated: float = math.nan
     decisions: int = 0
     variation: float = math.nan
     accuracy: float = math.nan
     base_accuracy: float = math.nan
     tuned_accuracy: float = math.nan
-    evidence: Evidence | None = None
-    kept: bool = False
-    bfloat16: float = math.nan
-    tuned_bfloat16: float = math.nan
     differing: Mapping[str, tuple[Any, Any]] = {}
+    alike: int = 0
 
 
 class Compared(NamedTuple):
@@ -151,26 +149,26 @@ class Readout:
 
 
 class TunedOutputs:
-    """The tuned network's states on some texts, and ``effect``, ``‖f_0 − f̄‖²`` of each text."""
+    """The tuned network's states on some texts, and ``effect``, ``‖f_0 − f̄‖²`` of each text.
+
+    That is NaN unless a base is recorded.
+    """
 
     def __init__(self, batches: Sequence[Batch], readout: Readout, states: list[Tensor]) -> None:
         self.batches, self.readout, self.states = batches, readout, states
-        self.effect: NDArray[np.float64] = np.zeros(0)
+        self.effect: NDArray[np.float64] = np.full(sum(len(b.places) for b in batches), math.nan)
         #: The typical effect that losses of texts are parts of, NaN for that of these texts.
         self.typical = math.nan
-        # Shares of right decisions of the base and of the tuned network.
-        self._accuracies = math.nan, math.nan
+        self._labels = torch.cat([batch.labels for batch in batches]) if batches else torch.empty(0)
+        self._base_accuracy = math.nan
 
     def record(self, base: Network, states: list[Tensor]) -> None:
         """Compute the tuning's effect from the states of the base."""
-        labels = torch.cat([batch.labels for batch in self.batches])
-        if (labels < 0).any():
+        if (self._labels < 0).any():
             self.effect = self.squares(base, states)
             return
         compared = self.compare(base, states)
-        decided = torch.cat(self.states).argmax(-1) == labels
-        self.effect = compared.squares
-        self._accuracies = float(compared.right.mean()), float(decided.double().mean())
+        self.effect, self._base_accuracy = compared.squares, float(compared.right.mean())
 
     def longest(self, part: float) -> TunedOutputs:
         """Take the batches of the longest texts that are at least this part of all."""
@@ -193,18 +191,31 @@ class TunedOutputs:
         Limits are wrong in a share ``doubt`` of cases at most.
         """
         squares, equal, divergence, decisions, variation, right = compared
+        own, other = _parts(squares, self.effect), 1 - equal / decisions
+        if decides := bool(np.isfinite(other).all()):
+            other = other[mix(self.batches)]
         return Measured(
             ratio(squares, self.effect),
             float(equal.sum() / decisions.sum()),
             float(divergence.sum() / decisions.sum()),
             len(squares),
             quantile_limit(self.losses(squares), doubt),
-            quantile_limit(_parts(squares, self.effect), doubt),
+            quantile_limit(own, doubt),
+            quantile_limit(own, repeated=True),
+            1 - mean_limit(other) if decides else math.nan,
+            1 - repeated_limit(other) if decides else math.nan,
             int(decisions.sum()),
             float((variation / decisions).mean()),
             float(right.mean()),
-            *self._accuracies,
+            self._base_accuracy,
+            self._tuned_accuracy,
         )
+
+    @property
+    def _tuned_accuracy(self) -> float:
+        if not len(self._labels) or (self._labels < 0).any():
+            return math.nan
+        return float((torch.cat(self.states).argmax(-1) == self._labels).double().mean())
 
     def error(self, squares: NDArray[np.float64]) -> float:
         """``η`` of a network with these squared distances."""
@@ -356,7 +367,7 @@ def measure_networks(networks: Sequence[tuple[Network, TunedOutputs]]) -> list[M
 def _parts(squares: NDArray[np.float64], wholes: NDArray[np.float64]) -> NDArray[np.float64]:
     """Square roots of quotients; 0 where nothing is lost of nothing."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(squares == 0, 0.0, np.sqrt(squares / wholes))
+        return np.where(np.equal(squares, 0) & (wholes >= 0), 0.0, np.sqrt(squares / wholes))
 
 
 def sum_by_text(

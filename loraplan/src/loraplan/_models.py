@@ -300,9 +300,9 @@ class Checkpoint:
         """Whether there is a tensor of this name."""
         return key in self._tensors
 
-    def read(self, key: str, rows: Rows = None) -> Tensor:
+    def read(self, name: str, rows: Rows = None) -> Tensor:
         """Read one tensor, or some of its rows, in float32."""
-        tensor = self._map(key)
+        tensor = self._map(name)
         return (tensor if rows is None else tensor[rows]).float()
 
     def _map(self, key: str) -> Tensor:
@@ -349,6 +349,12 @@ class Checkpoint:
     def _quantized(self, given: str) -> InputError:
         remedy = "take the checkpoint from before quantization, or dequantize and save it"
         return InputError(self.name, "of weights in float32, float16 or bfloat16", given, remedy)
+
+
+def require_name(name: str, model: object) -> None:
+    """Refuse what is no name of a model or an adapter."""
+    if not isinstance(model, str | Path) or not str(model):
+        raise InputError(name, "a folder, a file in GGUF, or a name on the hub", value=model)
 
 
 def find(name: str, source: str) -> Path:

@@ -9,7 +9,8 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -91,8 +92,8 @@ class Batch(NamedTuple):
 class Texts(NamedTuple):
     """Texts to fit to, to select candidates by and to certify with.
 
-    ``cut`` were cut off, and ``unknown`` is the share of tokens that stand for any unknown word;
-    ``used`` has the digests of all, and ``grouped`` says whether any were in groups.
+    ``cut`` were cut off, ``unknown`` is the share of tokens that stand for any unknown word, and
+    ``alike`` are nearly the same as another; ``grouped`` says whether any were in groups.
     """
 
     fit: list[Batch]
@@ -100,7 +101,7 @@ class Texts(NamedTuple):
     test: list[Batch]
     cut: int
     unknown: float
-    used: list[str]
+    alike: int
     grouped: bool
 
 
@@ -163,7 +164,8 @@ def prepare(
     # Of each group one text before any second one.
     lines = filter(None, itertools.chain.from_iterable(itertools.zip_longest(*planning)))
     different = {line[1].text: line for line in lines}
-    plan = _encode(pair, "different texts to plan with", different.values(), tokens)
+    some = itertools.islice(different.values(), MOST_TEXTS)
+    plan = _encode(pair, "different texts to plan with", some, tokens)
     number = MOST_TEXTS
     if not thorough:
         # How many texts certify must not depend on their own lengths: to stop at a number of
@@ -171,7 +173,9 @@ def prepare(
         mean = sum(len(text.ids) for text in plan) / len(plan)
         number = max(LEAST_TEXTS, min(int(_TOKENS_OF_PART / mean), MOST_TEXTS))
     plan = plan[:number]
-    test = _encode(pair, "texts to certify with", (group[0] for group in certifying), tokens)
+    test = _encode(
+        pair, "texts to certify with", (group[0] for group in certifying[:MOST_TEXTS]), tokens
+    )
     # Those that were drawn last are dropped, whatever they say.
     test = test[: fewest(min(number, len(test)))]
     whole = [*plan, *test]
@@ -184,60 +188,59 @@ def prepare(
         [*_batches(pair, test, tight=True)],
         sum(text.length > len(text.ids) for text in whole),
         unknown / sum(len(text.ids) for text in whole),
-        sorted({_digest(text.text) for text in whole}),
+        count_alike([text.text for text in whole]),
         any(text.group is not None for group in certifying for _, text in group),
     )
 
 
-def prepare_all(
-    pair: Pair,
-    texts: Sequence[str | Text],
-    *,
-    tokens: int,
-    seed: int,
-    used: Collection[str],
-    certify: bool,
-) -> tuple[list[Batch], list[str]]:
-    """Make batches of at most 256 texts, one of each group without any that was ``used``.
-
-    There must be one, or as many as ``certify`` a loss. Returns their digests too.
-    """
-    needed = LEAST_TEXTS if certify else 1
-    order = np.random.default_rng(_randomness.number(seed, "checked texts"))
-    fresh = _shuffle("texts", texts, order, needed, used)
-    encoded = _encode(pair, "fresh texts", (group[0] for group in fresh), tokens, needed)
-    if certify:
-        encoded = encoded[: fewest(len(encoded))]
-    return [*_batches(pair, encoded, tight=True)], sorted({_digest(text.text) for text in encoded})
+def prepare_all(pair: Pair, texts: Sequence[str | Text], tokens: int) -> tuple[list[Batch], int]:
+    """Make batches of one text of each group; count those that nearly are another."""
+    first = (min(group, key=lambda each: _digest(each[1].text)) for group in _group("texts", texts))
+    encoded = _encode(pair, "texts", first, tokens, 1)
+    return [*_batches(pair, encoded, tight=True)], count_alike([text.text for text in encoded])
 
 
-def mix(batches: Sequence[Batch], seed: int) -> NDArray[np.int64]:
-    """Draw an order of all texts of batches that depends on their places alone.
+def mix(batches: Sequence[Batch]) -> NDArray[np.int64]:
+    """Find an order of all texts of batches that is neither theirs nor their file's.
 
     Batches are sorted by length and files may be in any order, either of which losses may follow.
     """
     places = np.concatenate([batch.places for batch in batches])
-    draw = np.random.default_rng(_randomness.number(seed, "order of checked texts"))
-    order: NDArray[np.int64] = places.argsort()[draw.permutation(len(places))]
+    order: NDArray[np.int64] = places.argsort()[np.random.default_rng(0).permutation(len(places))]
     return order
 
 
+def count_alike(texts: Sequence[str]) -> int:
+    """Count texts that have half of all their triples of words in common with one before."""
+    shared, places = Counter[tuple[int, int]](), defaultdict[tuple[str, ...], list[int]](list)
+    words = [text.split() for text in texts]
+    triples = [{tuple(w[k : k + 3]) for k in range(max(1, len(w) - 2))} for w in words]
+    for i, each in enumerate(triples):
+        for triple in each:
+            shared.update((i, j) for j in places[triple])
+            places[triple].append(i)
+    sizes = [len(each) for each in triples]
+    return len({i for (i, j), n in shared.items() if 3 * n >= sizes[i] + sizes[j]})
+
+
 def _digest(text: str) -> str:
-    """A short digest, by which a report can say which texts were used."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _shuffle(
-    name: str,
-    given: Sequence[str | Text],
-    order: np.random.Generator,
-    needed: int,
-    used: Collection[str] = (),
+    name: str, given: Sequence[str | Text], order: np.random.Generator, needed: int
 ) -> list[_Group]:
-    """Groups of texts that are not empty, none of them used, in random order, and theirs too."""
+    """Groups of texts in random order, and theirs too."""
+    groups = _group(name, given, needed)
+    mixed = (groups[i] for i in order.permutation(len(groups)))
+    return [[group[i] for i in order.permutation(len(group))] for group in mixed]
+
+
+def _group(name: str, given: Sequence[str | Text], needed: int = 1) -> list[_Group]:
+    """Groups of texts that are not empty."""
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise InputError(name, "a list of texts", "one text" if isinstance(given, str) else given)
-    found: dict[str | int, _Group] = {}
+    groups: dict[str | int, _Group] = {}
     for place, each in enumerate(given):
         text = Text(each) if isinstance(each, str) else each
         if not (isinstance(text, Text) and isinstance(text.text, str)):
@@ -248,22 +251,17 @@ def _shuffle(
             allowed = "of whole characters, not of halves of surrogate pairs"
             raise InputError(name, allowed, value=text.text)
         if stripped := text.text.strip():
-            group = found.setdefault(place if text.group is None else text.group, [])
+            group = groups.setdefault(place if text.group is None else text.group, [])
             group.append((place, Text(stripped, text.label, text.group)))
-    groups = [*found.values()]
-    if used:
-        groups = [g for g in groups if not any(_digest(text.text) in used for _, text in g)]
     if len(groups) < needed:
         allowed, remedy = f"at least {needed} text{'s' * (needed > 1)}", ""
-        if any(isinstance(key, str) for key in found):
+        if any(isinstance(key, str) for key in groups):
             allowed = f"of at least {needed} group{'s' * (needed > 1)}, which count once each"
             remedy = "give more documents, or no groups if every text was drawn independently"
         if needed > LEAST_TEXTS:
             allowed += f": {LEAST_TEXTS} to plan with and {LEAST_TEXTS} to certify with"
-        allowed += " that neither the adapter's plan nor a check has used" * bool(used)
         raise InputError(name, allowed, len(groups), remedy)
-    mixed = (groups[i] for i in order.permutation(len(groups)))
-    return [[group[i] for i in order.permutation(len(group))] for group in mixed]
+    return [*groups.values()]
 
 
 def _class(pair: Pair, text: Text) -> int:
@@ -290,8 +288,8 @@ def _encode(
     tokens: int,
     needed: int = LEAST_TEXTS,
 ) -> list[_Encoded]:
-    """The first texts, at most 256, as tokens; those without any have no output."""
-    places, texts = zip(*itertools.islice(lines, MOST_TEXTS), strict=True)
+    """Texts as tokens; those without any have no output."""
+    places, texts = zip(*lines, strict=True)
     plain, config = [text.text for text in texts], pair.tuned.config
     # As many as are asked for, or as both models take.
     most = min(int(getattr(x, "max_position_embeddings", 0)) for x in (config, pair.config))

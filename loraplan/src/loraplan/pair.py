@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from . import _checks
 from ._adapters import MergedCheckpoint
 from ._errors import InputError
-from ._folders import sample
 from ._lowrank import LowRank
-from ._models import PEFT_CONFIG, Checkpoint, Rows, build, find, listed, tokenizer
+from ._models import PEFT_CONFIG, Checkpoint, Rows, build, find, listed, require_name, tokenizer
 
 Task = Literal["classification", "language", "encoder"]
 # Where the equal blocks are in the model without its head, by ``model_type`` of transformers.
@@ -197,9 +196,7 @@ class Pair:
         change nothing.
         """
         for name, model in (("base", base), ("tuned", tuned)):
-            if not isinstance(model, str | Path) or not str(model):
-                allowed = "a checkpoint" + " or an adapter" * (name == "tuned")
-                raise InputError(name, f"{allowed}: a folder or a name on the hub", value=model)
+            require_name(name, model)
         any_base = _checks.flag("any_base", any_base)
         base_files = Checkpoint("base", str(base))
         tuned_files: Checkpoint | MergedCheckpoint
@@ -215,10 +212,7 @@ class Pair:
         if kind != tuned_kind:
             raise InputError("tuned", f"of type {kind!r}, like the base", tuned_kind)
         differing = _compare_configurations(base_files.config, tuned_files.config, task)
-        config = copy.deepcopy(base_files.config)
-        for name, value in tuned_files.config.to_dict().items():
-            if _HEAD.fullmatch(name) and value is not None:
-                setattr(config, name, getattr(tuned_files.config, name))
+        config = _with_head(base_files.config, tuned_files.config)
         network = build(config, architecture, empty=True)
         sizes = {name: tuple(value.shape) for name, value in network.named_parameters()}
         stem, body = network.base_model_prefix, network.base_model
@@ -276,12 +270,6 @@ class Pair:
         own = getattr(self.tuned.config, "pad_token_id", None)
         # Some configurations have -1, which no embedding has.
         return int(self.tokenizer.pad_token_id if own is None or own < 0 else own)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Digests of pieces of the weights of both, by which another pair is told apart."""
-        folders = (find(name, getattr(self, name).source) for name in ("base", "tuned"))
-        return " ".join(map(sample, folders))
 
     @property
     def not_low_rank(self) -> dict[str, int]:
@@ -379,13 +367,33 @@ class Pair:
 
     def build(self, which: str = "base", *, empty: bool = False) -> Any:
         """Make a network with the configuration of one of both; an ``empty`` one has no weights."""
-        config = self.tuned.config if which == "tuned" else self.config
+        return self._build(self.tuned.config if which == "tuned" else self.config, empty=empty)
+
+    def _build(self, config: Any, *, empty: bool) -> Any:
         network = build(config, self.architecture, empty=empty)
         network.eval().requires_grad_(False)
         network.config.pad_token_id = self.padding
         # Each text is passed once, and keys of one pass must not get into another.
         network.config.use_cache = False
         return network
+
+    def open_standin(self, source: str) -> tuple[Any, Reader]:
+        """Open a checkpoint in place of the tuned one: its network without weights, and a reader.
+
+        Raises `InputError` for checkpoints that are not of its architecture, and whole.
+        """
+        files = Checkpoint("standin", source)
+        kind, tuned_kind = files.config.model_type, self.tuned.config.model_type
+        if kind != tuned_kind:
+            raise InputError("standin", f"of type {tuned_kind!r}, like the tuned model", kind)
+        network = self._build(_with_head(files.config, self.tuned.config), empty=True)
+        sizes = {name: tuple(value.shape) for name, value in network.named_parameters()}
+        if missing := sorted(files.bind(sizes, network.base_model_prefix)):
+            allowed = f"with all weights of {self.architecture}"
+            raise InputError("standin", allowed, f"one without {listed(missing)}")
+        _require_used(files, network, _BLOCKS[kind])
+        files.require_finite(sizes)
+        return network, files.read
 
     def network(self, which: str | Adapter = "tuned", read: Reader | None = None) -> Any:
         """Make a whole network of transformers: ``"base"``, ``"tuned"``, or the base adapted."""
@@ -456,6 +464,15 @@ def _describe(config: Any) -> tuple[str, Task]:
     if getattr(config, "problem_type", None) == "multi_label_classification":
         raise InputError("tuned", "a classifier into one class of several", config.problem_type)
     return architecture, task
+
+
+def _with_head(config: Any, tuned: Any) -> Any:
+    """Copy a configuration, with entries of the tuned model's that go with its head."""
+    made = copy.deepcopy(config)
+    for name, value in tuned.to_dict().items():
+        if _HEAD.fullmatch(name) and value is not None:
+            setattr(made, name, getattr(tuned, name))
+    return made
 
 
 def _compare_configurations(base: Any, tuned: Any, task: Task) -> dict[str, tuple[Any, Any]]:

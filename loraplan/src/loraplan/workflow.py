@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import torch
 
 from . import _checks, _export, _limits, _texts
+from ._adapters import is_adapter, named_base
 from ._errors import InputError, LoraplanError
 from ._folders import require_apart, require_free, versions, write_folder
 from ._measuring import Measured, Measurement, Readout, TunedOutputs, measure_networks
-from ._models import is_dequantized, reason, require_device
+from ._models import find, is_dequantized, reason, require_device, require_name
 from ._streams import Network, TextStates, advance, stream
 from ._texts import Batch, Text
 from .pair import KINDS, Adapter, Pair
@@ -161,7 +162,7 @@ class Plan:
         tied = pair.task == "language" and bool(pair.tuned.config.tie_word_embeddings)
         lost = self.measured._asdict()
         held_out = lost.pop("texts")
-        for name in ("evidence", "kept", "bfloat16", "tuned_bfloat16"):
+        for name in ("own_effect_repeated", "same", "same_repeated", "alike"):
             del lost[name]  # of checks
         return _export.without_nan(
             {
@@ -192,8 +193,7 @@ class Plan:
                 "cut_texts": texts.cut,
                 "unknown_tokens": texts.unknown,
                 "options": self.planner.options | {"serving": self.served is not None},
-                "used_texts": texts.used,
-                "fingerprint": pair.fingerprint,
+                "alike_texts": texts.alike,
                 "grouped": texts.grouped,
                 "versions": versions(),
             }
@@ -389,71 +389,76 @@ def extract(
 
 @_checks.flushing()
 def check(
-    base: str | Path,
-    adapter: str,
+    standin: str | Path,
     tuned: str | Path,
     texts: Sequence[str | Text],
     *,
-    tokens: int | None = None,
-    seed: int = 0,
+    base: str | Path | None = None,
+    tokens: int = _texts.TOKENS,
     dtype: str = "float32",
     device: str = "cpu",
     any_base: bool = False,
     report: Report | None = None,
 ) -> Measured:
-    """Measure what anybody's adapter of peft, in a folder, loses against the tuned model.
+    """Measure how much of a tuned model a stand-in keeps, on texts that chose nothing about it.
 
-    If its ``report.json`` has a certificate, texts are evidence for or against it (`Evidence`),
-    which is added to that of earlier checks and kept in this file; any number of new texts will
-    do. Without one, or for another pair than the plan's, 61 are needed, and they certify a loss by
-    themselves. Texts that the plan or earlier checks have used are left out, with their groups, so
-    that evidence is of other texts than those; at most 256 are drawn by ``seed``, one of each
-    group. They are counted in random order, and cut off after ``tokens``: by default as in
-    ``report.json``, without whose certificate all else is measured, or else after 128. With the
-    ``dtype`` "bfloat16" it is measured too what the adapter, merged, and the tuned model lose in
-    that. Other arguments are those of `plan` and `Planner`. Raises `InputError` for unusable
-    arguments, for an adapter that peft does not read into the base, and for evidence that no check
-    has written.
+    A stand-in is whatever loads: an adapter of any kind that peft reads, a merged checkpoint, a
+    file in GGUF, or the tuned model itself, in another type. Nothing is kept between checks: limits
+    ``repeated`` hold for all who come back with more texts, however often [prop-certificate].
+    Raises `InputError` for unusable arguments, and for a stand-in that does not load or lacks
+    weights.
+
+    Parameters
+    ----------
+    standin, tuned
+        Folders, names on the hub, files in GGUF or packaged models, as in `Pair.open`.
+    texts : sequence of str or Text
+        At least one, of which each group counts once. All are used.
+    base : str or Path, optional
+        What the model was before tuning. It is the yardstick of the effect, which is NaN without,
+        and what adapters are for: by default the one that they name.
+    tokens : int
+        Texts are cut off after so many tokens.
+    dtype : {"float32", "bfloat16"}
+        The type of the stand-in's weights and values. An adapter is merged in bfloat16.
+    any_base : bool
+        Whether adapters may name another base.
+    device, report
+        See `Planner`.
     """
     where = require_device(device)
     _checks.choice("dtype", dtype, ["float32", "bfloat16"])
-    pair = Pair.open(base, tuned, any_base=any_base)
-    planned = _export.read_report(adapter)
-    if tokens not in (None, planned.tokens) or planned.fingerprint not in ("", pair.fingerprint):
-        tokens = planned.tokens if tokens is None else tokens
-        planned = planned._replace(tokens=tokens, typical=math.nan, limit=math.nan)
-    about: dict[str, Any] = {"tokens": planned.tokens, "used": planned.used, "seed": seed}
-    certify = math.isnan(planned.limit)
-    batches, counted = _texts.prepare_all(pair, texts, certify=certify, **about)
-    adapted = _export.load(adapter, pair, where)
-    _require_runs(adapter, adapted, Batch._make(part[:1] for part in batches[0]))
-    networks = [stream(pair, "tuned", where), stream(pair, "base", where), adapted]
-    if dtype == "bfloat16":
-        half: dict[str, Any] = {"device": where, "dtype": torch.bfloat16}
-        networks.append(Network(pair, pair.skeleton(), pair.reader("tuned"), **half))
-        merged = _export.load_merged(adapter, pair, where)
-        networks += [] if merged is None else [merged]
-    passes = [TextStates(network, batches) for network in networks]
+    models = {"tuned": tuned, "standin": standin}
+    for name, model in models.items():
+        require_name(name, model)
+    # Without a base there is no effect; then the tuned model is in its place.
+    adapters = [model for name, model in models.items() if is_adapter(name, model)]
+    known = base or next(map(named_base, adapters), None)
+    pair = Pair.open(known or tuned, tuned, any_base=any_base)
+    batches, alike = _texts.prepare_all(pair, texts, tokens)
+    type_ = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    if standin not in adapters:
+        skeleton, read = pair.open_standin(str(standin))
+        network = Network(pair, skeleton, read, device=where, dtype=type_)
+    elif type_ == torch.float32:
+        network = _export.load(find("standin", str(standin)), pair, where)
+    else:
+        network = _export.load_merged(find("standin", str(standin)), pair, where, type_)
+    _require_runs(str(standin), network, Batch._make(part[:1] for part in batches[0]))
+    networks = [stream(pair, "tuned", where), network]
+    if known:
+        networks.append(stream(pair, "base", where))
+    passes = [TextStates(each, batches) for each in networks]
     advance(passes, functools.partial(report or (lambda *_: None), "passing texts"))
     reference = TunedOutputs(batches, Readout(networks[0]), passes[0].states)
-    reference.record(networks[1], passes[1].states)
-    reference.typical = planned.typical
-    compared = reference.compare(adapted, passes[2].states)
-    measured = reference.summarize(compared)._replace(differing=pair.differing)
-    if dtype == "bfloat16":
-        lost = [reference.error(reference.squares(p.network, p.states)) for p in passes[3:]]
-        off = lost[1] if merged is not None else math.nan
-        measured = measured._replace(bfloat16=off, tuned_bfloat16=lost[0])
-    if not certify:
-        exceeding = _limits.exceed(reference.losses(compared.squares), planned.limit)
-        evidence = planned.evidence.add(exceeding[_texts.mix(batches, seed)])
-        kept = _export.keep_evidence(adapter, evidence, counted)
-        measured = measured._replace(evidence=evidence, kept=kept)
-    return measured
+    if known:
+        reference.record(networks[2], passes[2].states)
+    measured = reference.summarize(reference.compare(network, passes[1].states))
+    return measured._replace(differing=pair.differing, alike=alike)
 
 
-def _require_runs(adapter: str, network: Network, one: Batch) -> None:
-    """Refuse an adapter that peft does not run on one text, or that lacks what the base does."""
+def _require_runs(standin: str, network: Network, one: Batch) -> None:
+    """Refuse a stand-in that does not run on one text, or that lacks what the base does."""
     try:
         passed = TextStates(network, [one])
         advance([passed])
@@ -462,11 +467,11 @@ def _require_runs(adapter: str, network: Network, one: Batch) -> None:
             values = [*network.logits(passed.states[0])]
         finite = not any(each.isnan().any() for each in values)
     except Exception as error:  # whatever peft raises for what it cannot do
-        given = f"{adapter} ({reason(error)})"
-        raise InputError("adapter", "one that peft runs on texts", given) from error
+        given = f"{standin} ({reason(error)})"
+        raise InputError("standin", "one that runs on texts", given) from error
     if not finite:
-        allowed = "one of finite numbers that brings the head if the base lacks it"
-        raise InputError("adapter", allowed, f"{adapter}, with which outputs are NaN")
+        allowed = "one of finite numbers, with a head if the base lacks it"
+        raise InputError("standin", allowed, f"{standin}, with which outputs are NaN")
 
 
 def _prepare(
