@@ -39,8 +39,8 @@ def mean_limit(losses: NDArray[np.float64]) -> float:
     """Compute an upper limit of the mean of losses in [0, 1] [prop-certificate].
 
     It holds for any distribution from which the ``losses``, ``[n]``, were drawn independently, but
-    for a share `DOUBT` of such draws. Where all are 0 or 1 it is the exact one of Clopper and
-    Pearson (1934), and else that of bets (`betting_limit`).
+    for a share of 0.05 of such draws. Where all are 0 or 1 it is the exact one of Clopper and
+    Pearson (1934), and else that of bets (Waudby-Smith and Ramdas, 2024).
     """
     if np.isin(losses, (0, 1)).all():
         return binomial_limit(int(losses.sum()), len(losses))
@@ -81,7 +81,7 @@ def repeated_limit(losses: NDArray[np.float64]) -> float:
     A fortune is divided among stakes ``c/(1 − m)``, with ``0 < c < 1``, against a mean ``m``, and
     grows to the average of ``Π (1 + c (m − x)/(1 − m))`` over them. It depends on no order of the
     ``losses``, ``[n]``. Where the mean is at least ``m`` it is a supermartingale, and ever reaches
-    ``1/DOUBT`` in at most a share `DOUBT` of cases (Ville) [prop-certificate]. For losses of 0 and
+    20 in at most a share of 0.05 of cases (Ville) [prop-certificate]. For losses of 0 and
     1 it is a likelihood ratio, with all shares below ``m`` as likely.
     """
     values, counts = np.unique(losses, return_counts=True)
