@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from . import _example, workflow
+from ._adapters import is_adapter
 from ._errors import InputError
 from ._export import least, measure, megabytes, most, percent, without_nan
 from ._folders import require_apart
@@ -234,6 +235,10 @@ def check(options: _CheckOptions) -> None:
     if not 2 <= len(options.models) <= 3:
         given = " ".join(options.models)
         raise InputError("models", "a stand-in and a tuned model, maybe after a base", given)
+    names = zip(("standin", "tuned"), options.models, strict=False)
+    if options.error and len(options.models) == 2 and not any(is_adapter(*each) for each in names):
+        remedy = "name the model before tuning first"
+        raise InputError("error", "asked with a base, of whose tuning it is a part", "none", remedy)
     measured = _call(workflow.check, options)
     size = measure(options.models[-2])
     if options.as_json:
@@ -470,7 +475,8 @@ def _measured(measured: Measured, label: str = "Here") -> list[tuple[str, str]]:
     if math.isfinite(measured.accuracy):
         parts = measured.base_accuracy, measured.tuned_accuracy, measured.accuracy
         base, tuned, adapted = map(percent, parts)
-        rows.append(("Accuracy", f"{adapted}; the tuned model {tuned}, the base {base}"))
+        before = f", the base {base}" if math.isfinite(measured.base_accuracy) else ""
+        rows.append(("Accuracy", f"{adapted}; the tuned model {tuned}{before}"))
     if entries := ", ".join(measured.differing):
         rows.append(("Note", f"The loss counts that adapters have the base's {entries}."))
     return rows
