@@ -6,8 +6,8 @@
 
 The pair has Llama's architecture and random weights in bfloat16, of which the tuned ones differ by
 rank 8 and a little noise; it is made in FOLDER, once for each size. Texts are random words, each a
-token. The plan is for an estimated error; every command is a process of its own. A row for each is
-printed and added to FOLDER/costs.csv.
+token. The plan is for the own effect of nine of ten texts; every command is a process of its own. A
+row for each is printed and added to FOLDER/costs.csv.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def main() -> None:
     name = f"{chosen.size}-{chosen.texts}-{chosen.tokens}-{chosen.threads}"
     texts = chosen.folder / f"{name}.txt"
     write_texts(texts, chosen.texts, chosen.tokens, SIZES[chosen.size][5])
-    options = ["--texts", str(texts), "--error", str(chosen.error), "--estimate"]
+    options = ["--texts", str(texts), "--error", str(chosen.error)]
     command = [sys.executable, "-m", "loraplan", "plan", str(base), str(tuned), *options]
     out = chosen.folder / "out"
     given = {"base": base, "tuned": tuned, "out": out}

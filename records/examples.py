@@ -85,7 +85,7 @@ class Prepared:
             given[:number],
             held_out=given[number : 2 * number],
             modules=modules,
-            seed=example.seed,
+            carry="all",
         )
         self.pair, self.modules = self.planner.pair, self.planner.modules
 
@@ -109,7 +109,7 @@ class Prepared:
                 name: self.pair.tuned.read(f"{name}.bias")
                 + (each.shift - best[name].left @ (best[name].right.mT @ each.mean))
                 for name, each in weighted.items()
-                if self.pair.frees_bias(self.modules[name])
+                if self.planner.frees_bias(self.modules[name])
             }
             return Adapter({name: best[name] for name in ranks}, biases)
         return neighbours.choose(_RULES[way], self.changes, self.modules, number)[1]

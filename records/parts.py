@@ -219,8 +219,9 @@ def only(planner: Planner, kind: str) -> float:
     names = {f"{name}.weight" for name, module in pair.modules.items() if module.kind == kind}
 
     def read(name: str, rows: Rows = None) -> Tensor:
-        return pair.read("tuned" if name in names else "adapted", name, rows)
+        return pair.read("tuned", name, rows) if name in names else rest(name, rows)
 
+    rest = pair.reader(Adapter({}, {}))
     network = stream(pair, Adapter({}, {}), planner.device, read=read)
     return planner.test.error(measure_networks([(network, planner.test)])[0].squares)
 
@@ -290,7 +291,7 @@ def products(planner: Planner, adapter: Adapter) -> tuple[Tensor, float]:
         return Directions(LowRank(missing, torch.eye(len(into))), into, out, into)
 
     rows = Slopes(passed, readout, modules, {}, ()).collect_derivatives(
-        find, lambda i, x: draw_rows(generator, x, len(batches[i].places), PROBES), seed=0
+        find, lambda i, x: draw_rows(generator, x, len(batches[i].places), PROBES)
     )
     sides = [module.shape[1] for module in modules.values()]
     lost = torch.stack([part.sum(1) for part in torch.cat(rows).split(sides, 1)])
@@ -319,7 +320,7 @@ def work(settings: list[PartRun]) -> list[PartResults]:
         found = [*turns(pair.network(), torch.tensor(ids[:SENTENCES]))]
     else:
         planning, held_out = (pairs.texts(kind, part) for part in ("validation", "test"))
-        limits: Any = {"held_out": held_out[:TEXTS], "modules": plans.BLOCKS}
+        limits: Any = {"held_out": held_out[:TEXTS], "modules": plans.BLOCKS, "carry": "all"}
         found = [*effect(Planner(pair, planning[:PLANNING], **limits))]
     about = {name: metadata.version(name) for name in ("torch", "transformers")}
     about["precision"] = "bfloat16" if models.precision() else "float32"

@@ -132,6 +132,7 @@ def plan(tuning: str, modules: str) -> Planner:
         pairs.texts(about.kind, "validation")[:PLANNING],
         held_out=pairs.texts(about.kind, "test")[: about.texts],
         modules=modules,
+        carry="all",
         thorough=True,
     )
 
@@ -169,7 +170,8 @@ def work(settings: list[AdapterRun]) -> list[AdapterResults]:
         carried, size = lab.estimate(planner.pair, adapter)
         (measurement,) = planner.run((adapter, "test"))
     arrays = measurement.compare()._asdict() | {"effect": measurement.reference.effect}
-    del arrays["right"]  # There are no labels.
+    for name in ("right", "tuned_right", "first"):
+        del arrays[name]  # There are no labels and no answers.
     about |= {name: pack(values) for name, values in arrays.items()}
     about |= {name: metadata.version(name) for name in ("torch", "peft")}
     return [AdapterResults(carried=carried, bytes=size, **about)]

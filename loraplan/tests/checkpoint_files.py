@@ -121,16 +121,13 @@ def distances(one: Any, other: Any, batches: Sequence[Any], task: str) -> torch.
     with torch.no_grad():
         for batch in batches:
             off = outputs(one, batch, task).double() - outputs(other, batch, task).double()
-            sizes = (
-                [1] * len(off) if task == "classification" else batch.attention_mask.sum(1).tolist()
-            )
-            found += [part.square().sum() for part in off.split(sizes)]
+            found += [part.square().sum() for part in off.split(batch.counts(task))]
     return torch.stack(found)
 
 
 def apart(batches: Sequence[Any]) -> list[torch.Tensor]:
     """The tokens of each text."""
-    pairs = (zip(batch.input_ids, batch.is_token, strict=True) for batch in batches)
+    pairs = (zip(b.input_ids, b.attention_mask.bool(), strict=True) for b in batches)
     return [ids[there] for pair in pairs for ids, there in pair]
 
 

@@ -30,7 +30,7 @@ from loraplan._models import quiet
 BERT, LLAMA, GPT = "BertForSequenceClassification", "LlamaForCausalLM", "GPT2LMHeadModel"
 CONFIG, FACTORS, WHOLE = "adapter_config.json", "adapter_model.safetensors", "model.safetensors"
 MANY, FEW = "\n".join(files.texts(140)), "\n".join(files.texts(121))
-LINES = "--rank 1 --texts texts/lines.txt"
+LINES = "--size 0.02 --texts texts/lines.txt"
 PLAN = f"plan base tuned {LINES}"
 Change = Callable[[Path], Any]
 
@@ -75,7 +75,7 @@ def within(name: str, command: str, rows: list[tuple[str, Change]]) -> list[Row]
 
 def content(name: str, said: str, *written: str | bytes) -> list[Row]:
     """A file, and maybe flags after its name."""
-    command, file = f"plan base tuned --rank 1 --texts {name}", name.split()[0]
+    command, file = f"plan base tuned --size 0.02 --texts {name}", name.split()[0]
     return [Row(command, said, put(file, each)) for each in written]
 
 
@@ -85,7 +85,7 @@ def chats(said: str, *messages: object, template: str = "{{ messages[0].content 
         (folder / "tuned" / "chat_template.jinja").write_text(template)
 
     written = (json.dumps({"messages": each}) for each in messages)
-    command = "plan base tuned --rank 1 --texts one.jsonl"
+    command = "plan base tuned --size 0.02 --texts one.jsonl"
     return [Row(command, said, functools.partial(change, written=w)) for w in written]
 
 
@@ -105,11 +105,11 @@ def grouped(of: int | None) -> str:
 HALF = labelled(0) + '\n{"text": "half of one \\ud83d"}'
 SAY = [{"role": "user", "content": "hello"}]
 FIELDS = "texts must be entries with a field text"
-KINDS = "texts must be of a kind that is read: .txt, .jsonl or .csv"
+KINDS = "texts must be of a kind that is read: .txt, .jsonl, .csv"
 WIDE = "rows of as many fields as the header has"
 TEXTS = [
     *[
-        Row(f"plan base tuned --rank 1 --texts {rest}", said)
+        Row(f"plan base tuned --size 0.02 --texts {rest}", said)
         for rest, said in {
             "nowhere.txt": "a text file in UTF-8; got nowhere.txt (no such file)",
             "texts": "a text file in UTF-8; got texts ([Errno 21]",
@@ -168,35 +168,35 @@ TEXTS = [
 
 # Flags
 
+SHARES = [f"{flag} {x}" for flag in ("--same", "--same-answers") for x in ("0", "1", "nan", "-1")]
 FLAGS = {
-    "error must be above 0": [f"--error {x}" for x in ("0", "-0.1", "1.1", "nan", "inf")],
+    "error must be above 0 and below 1": [f"--error {x}" for x in ("0", "-0.1", "1.1", "nan")],
+    "must be above 0 and below 1": SHARES,
     "Invalid value for '--error'": [f"--error {x}" for x in ("abc", "10%", "0,1")],
-    "Invalid value for '--rank'": ["--rank 1.5", "--rank many"],
-    "No such option: --dtype": ["--rank 1 --dtype bfloat16"],
-    "Invalid value for '--format'": ["--rank 1 --format gguf"],
-    "rank must be an integer from 0": ["--rank -1"],
-    "parameters must be an integer from 0": ["--parameters -1"],
-    "max_rank must be an integer from 1": ["--rank 1 --max-rank 0", "--rank 1 --max-rank -1"],
-    "max_rank must be an integer from 1 to 64 (for serving)": [
-        f"--rank 1 --format serving --max-rank {x}" for x in (0, 65)
+    "size must be a number of megabytes above 0": [
+        f"--size {x}" for x in ("0", "-1", "nan", "inf")
     ],
-    "tokens must be an integer from 8": [f"--rank 1 --tokens {x}" for x in (7, 0, -1)],
-    "seed must be an integer from 0": ["--rank 1 --seed -1"],
-    "error, parameters and rank must be given alone": [
-        *("--error 0.1 --rank 2", "--rank 2 --parameters 9", "--error 1 --parameters 9")
-    ],
-    "estimate must be used with": ["--estimate --rank 9", "--estimate --parameters 9"],
-    "device must be one that": [f"--rank 1 --device {x}" for x in ("cuda:99", "meta", "x", "''")],
-    "leave must be left out for serving": ["--rank 1 --format serving --leave norm"],
-    "leave must be among bias, norm": ["--rank 1 --leave weights", "--rank 1 --leave all"],
+    "Invalid value for '--size'": ["--size 1MB"],
+    "Invalid value for '--one-rank'": ["--one-rank 1.5", "--one-rank many"],
+    "No such option: --dtype": ["--size 1 --dtype bfloat16"],
+    "one_rank must be an integer from 1 to 64": [f"--one-rank {x}" for x in (0, 65, -1)],
+    "tokens must be an integer from 8": [f"--size 1 --tokens {x}" for x in (7, 0, -1)],
+    "same, error, same_answers must be given alone": ["--error 0.1 --same 0.9"],
+    "same, error, same_answers and size must be given alone": ["--size 1 --same 0.9"],
+    "same_answers must be asked of a language model": ["--same-answers 0.5"],
+    "device must be one that": [f"--size 1 --device {x}" for x in ("cuda:99", "meta", "x", "''")],
     "modules must be all, attention, mlp, or a regular": [
-        f"--rank 1 --modules {x}" for x in ("nothing", "(", "*", "layer.9")
+        f"--size 1 --modules {x}" for x in ("nothing", "(", "*", "layer.9")
     ],
     "No such option: --force": ["--force"],
 }
 COMMANDS = [
     *[Row(f"plan base tuned --texts texts/lines.txt {f}", s) for s in FLAGS for f in FLAGS[s]],
-    Row("plan base tuned", "Missing option '--texts'"),
+    Row("plan base tuned", "texts must be given (--texts FILE)"),
+    Row(
+        "plan gpt/base gpt/base --texts texts/lines.txt --same-answers 0.5",
+        "answers must be left out for a model of as few positions",
+    ),
     Row("plans base tuned", "No such command 'plans'"),
 ]
 
@@ -311,8 +311,7 @@ CHECKPOINTS = [
     *within("texts", f"plan base texts {LINES}", [("one.gguf, two.gguf: name one", two)]),
     *within("tuned", PLAN, TUNED),
     *within("base", PLAN, BASE),
-    *within("base", f"{PLAN} --leave head", [("one with a head, where", tensors(headless))]),
-    *within("base", f"{PLAN} --format serving", [("with the tuned model's", tensors(headless))]),
+    *within("base", f"{PLAN} --one-rank 8", [("with the tuned model's", tensors(headless))]),
     Row(f"plan other/base other/tuned {LINES}", "as many blocks as its config.json says", deep),
     Row(f"plan other/base other/tuned {LINES}", "as tie_word_embeddings says; got two", untied),
     *another("BertModel", WEIGHTS, num_hidden_layers=1, max_position_embeddings=32),
@@ -355,7 +354,6 @@ SHRUNK: list[tuple[str, Change]] = [
     *[(f"of type {kind}: merge it", entries(peft_type=kind)) for kind in ("LOHA", "IA3")],
     ("started by pissa_niter_4", entries(init_lora_weights="pissa_niter_4")),
     ("of TOKEN_CLS", entries(task_type="TOKEN_CLS")),
-    ("made for 'org/other': name that", entries(base_model_name_or_path="org/other")),
     *[("does not fit", entries(**{n: v})) for n, v in (("r", 4), ("r", 0), ("lora_alpha", "x"))],
     ("does not fit", entries(target_modules=["nothing"])),
     (f"{KEY} has 2 entries", tensors(lambda t: t[KEY].view(-1)[:2].fill_(torch.nan))),
@@ -375,16 +373,19 @@ SHRUNK: list[tuple[str, Change]] = [
 READ = "standin must be one that peft reads into the base"
 CHECKED: list[tuple[str, Change]] = [
     ("got 'lora', a folder without config.json", drop(CONFIG)),
-    *[(READ, put(CONFIG, written)) for written in ("{", "{}")],
-    (READ, entries(peft_type="MINE")),
-    (READ, entries(r=4)),
-    (READ, entries(target_modules=["nothing"])),
-    (READ, drop(FACTORS)),
-    (READ, put(FACTORS, "no")),
-    (READ, cut(FACTORS, 999)),
-    (READ, tensors(lambda t: t.update({KEY: torch.ones(3, 9)}))),
-    (READ, tensors(renamed)),
-    ("one of finite numbers, with a head", tensors(lambda t: t[KEY].fill_(torch.nan))),
+    *[("config.json peft reads", put(CONFIG, written)) for written in ("{", "[]")],
+    ("config.json peft reads", entries(peft_type="MINE")),
+    ("does not fit", entries(r=4)),
+    ("does not fit", entries(target_modules=["nothing"])),
+    ("file is missing or damaged", drop(FACTORS)),
+    ("file is missing or damaged", put(FACTORS, "no")),
+    ("file is missing or damaged", cut(FACTORS, 999)),
+    ("standin must be an adapter", tensors(lambda t: t.update({KEY: torch.ones(3, 9)}))),
+    ("which it lacks", tensors(renamed)),
+    ("that are NaN or infinite", tensors(lambda t: t[KEY].fill_(torch.nan))),
+    # Of other kinds, which peft computes.
+    (READ, entries(use_dora=True, r=4)),
+    (READ, entries(peft_type="LOHA")),
     *[
         (f"changes weights; got lora, of type {kind}", functools.partial(prompts, kind=made))
         for kind, made in {
@@ -394,9 +395,20 @@ CHECKED: list[tuple[str, Change]] = [
         }.items()
     ],
 ]
+SCORES = [
+    Row(f"check --scores a.csv{more}", said, put("a.csv", written))
+    for said, written, more in (
+        ("rows with tuned and standin, numbers", "tuned,other\n1,1\n", ""),
+        ("rows with tuned and standin, numbers", "tuned,standin\n1,yes\n", ""),
+        ("scores must be from 0 to 1", "tuned,standin\n1,2\n", ""),
+        ("scores must be at least one row", "tuned,standin\n", ""),
+        ("given without models and texts", "tuned,standin\n1,1\n", " --texts a.csv"),
+        ("given without models and texts", "tuned,standin\n1,1\n", " --error 0.1"),
+    )
+] + [Row("check --scores a.txt", "of a kind that is read: .jsonl, .csv", put("a.txt", "1"))]
 ADAPTERS = [
     *within("lora", f"shrink base lora --out new {LINES}", SHRUNK),
-    Row(f"plan gpt/base lora --any-base {LINES}", "tuned must be an adapter for GPT2"),
+    Row(f"plan gpt/base lora {LINES}", "tuned must be an adapter for GPT2"),
     *within("lora", "check base lora tuned --texts texts/lines.txt", CHECKED),
     *[
         Row(f"check {rest}", said)
@@ -407,7 +419,7 @@ ADAPTERS = [
             "base lora tuned --same 1 --texts texts/lines.txt": "same must be above 0 and below 1",
             "base lora tuned --error 0 --texts texts/lines.txt": "error must be above 0 and below",
             "base tuned --error 0.1 --texts texts/lines.txt": "error must be asked with a base",
-            "base gpt/lora tuned --texts texts/lines.txt": READ,
+            "base gpt/lora tuned --texts texts/lines.txt": "name the base that it is for",
             "base lora ./nowhere --texts texts/lines.txt": "tuned must be a folder that exists",
             "lora lora tuned --texts texts/lines.txt": "base must be a checkpoint with all its",
             "base lora tuned --texts nowhere.txt": "(no such file)",
@@ -451,7 +463,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "texts" / "lines.txt").write_text(MANY)
     pair = files.pair(folder)
     train(folder / "lora", pair[0], BERT)
-    loraplan.extract(*pair, MANY.split("\n"), folder / "adapter", rank=1, max_rank=1)
+    loraplan.extract(*pair, MANY.split("\n"), folder / "adapter", size=0.015)
     other, _ = files.pair(folder / "gpt", GPT)
     train(folder / "gpt" / "lora", other, GPT)
     (folder / "link").symlink_to("tuned", target_is_directory=True)
@@ -465,7 +477,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     "row",
-    [*TEXTS, *COMMANDS, *CHECKPOINTS, *ADAPTERS, *FOLDERS],
+    [*TEXTS, *COMMANDS, *CHECKPOINTS, *ADAPTERS, *SCORES, *FOLDERS],
     ids=lambda row: f"{row.said} {row.command}"[:90],
 )
 def test_bad_input_is_one_line(
@@ -493,8 +505,9 @@ def test_bad_input_is_one_line(
 
 ONES: Any = [1] * 140
 ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
-    ("error must be above 0 and at most 1", {"error": "0.1"}),
-    ("error must be above 0 and at most 1", {"error": True}),
+    ("error must be above 0 and below 1", {"error": "0.1"}),
+    ("same must be above 0 and below 1", {"same": True}),
+    ("size must be a number of megabytes", {"size": "1"}),
     ("texts must be of str or Text; got 1", {"texts": ONES}),
     ("texts must be of str or Text; got ('w1', 0): write Text", {"texts": [("w1", 0)] * 140}),
     ("texts must be of str or Text", {"texts": [loraplan.Text(*ONES[:1])] * 140}),
@@ -502,12 +515,10 @@ ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
     ("texts must be a list of texts", {"texts": 5}),
     ("held_out must be of str or Text", {"held_out": ONES}),
     ("modules must be all, attention, mlp, or", {"modules": 3}),
-    ("leave must be a list of kinds among bias", {"leave": "bias"}),
-    ("leave must be a list of kinds among bias", {"leave": 3}),
+    ("carry must be one of 'chosen', 'all', 'none'", {"carry": "some"}),
+    ("carry must be left out with one_rank", {"carry": "all", "one_rank": 8}),
+    ("max_rank must be an integer from 1", {"max_rank": 0}),
     ("thorough must be True or False; got 'no'", {"thorough": "no"}),
-    ("serving must be True or False; got 'no'", {"serving": "no"}),
-    ("estimate must be True or False; got 'no'", {"estimate": "no"}),
-    ("any_base must be True or False; got 'no'", {"any_base": "no"}),
     ("device must be one that torch finds", {"device": ["cpu"]}),
     ("base must be a folder, a file in GGUF", {"base": 3}),
     ("tuned must be a folder, a file in GGUF", {"tuned": None}),
@@ -525,9 +536,3 @@ def test_bad_arguments_are_refused_by_name(
     with pytest.raises(loraplan.InputError) as refused:
         loraplan.plan(**usable | arguments)
     assert str(refused.value).startswith(said)
-
-
-def test_prices_are_for_no_error(given: Path) -> None:
-    options: Any = {"error": 0.1}
-    with pytest.raises(loraplan.InputError, match=r"^options must be among .* got error"):
-        loraplan.prices(given / "base", given / "tuned", MANY.split("\n"), **options)

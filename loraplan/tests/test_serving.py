@@ -160,7 +160,7 @@ def test_what_is_lost_is_lost_where_it_is_served(
     base, tuned = files.pair(tmp_path, architecture, change=change, seed=3, pad_token_id=0)
     files.configure(Path(tuned), **entries)
     out = tmp_path / "out"
-    plan = loraplan.extract(base, tuned, TEXTS, out, rank=2)
+    plan = loraplan.extract(base, tuned, TEXTS, out, size=0.015)
     full = files.save_merged(tmp_path / "full", plan)
     planner, texts = plan.planner, files.apart(plan.planner.texts.test)
     networks = [files.loaded(place, architecture) for place in (tuned, base, full)]
@@ -184,8 +184,8 @@ def test_what_is_lost_is_lost_where_it_is_served(
     assert config["base_model_name_or_path"] == base
     numbers = sum(part.numel() for part in load_file(out / "adapter_model.safetensors").values())
     size = sum(file.stat().st_size for file in out.glob("adapter_*"))
-    assert (plan.measured.error, numbers, size) == (report["error"], plan.carried, plan.size)
-    assert (numbers, size) == (report["carried"], report["adapter_bytes"])
+    assert (plan.measured.error, numbers, size) == (report["error"], plan.numbers, plan.size)
+    assert (numbers, size) == (report["numbers"], report["bytes"])
     estimate = _export.estimate(planner.pair, plan.adapter)
     assert estimate == pytest.approx((numbers, size), rel=0.3)
     assert estimate[0] == numbers
@@ -206,14 +206,15 @@ def test_all_embeddings_are_carried_by_their_changed_rows(
         return update if "embeddings.weight" in name or "wte" in name or "wpe" in name else None
 
     base, tuned = files.pair(tmp_path, architecture, change=some_rows)
-    plan = loraplan.extract(base, tuned, TEXTS, tmp_path / "out", rank=0, modules="attention")
+    options: Any = {"modules": "attention", "carry": "all"}
+    plan = loraplan.extract(base, tuned, TEXTS, tmp_path / "out", size=1.0, **options)
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     rows = [value for name, value in tensors.items() if ".token_adapter." in name]
     assert {len(value) for value in rows} <= {1, 4}
     written = sum(value.numel() for value in rows)
     assert plan.planner.pair.not_low_rank == {"embedding": written}
-    assert plan.carried == sum(value.numel() for value in tensors.values())
-    assert _export.estimate(plan.planner.pair, plan.adapter)[0] == plan.carried
+    assert plan.numbers == sum(value.numel() for value in tensors.values())
+    assert _export.estimate(plan.planner.pair, plan.adapter)[0] == plan.numbers
     again = files.loaded(base, architecture, tmp_path / "out").merge_and_unload()
     wanted = files.loaded(tuned, architecture).state_dict()
     for name, value in again.state_dict().items():
@@ -225,7 +226,7 @@ def test_all_embeddings_are_carried_by_their_changed_rows(
 def test_errors_in_bfloat16_are_those_of_networks_in_it(architecture: str, tmp_path: Path) -> None:
     base, tuned = files.pair(tmp_path, architecture)
     out = tmp_path / "out"
-    plan = loraplan.extract(base, tuned, TEXTS, out, rank=1)
+    plan = loraplan.extract(base, tuned, TEXTS, out, size=0.015)
     full = files.save_merged(tmp_path / "full", plan)
     pair, fresh = plan.planner.pair, files.texts(140, 1)
     batches, _ = _texts.prepare_all(pair, fresh, 128)
@@ -282,7 +283,7 @@ def test_all_readers_read_the_same(
     which: str, rank: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     base, tuned = request.getfixturevalue(which)
-    options: Any = {"serving": True, "max_rank": rank, "rank": rank // 2}
+    options: Any = {"one_rank": rank, "size": 0.04 if rank == 4 else 1.0}
     plan = loraplan.extract(base, tuned, TEXTS, tmp_path / "out", **options)
     config, factors = read(tmp_path / "out")
     assert (config["r"], config["lora_alpha"]) == (rank, rank)
@@ -295,12 +296,12 @@ def test_all_readers_read_the_same(
     assert 0 < max(plan.ranks.values()) <= rank
     assert {name for name, needed in plan.ranks.items() if needed} <= factors.keys()
     written = sum(A.numel() + B.numel() for A, B in factors.values())
-    assert plan.adapter.parameters <= plan.carried == written
+    assert plan.adapter.parameters <= plan.numbers == written
     again = loraplan.plan(base, tuned, TEXTS, **options)
-    assert again.carried == written
+    assert again.numbers == written
     assert again.size == pytest.approx(plan.size, rel=0.1)
     if which == "llama":
-        assert 0 < plan.adapter.parameters <= plan.planner.parameters(rank // 2)
+        assert 0 < plan.adapter.parameters <= plan.planner.parameters(rank)
     else:
         # Of the change of values alone, which have no room of their own.
         assert factors.keys() == {QUERY, KEY, VALUE}
@@ -315,7 +316,7 @@ def test_all_readers_read_the_same(
 )
 def test_heads_stay_the_base_s(architecture: str, tmp_path: Path) -> None:
     pair = files.pair(tmp_path, architecture)
-    plan = loraplan.extract(*pair, TEXTS, tmp_path / "out", serving=True, rank=3)
+    plan = loraplan.extract(*pair, TEXTS, tmp_path / "out", one_rank=8, size=0.06)
     config, factors = read(tmp_path / "out")
     assert config["task_type"] == ("CAUSAL_LM" if plan.planner.pair.task == "language" else None)
     assert (config["modules_to_save"], config["trainable_token_indices"]) == (None, None)

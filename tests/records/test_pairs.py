@@ -51,17 +51,17 @@ def test_an_example_is_made_once_for_all_that_ask_at_a_time(
 ) -> None:
     made = []
 
-    def make(_: str, folder: str, *seed: str) -> None:
-        made.append((folder, *seed))
+    def make(folder: Path, seed: int) -> None:
+        made.append((str(folder), seed))
         time.sleep(0.1)
-        Path(folder).mkdir()
+        folder.mkdir()
 
     monkeypatch.setattr(pairs, "_MADE", tmp_path / "new")
-    monkeypatch.setattr(pairs, "run_command", make)
+    monkeypatch.setattr(pairs, "_make_example", make)
     with ThreadPoolExecutor() as pool:
         found = [*pool.map(pairs.example, [0, 1, 0, 1, 0])]
     assert [folder.name for folder in found] == ["0", "1", "0", "1", "0"]
-    assert sorted(made) == [(str(tmp_path / "new" / seed), "--seed", seed) for seed in "01"]
+    assert sorted(made) == [(str(tmp_path / "new" / str(seed)), seed) for seed in (0, 1)]
     # What is written beside links to an example stays out of it.
     (pairs.linked(tmp_path / "new") / "adapter").mkdir()
     assert {path.name for path in (tmp_path / "new").iterdir()} >= {"0", "1"}

@@ -53,7 +53,7 @@ def test_losses_of_a_few_directions_are_measured(tmp_path: Path) -> None:
     change = files.low_rank(8, size=0.02)
     pair = Pair.open(*files.pair(tmp_path, "LlamaForCausalLM", change=change))
     texts = files.texts(61, 1), files.texts(61, 2)
-    planner = Planner(pair, texts[0], held_out=texts[1], modules=plans.BLOCKS)
+    planner = Planner(pair, texts[0], held_out=texts[1], modules=plans.BLOCKS, carry="all")
     adapter = planner.uniform(planner.parameters(2))
     unshifted = parts.Unshifted(planner.test, stream(pair, "base", planner.device))
     found = {row[2]: row[3] for row in parts.measure(planner, unshifted, "rank", adapter)}

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from ._errors import InputError
 from ._lowrank import LowRank
-from ._models import PEFT_CONFIG, Checkpoint, Rows, find, listed, public_name, quiet, reason
+from ._models import (
+    LOG,
+    PEFT_CONFIG,
+    Checkpoint,
+    Rows,
+    find,
+    listed,
+    public_name,
+    quiet,
+    reason,
+)
 
 # Entries of the configuration that make LoRA something other than W + s B A.
 _VARIANTS = "use_dora use_qalora use_bdlora kasa_config monteclora_config arrow_config "
@@ -65,20 +75,29 @@ def is_adapter(name: str, source: str | Path) -> bool:
     return (find(name, str(source)) / PEFT_CONFIG).is_file()
 
 
-def named_base(source: str | Path) -> str:
-    """Find the base that an adapter names."""
+def read_config(name: str, source: str, folder: Path) -> Any:
+    """Read the configuration of an adapter."""
     from peft import PeftConfig
 
     try:
         with quiet():
-            about = PeftConfig.from_pretrained(str(find("adapter", str(source))))
+            return PeftConfig.from_pretrained(str(folder))
     except (KeyError, OSError, TypeError, ValueError) as error:
-        allowed, given = f"with a {PEFT_CONFIG} that peft reads", f"{source} ({reason(error)})"
-        raise InputError("adapter", allowed, given) from error
+        given = f"the adapter {source!r}, with which it fails ({reason(error)})"
+        raise InputError(name, f"an adapter whose {PEFT_CONFIG} peft reads", given) from error
+
+
+def named_base(source: str | Path) -> str:
+    """Find the base that an adapter names."""
+    about = read_config("standin", str(source), find("standin", str(source)))
     if not about.base_model_name_or_path:
         remedy = "name the base before it"
-        raise InputError("adapter", "one that names its base", str(source), remedy)
+        raise InputError("standin", "one that names its base", str(source), remedy)
     return str(about.base_model_name_or_path)
+
+
+class OneSidedError(InputError):
+    """An adapter changes one of two weights that are one in the base."""
 
 
 class MergedCheckpoint:
@@ -87,18 +106,13 @@ class MergedCheckpoint:
     A head that the base lacks is the adapter's own.
     """
 
-    def __init__(self, base: Checkpoint, source: str, folder: Path) -> None:
-        from peft import PeftConfig, load_peft_weights
+    def __init__(self, base: Checkpoint, source: str, folder: Path, name: str = "tuned") -> None:
+        from peft import load_peft_weights
 
-        self.base, self.source = base, source
+        self.base, self.source, self._name = base, source, name
         #: Where the tokenizer is.
         self.folder = folder if (folder / "tokenizer_config.json").is_file() else base.folder
-        try:
-            with quiet():
-                self._about: Any = PeftConfig.from_pretrained(str(folder))
-        except (KeyError, OSError, TypeError, ValueError) as error:
-            allowed = f"an adapter whose {PEFT_CONFIG} peft reads"
-            raise self._refuse(allowed, f"with which it fails ({reason(error)})") from error
+        self._about = read_config(name, source, folder)
         if why := variant(self._about):
             raise self._refuse(*why)
         try:
@@ -117,6 +131,7 @@ class MergedCheckpoint:
             for key, tensor in tensors.items()
             if ".modules_to_save." not in key and ".original_module." not in key
         }
+        self._warn_of_base()
         self.config: Any = self._choose_architecture()
         # What the adapter changes: factors of parameters, or other values for them.
         self._factors: dict[str, LowRank] = {}
@@ -125,18 +140,17 @@ class MergedCheckpoint:
         self._transposed: set[str] = set()
 
     def _refuse(self, allowed: str, given: str, remedy: str = "") -> InputError:
-        return InputError("tuned", allowed, f"the adapter {self.source!r}, {given}", remedy)
+        return InputError(self._name, allowed, f"the adapter {self.source!r}, {given}", remedy)
 
-    def require_base(self) -> None:
-        """Refuse an adapter for a base of another name."""
+    def _warn_of_base(self) -> None:
+        """Say so if the adapter names another base."""
         base, given = self.base, self._about.base_model_name_or_path
         sources = base.source, public_name(base.source)
         names = {_last_part(name) for name in (*sources, getattr(base.config, "_name_or_path", ""))}
         same = not given or Path(given).resolve() == base.folder.resolve()
         if not same and _last_part(given) not in names:
-            allowed = f"an adapter for the base, {base.source!r}"
-            remedy = "name that base, or say that both are the same (--any-base, any_base=True)"
-            raise self._refuse(allowed, f"made for {given!r}", remedy)
+            said = "The adapter %r names another base, %r: is it that one by another name?"
+            LOG.warning(said, self.source, given)
 
     def _choose_architecture(self) -> Any:
         """The base's configuration with the architecture and the labels of the adapter."""
@@ -215,7 +229,8 @@ class MergedCheckpoint:
             alone = "embeddings" if sides[0] is shared[0] else "the head"
             remedy = "train with ensure_weight_tying=True, or save the base with a head of its own "
             remedy += "(tie_word_embeddings=False) and name that"
-            raise self._refuse(allowed, f"which changes {alone} alone", remedy)
+            given = f"the adapter {self.source!r}, which changes {alone} alone"
+            raise OneSidedError(self._name, allowed, given, remedy)
         for name, module in wrapped.named_modules():
             if isinstance(module, LoraLayer):
                 (A, B), scale = module_factors(module), module.scaling["default"]
@@ -241,7 +256,7 @@ class MergedCheckpoint:
         for name, value in wrapped.named_parameters():
             if name.endswith(".bias") and not saved.search(name):
                 self._keep_value(name.replace(".base_layer.", "."), value)
-        if not (self._factors or self._values):
+        if self._name == "tuned" and not (self._factors or self._values):
             given, remedy = "of which nothing is left", "name one that was trained"
             raise self._refuse("an adapter that changes the base", given, remedy)
 

@@ -8,13 +8,15 @@ import inspect
 import json
 import math
 import re
+import shlex
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -23,31 +25,30 @@ from rich.progress import Progress
 from . import _example, workflow
 from ._adapters import is_adapter
 from ._errors import InputError
-from ._export import least, measure, megabytes, most, percent, without_nan
+from ._export import measure, megabytes, without_nan
 from ._folders import require_apart
-from ._limits import DOUBT, PROMISE, SELDOM, SHARE, SIZES, UNIT, confidence, fewest
+from ._limits import DOUBT, SHARE, confidence, drop_limit
 from ._measuring import Measured
-from ._texts import MOST_TEXTS, read_texts
+from ._promises import Promise, least, most, percent
+from ._texts import read_scores, read_texts
 from .planner import Report
 from .workflow import Plan
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-# Exit status: done; the error asked for is not reached.
+# Exit status: done; what was asked is not kept.
 DONE, SHORT = 0, 1
 # Share of tokens unknown to the tokenizer above which it is said.
 UNKNOWN = 0.05
+# And of texts that nearly repeat another.
+REPEATED = 0.02
 # Seconds between lines of a long stage, where there is no terminal.
 PAUSE = 20.0
 
 app = typer.Typer(
     name="loraplan",
-    help="Which rank does a checkpoint need? Ranks for a stated error of the function, and the "
-    "adapter that has it.",
-    epilog="Exit status: 0 done; 1 the error asked for is not reached, or a certificate is "
-    "contradicted; 2 bad input, or a folder that cannot be written to; 3 an unexpected error, or "
-    "too little memory; 130 interrupted.",
+    help="How much of a tuned model does a stand-in keep? Small adapters with a promise, and a "
+    "check of any stand-in.",
+    epilog="Exit status: 0 done; 1 what was asked is not certified; 2 bad input, or a folder that "
+    "cannot be written to; 3 an unexpected error, or too little memory; 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -64,20 +65,31 @@ def _flag(help: str, default: Any = None, *names: str, **about: Any) -> Any:
 class _Options:
     """What all commands take: each field is an argument or a flag."""
 
-    texts: Path = _flag(
+    texts: Path | None = _flag(
         "Texts like those the model is for, which it was not tuned on: .txt, one a line; .jsonl or "
-        ".csv with 'text', maybe 'label'; or .jsonl of chats ('messages').",
-        ...,
+        ".csv with 'text', maybe 'label' or 'answer'; or .jsonl of chats ('messages').",
     )
     group: str | None = _flag(
         "Field of .jsonl or .csv that texts of one document or source share: a group counts once. "
         "In .txt blank lines separate documents."
     )
     tokens: int | None = _flag("Each text is cut to this many tokens; 128.")
-    any_base: bool = _flag("Take adapters that name another base.", False, "--any-base")
+    same: float | None = _flag(
+        "At least this share of decisions (classes, or next tokens) is the tuned model's."
+    )
+    error: float | None = _flag(
+        "Nine of ten texts lose at most this part of what tuning changed in them."
+    )
+    same_answers: float | None = _flag(
+        "At least this share of prompts gets the tuned model's greedy answer, word for word, of at "
+        "most 64 tokens. For short and sure answers."
+    )
     device: str = _flag("Where networks run: cpu, cuda, cuda:1, mps.", "cpu")
     as_json: bool = _flag("Print the report as JSON and nothing else.", False, "--json")
-    quiet: bool = _flag("Report no progress.", False, "--quiet")
+
+    def shares(self) -> dict[str, float | None]:
+        """What may be asked for."""
+        return {name: getattr(self, name) for name in ("same", "error", "same_answers")}
 
 
 @dataclass(kw_only=True)
@@ -90,43 +102,11 @@ class _PlanOptions(_Options):
     tuned: str = typer.Argument(
         help="What was tuned from it: a checkpoint, or an adapter of peft.", metavar="TUNED"
     )
-    seed: int = _flag("Draws texts and probes.", 0)
     held_out: Path | None = _flag("Other texts, to certify with. Without: half of the texts.")
-    error: float | None = _flag(
-        "Part of what tuning typically changes in a text that may be lost, chosen before you look "
-        "at prices. Without it `plan` lists these; else 0.1."
-    )
-    parameters: int | None = _flag(
-        "Instead of --error: how many numbers the factors may have, such as a size of the list."
-    )
-    rank: int | None = _flag(
-        "Instead of --error: as many numbers as this rank on all modules takes."
-    )
-    estimate: bool = _flag(
-        "Require the estimate over all texts, not the certificate, to be at most --error.",
-        False,
-        "--estimate",
-    )
-    details: bool = _flag("Print the size, rank and loss of each module.", False, "--details")
-    thorough: bool = _flag(
-        f"Plan with {MOST_TEXTS} texts of any length, certify with {fewest(MOST_TEXTS)}, and "
-        "differentiate twice as much.",
-        False,
-        "--thorough",
-    )
+    size: float | None = _flag("Instead of a promise: the most megabytes of the adapter's files.")
     modules: str = _flag("all, attention, mlp, or a regular expression.", "all")
-    leave: list[str] | None = _flag(
-        "Kind that stays the base's: bias, norm, embedding, head. May be repeated."
-    )
-    max_rank: int | None = _flag(
-        "Highest rank of a module; 64. For serving the one rank, at most 64; 8."
-    )
-    form: Literal["peft", "serving"] = _flag(
-        "serving: factors alone, all of one rank, which peft, vLLM, SGLang and llama.cpp read "
-        "alike; biases, norms, embeddings and heads stay the base's, and the error says what that "
-        "costs.",
-        "peft",
-        "--format",
+    one_rank: int | None = _flag(
+        "For servers: factors alone, all of this rank (vLLM's max_lora_rank), at most 64."
     )
 
 
@@ -144,31 +124,28 @@ class _ExtractOptions(_PlanOptions):
 class _CheckOptions(_Options):
     """What `check` takes."""
 
-    models: list[str] = typer.Argument(
+    models: list[str] | None = typer.Argument(
+        None,
         help="The base, what stands in for the tuned model (an adapter of peft, a merged "
         "checkpoint, a file in GGUF), and the tuned model. Without a base nothing is said of the "
         "effect; adapters name theirs.",
         metavar="[BASE] STANDIN TUNED",
     )
-    same: float | None = _flag(
-        "Status 0 only if, at the stated confidence, at least this share of decisions is the tuned "
-        "model's."
-    )
-    error: float | None = _flag(
-        "Status 0 only if nine of ten texts lose at most this part of what tuning changed in them."
-    )
     dtype: Literal["float32", "bfloat16"] = _flag(
         "The type of the stand-in's weights and values.", "float32"
+    )
+    scores: Path | None = _flag(
+        "Instead of models and texts: scores from 0 to 1 of both on the same fresh prompts, .csv "
+        "or .jsonl with 'tuned' and 'standin'. With --same X the score may fall by 1 - X."
     )
 
 
 def _command(options: type[_Options], **about: Any) -> Callable[[Callable[[Any], None]], Any]:
     """Make a function of options a command, whose arguments and flags are their fields.
 
-    Its docstring, with what `_limits` says of certificates, is the command's help.
+    Its docstring, with what `_limits` says of promises, is the command's help.
     """
-    words = {"promise": PROMISE, "unit": UNIT, "confidence": confidence(), "seldom": SELDOM}
-    words["doubt"] = f"{DOUBT:.0%}"
+    words = {"confidence": confidence(), "seldom": f"at most one in {1 / DOUBT:.3g}"}
 
     def decorate(function: Callable[[Any], None]) -> Callable[[Any], None]:
         @functools.wraps(function)
@@ -185,22 +162,19 @@ def _command(options: type[_Options], **about: Any) -> Callable[[Callable[[Any],
 
 @_command(_PlanOptions)
 def plan(options: _PlanOptions) -> None:
-    """Say which rank each module needs. Writes nothing.
+    """Find the smallest adapter that keeps what you ask for. Writes nothing.
 
-    Without --error, --parameters or --rank: a list of sizes and what each is certified to lose, all
-    at once, so that you may look and then take one with --parameters.
+    You ask by one of --same, --error and --same-answers, or for a --size. Without any it is --same
+    0.9 (--error 0.1 for models that decide nothing), and sizes are listed with what they keep,
+    estimated; you may then choose any of them.
 
-    With --error the status is 0 if the plan is certified: {promise} so much {unit}. The confidence
-    is {confidence}: of all first plans made this way, {seldom} gets a certificate that is wrong.
-    Texts (or groups of them) must be independent draws. Half of them certify: no adapter is made
-    with these, they only end the search. Losses are measured in float32 on texts as given; nothing
-    is generated.
-    With --estimate only the root mean square over these texts is compared.
+    The status is 0 if the promise is certified: it holds on average over texts like these, at a
+    confidence of {confidence}: of all first plans made this way, {seldom} gets a promise that is
+    wrong. Texts (or groups of them) must be independent draws. Half of them certify: no adapter is
+    made with these, they only end the search. Which half a text is in depends on its words alone.
+    All is measured in float32.
     """
-    if options.error is options.parameters is options.rank is None and not options.estimate:
-        _show_prices(_call(workflow.prices, options), options)
-    else:
-        _show(_call(workflow.plan, options), options)
+    _show(_call(workflow.plan, options), options)
 
 
 @_command(_ExtractOptions)
@@ -210,10 +184,10 @@ def plan(options: _PlanOptions) -> None:
     help="Write a smaller adapter: `extract`, where TUNED is an adapter.",
 )
 def extract(options: _ExtractOptions) -> None:
-    """Write the adapter as a folder that peft reads, with its errors in report.json.
+    """Write the adapter as a folder that peft reads, with a card and report.json.
 
-    With --error it is written, and the status is 0, if it is certified, as `plan --help` explains;
-    with --parameters or --rank if it loses less than the base, with what it is certified to lose.
+    It is written, and the status is 0, if what you ask for is certified, as `plan --help` explains;
+    with --size if it loses less than the base.
     """
     _show(_call(workflow.extract, options), options, options.out)
 
@@ -222,37 +196,64 @@ def extract(options: _ExtractOptions) -> None:
 def check(options: _CheckOptions) -> None:
     """Say how much of a tuned model a stand-in keeps, on texts that chose nothing about it.
 
-    A stand-in is an adapter of any kind that peft reads, a merged checkpoint, a file in GGUF, or
-    the tuned model itself with --dtype bfloat16. Limits hold at a confidence of {confidence}, for
-    any distribution of texts, if these are independent draws: the first if this is the only check,
-    the other however often you come back with more texts in the same file. Nothing is kept between
-    checks. Texts are scored as they are given; nothing is generated.
-    With --same or --error the status is 1 if the first limit does not say that much is kept.
+    A stand-in is an adapter of any kind that peft reads and merges, a merged checkpoint, a file in
+    GGUF, or the tuned model itself with --dtype bfloat16. Limits hold at a confidence of
+    {confidence}, for any distribution of texts, if these are independent draws: the first if this
+    is the only check, the other however often you come back with more texts in the same file.
+    Nothing is kept between checks. Nothing is generated but, with --same-answers, answers of the
+    tuned model to prompts that have none.
+    With --same, --error or --same-answers the status is 1 if the first limit does not say so.
     """
-    for name in ("same", "error"):
-        if (share := getattr(options, name)) is not None and not 0 < share < 1:
-            raise InputError(name, "above 0 and below 1", share)
-    if not 2 <= len(options.models) <= 3:
-        given = " ".join(options.models)
+    promise = Promise.asked(**options.shares())
+    if options.scores is not None:
+        _check_scores(options.scores, promise, options)
+    models = options.models or []
+    if not 2 <= len(models) <= 3:
+        given = " ".join(models) or "none"
         raise InputError("models", "a stand-in and a tuned model, maybe after a base", given)
-    names = zip(("standin", "tuned"), options.models, strict=False)
-    if options.error and len(options.models) == 2 and not any(is_adapter(*each) for each in names):
+    names = zip(("standin", "tuned"), models, strict=False)
+    if options.error and len(models) == 2 and not any(is_adapter(*each) for each in names):
         remedy = "name the model before tuning first"
         raise InputError("error", "asked with a base, of whose tuning it is a part", "none", remedy)
     measured = _call(workflow.check, options)
-    size = measure(options.models[-2])
+    size = measure(models[-2])
+    kept = promise is None or promise.holds(measured)
     if options.as_json:
         _print(without_nan(measured._asdict() | {"bytes": size}))
     else:
-        _tell([*_promises(measured, options), *_measured(measured), ("Size", megabytes(size))])
-    if not _is_kept(measured, options):
-        raise typer.Exit(SHORT)
+        by = f"by {measured.texts} texts at {confidence()}"
+        verdict = [("Verdict", f"{'KEPT' if kept else 'NOT KEPT'}, {by}")] * bool(promise)
+        sure = f"{confidence()}, if texts like these {measured.texts} are independent draws"
+        rows = [*verdict, *_limits(measured, often=True), ("Confidence", sure)]
+        _tell([*rows, *_here(measured), ("Size", megabytes(size))])
+    raise typer.Exit(DONE if kept else SHORT)
+
+
+def _check_scores(file: Path, promise: Promise | None, options: _CheckOptions) -> NoReturn:
+    """Say how far a user's own score falls, and end with the status."""
+    if options.models or options.texts or (promise and promise.kind != "same"):
+        allowed = "given without models and texts, maybe with --same"
+        raise InputError("scores", allowed, "others with it")
+    tuned, standin = read_scores(file)
+    once, often = (drop_limit(tuned, standin, repeated=repeated) for repeated in (False, True))
+    kept = promise is None or once <= 1 - promise.share
+    if options.as_json:
+        means = {"tuned": float(tuned.mean()), "standin": float(standin.mean())}
+        _print({"texts": len(tuned), **means, "drop": once, "drop_repeated": often})
+    else:
+        rows = [("Verdict", "KEPT" if kept else "NOT KEPT")] * bool(promise)
+        drop = f"falls by at most {100 * once:.1f} points on average; {100 * often:.1f} however "
+        rows.append(("Score", f"{drop}often you check"))
+        sure = f"{confidence()}, if prompts like these {len(tuned)} are independent draws"
+        rows.append(("Confidence", sure))
+        rows.append(("Here", f"{percent(standin.mean())}; the tuned model {percent(tuned.mean())}"))
+        _tell(rows)
+    raise typer.Exit(DONE if kept else SHORT)
 
 
 @app.command()
 def example(
     folder: Annotated[Path, typer.Argument(help="A new folder.", metavar="DIR")],
-    seed: Annotated[int, typer.Option(help="Draws the texts, their order and the heads.")] = 0,
 ) -> None:
     """Write a base, what was tuned from it and texts, to try the other commands on.
 
@@ -260,33 +261,32 @@ def example(
     say what their module is for, once in full and once by LoRA; README.md in DIR has the sources.
     """
     with _stages() as report:
-        _example.write(folder.expanduser(), seed=seed, report=report)
+        _example.write(folder, report=report)
     files = "base, tuned, lora, texts.jsonl, fresh.jsonl; README.md has their sources"
     _tell([("Written", f"to {folder}: {files}")])
-    plan = "loraplan plan base tuned --texts texts.jsonl --error 0.1"
+    plan = "loraplan plan base tuned --texts texts.jsonl"
     _tell([("Next", f"cd {folder}"), ("", plan)], wrap=False)
 
 
 def _call(function: Callable[..., Any], options: _Options) -> Any:
     """Call a function with a command's options and the texts of its files."""
     given = {name: value for name, value in vars(options).items() if value is not None}
-    for name in ("as_json", "quiet", "details"):
-        given.pop(name, None)
-    if function is workflow.prices:
-        del given["estimate"]
-    if isinstance(options, _PlanOptions):
-        given["serving"] = given.pop("form") == "serving"
+    as_json, group = given.pop("as_json"), given.pop("group", None)
+    if "texts" not in given:
+        raise InputError("texts", "given (--texts FILE)", "none")
     files = {name: given[name] for name in ("texts", "held_out") if name in given}
     if "out" in given:
         require_apart("out", given["out"], files.values())
+        given["made_by"] = shlex.join(["loraplan", *sys.argv[1:]])
     if isinstance(options, _CheckOptions):
         *base, given["standin"], given["tuned"] = given.pop("models")
         given |= {"base": base[0]} if base else {}
-        given.pop("same", None), given.pop("error", None)
+        given["answers"] = options.same_answers is not None
+        for name in options.shares():
+            given.pop(name, None)
     models = [given[name] for name in ("tuned", "base", "standin") if name in given]
-    about = {"models": models, "group": given.pop("group", None)}
-    given |= {name: read_texts(file, **about) for name, file in files.items()}
-    if options.quiet or options.as_json:
+    given |= {n: read_texts(file, models=models, group=group) for n, file in files.items()}
+    if as_json:
         return function(**given)
     with _stages() as report:
         return function(**given, report=report)
@@ -328,63 +328,36 @@ def _show(plan: Plan, options: _PlanOptions, out: Path | None = None) -> NoRetur
     _tell(_verdict(plan, out))
     typer.echo("")
     _tell([("Ranks" * (not k), line) for k, line in enumerate(_grid(plan.ranks))], wrap=False)
+    if plan.prices is not None:
+        lines = [f"{'size':>9} {'same decisions':>15} {'9 of 10 texts lose at most':>27}"]
+        columns = plan.prices[["bytes", "same", "own_effect"]]
+        for size, same, own in columns.itertuples(index=False):
+            lines.append(f"{megabytes(size):>9} {percent(same):>15} {percent(own):>27}")
+        typer.echo("")
+        _tell([("Sizes" * (not k), line) for k, line in enumerate(lines)], wrap=False)
+        _tell([("", "estimates, which cost no confidence: choose any by --size or a promise")])
     if plan.reached and out is None:
         _tell([("Next", "the same with extract and --out FOLDER writes this adapter")])
-    if options.details:
-        _tell([("Modules", "what each loses alone is a part of the effect")])
-        typer.echo(plan.table().to_string(index=False, formatters={"lost": percent}))
     raise typer.Exit(status)
 
 
-def _show_prices(prices: pd.DataFrame, options: _PlanOptions) -> None:
-    """Show what adapters of several sizes lose."""
-    if options.as_json:
-        typer.echo(prices.to_json(orient="records", indent=2))
-        return
-    lines = [f"{'numbers':>12} {'size':>9} {'loss':>7} {'9 of 10 texts at most':>22}"]
-    for numbers, size, error, limit in prices.itertuples(index=False):
-        lines.append(f"{numbers:>12,} {megabytes(size):>9} {percent(error):>7} {most(limit):>22}")
-    _tell([("Prices" * (not k), line) for k, line in enumerate(lines)], wrap=False)
-    by = f"by {prices.attrs['texts']} texts at {confidence()}, for all sizes at once"
-    rows = [
-        ("Certified", f"the last column, {by}: parts {UNIT}"),
-        ("Next", "extract with --parameters NUMBERS and --out FOLDER writes one of these"),
-    ]
-    _tell(_neighbours(prices.attrs["neighbours_alike"]) + rows)
-
-
 def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
-    """What was asked, whether it holds, and what the adapter loses and takes."""
-    rows, measured, planner = [], plan.measured, plan.planner
-    if plan.aim is None:
-        rows += _certificate(
-            measured, f"{confidence(DOUBT / SIZES)}, as each size of the price list"
-        )
-    elif plan.estimate:
-        aim = f"{100 * plan.aim:.4g}%"
-        rows.append(("Asked", f"an estimated loss of at most {aim} over the texts to certify with"))
-        rows.append(("Verdict", "REACHED, as an estimate" if plan.reached else "NOT REACHED"))
+    """What was asked, whether it holds, and what the adapter keeps and takes."""
+    measured, planner, promise = plan.measured, plan.planner, plan.promise
+    if promise is None:
+        rows = _limits(measured)
     else:
-        rows.append(("Asked", f"{PROMISE} {100 * plan.aim:.4g}% {UNIT}"))
         drawn = ", one of each group," * planner.texts.grouped
-        verdict = f"CERTIFIED by {measured.texts} texts{drawn} at {confidence()} (float32, nothing "
-        verdict += "generated)"
+        verdict = f"CERTIFIED by {measured.texts} texts{drawn} at {confidence()}"
         made = ". No adapter was made with these texts; they only ended the search"
+        rows = [("Promise", promise.words)]
         rows.append(("Verdict", verdict + made if plan.reached else f"NOT {verdict}"))
     if not plan.reached:
         rows.append(("", _remedy(plan)))
-    rows += _neighbours(plan.neighbours_alike)
-    if math.isfinite(measured.own_effect):
-        how = confidence() if plan.aim is None else "estimate"
-        own = f"{most(measured.own_effect)} of what tuning changed in that text ({how})"
-        rows.append(("Own effect", f"9 of 10 texts lose at most {own}"))
-    rows += _measured(measured, "Decisions")
+    rows += _here(measured, grouped=planner.texts.grouped)
     size = f"{megabytes(plan.size)}: {plan.adapter.parameters:,} numbers in factors, "
-    size += f"{plan.carried:,} in all"
+    size += f"{plan.numbers:,} in all"
     rows.append(("Size", size if plan.reached and out is not None else f"about {size}"))
-    error, parameters = plan.uniform
-    if plan.adapter.parameters and parameters <= 1.05 * plan.adapter.parameters:
-        rows.append(("Instead", f"one rank everywhere, at the same size, loses {percent(error)}"))
     if planner.equal:
         same = "Both models have the same outputs on all texts"
         rows.append(("Note", f"{same}: rank 0 everywhere is exact."))
@@ -392,11 +365,12 @@ def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
         rows.append(("Note", "No factors are needed: rank 0 everywhere."))
     if planner.texts.cut:
         cut = f"{planner.texts.cut} texts were cut off after {planner.options['tokens']} tokens"
-        rows.append(("Note", f"{cut}; the certificate is for such texts."))
+        rows.append(("Note", f"{cut}; the promise is for such texts."))
     if planner.texts.unknown > UNKNOWN:
         unknown = f"{planner.texts.unknown:.0%} of the tokens stand for words that the tokenizer"
         rows.append(("WARNING", f"{unknown} does not know: are these texts like the model's?"))
-    if left := ", ".join(sorted(planner.pair.leave & planner.pair.not_low_rank.keys())):
+    kinds = planner.pair.not_low_rank.keys() - {*plan.adapter.carried}
+    if left := ", ".join(sorted(kinds & {*planner.costs} if planner.costs else kinds)):
         rows.append(("Note", f"Left as in the base, and counted in the loss: {left}."))
     if plan.reached and out is not None:
         same = "read back with the same loss on a quarter of the texts"
@@ -404,74 +378,69 @@ def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
     return rows
 
 
-def _neighbours(alike: bool) -> list[tuple[str, str]]:
-    """A warning of texts that may be no independent draws."""
-    said = "Neighbouring lines lose alike: are they of one document? Then give --group FIELD, or "
-    said += "separate documents by blank lines; the certificate counts each as a draw of its own."
-    return [("WARNING", said)] * alike
-
-
 def _remedy(plan: Plan) -> str:
     """What to do where nothing that was asked is reached."""
-    if not math.isfinite(plan.stated):
-        none = "Tuning changes none of the texts for choosing."
-        return f"{none} Give texts on which it does something."
-    if plan.aim is None:
+    measured, promise = plan.measured, plan.promise
+    if promise is None:
         less = "NOTHING TO OFFER: without an adapter the base loses less, 100%"
-        return f"{less}. Raise --max-rank or --parameters, or --leave more as in the base."
+        return f"{less}. Allow more megabytes (--size), or another rank (--one-rank)."
+    if promise.kind == "error" and not math.isfinite(measured.own_effect):
+        none = "Tuning changes nothing in some of the texts."
+        return f"{none} Give texts on which it does something."
     high = max(plan.ranks.values(), default=0) >= plan.planner.max_rank
-    more = "Raise --max-rank, or allow a larger error." if high else "Allow a larger error."
-    nearest = f"The best adapter that was tried loses {most(plan.stated)}"
-    if plan.estimate:
-        return f"{nearest}. {more}"
+    more = "Raise --one-rank, or ask for less." if high and plan.served else "Ask for less."
+    if promise.kind == "error":
+        nearest = f"loses {most(measured.own_effect)}"
+    else:
+        nearest = f"keeps {least(getattr(measured, promise.kind))}"
+        if promise.kind == "same_answers" and measured.in_bfloat16 < promise.share:
+            own = f"The tuned model itself keeps {percent(measured.in_bfloat16)} in bfloat16: "
+            more = f"{own}these answers are too long or too open to promise."
     again = "Certify another plan with fresh texts (--held-out)."
-    return f"{nearest}, by its certificate or over all texts. {more} {again}"
+    return f"The largest adapter that was tried {nearest}, at {confidence()}. {more} {again}"
 
 
-def _certificate(measured: Measured, also: str = "") -> list[tuple[str, str]]:
-    """What texts certify of an adapter on which they did not decide."""
-    by = f"by {measured.texts} texts at {also or confidence()}"
-    return [("Certified", f"{PROMISE} {most(measured.certified)} {UNIT} ({by})")]
+def _limits(measured: Measured, *, often: bool = False) -> list[tuple[str, str]]:
+    """What texts say of all texts like them, for people, also for those who come back."""
 
+    def row(label: str, said: str, share: str) -> tuple[str, str]:
+        return label, said + f"; {share} however often you check" * often
 
-def _is_kept(measured: Measured, options: _CheckOptions) -> bool:
-    """Whether the limits say that as much is kept as was asked."""
-    same = options.same is None or measured.same >= options.same
-    return same and (options.error is None or measured.own_effect <= options.error)
-
-
-def _promises(measured: Measured, options: _CheckOptions) -> list[tuple[str, str]]:
-    """What texts say of all texts like them, for people."""
-    rows, often = list[tuple[str, str]](), "however often you check"
-    if (options.same, options.error) != (None, None):
-        kept = "KEPT" if _is_kept(measured, options) else "NOT KEPT"
-        rows.append(("Verdict", f"{kept}, by {measured.texts} texts at {confidence()}"))
+    rows = []
     if math.isfinite(measured.same):
-        same = f"at least {least(measured.same)} of decisions are the tuned model's, so accuracy "
-        same += f"changes by at most {most(1 - measured.same)[:-1]} points; "
-        rows.append(("Decisions", f"{same}{least(measured.same_repeated)} {often}"))
+        points = most(1 - measured.same).removesuffix("%")
+        same = f"at least {least(measured.same)} are the tuned model's, so accuracy changes by at "
+        same += f"most {points} points"
+        rows.append(row("Decisions", same, least(measured.same_repeated)))
+    if math.isfinite(measured.same_answers):
+        same = f"at least {least(measured.same_answers)} of prompts get the tuned model's, word for"
+        rows.append(row("Answers", f"{same} word", least(measured.same_answers_repeated)))
     if not math.isnan(measured.own_effect):
         own = f"{SHARE:.0%} of texts lose at most {most(measured.own_effect)} of what tuning "
-        own += f"changed in them; {most(measured.own_effect_repeated)} {often}"
-        rows.append(("Own effect", own))
-    sure = f"{confidence()}, if texts like these {measured.texts} are independent draws"
-    rows.append(("Confidence", sure))
-    if measured.alike:
-        alike = f"{measured.alike} texts are nearly the same as another: are they independent?"
-        rows.append(("WARNING", alike))
+        own += "changed in them"
+        rows.append(row("Own effect", own, most(measured.own_effect_repeated)))
     return rows
 
 
-def _measured(measured: Measured, label: str = "Here") -> list[tuple[str, str]]:
+def _here(measured: Measured, *, grouped: bool = False) -> list[tuple[str, str]]:
     """What was measured on these texts, for people."""
     rows = []
-    if math.isfinite(measured.error):
-        rows.append(("Estimate", f"{percent(measured.error)} lost over all {measured.texts} texts"))
     if math.isfinite(measured.agreement):
         equal = round(measured.agreement * measured.decisions)
-        decisions = f"{equal:,} of {measured.decisions:,} as the tuned model"
-        drawn = f"if both sample, they differ on {percent(measured.variation)}"
-        rows.append((label, f"{decisions}; {drawn}"))
+        decisions = f"{equal:,} of {measured.decisions:,} decisions as the tuned model"
+        rows.append(("Here", f"{decisions}; if both sample, {percent(measured.acceptance)}"))
+    if math.isfinite(measured.first_tokens):
+        first = f"9 of 10 begin with the tuned model's first {measured.first_tokens:.0f} tokens, "
+        first += "or are the same"
+        if math.isfinite(measured.in_bfloat16):
+            first += f"; the tuned model in bfloat16 keeps {percent(measured.in_bfloat16)}"
+        rows.append(("Answers", first))
+        if measured.verified < measured.texts:
+            own = f"{measured.texts - measured.verified} answers are not the tuned model's greedy "
+            rows.append(("WARNING", f"{own}ones, or only by a hair, and count as different"))
+    if math.isfinite(measured.error):
+        lost = f"{percent(measured.error)} of tuning's effect lost over all {measured.texts} texts"
+        rows.append(("Estimate", lost))
     if math.isfinite(measured.accuracy):
         parts = measured.base_accuracy, measured.tuned_accuracy, measured.accuracy
         base, tuned, adapted = map(percent, parts)
@@ -479,6 +448,13 @@ def _measured(measured: Measured, label: str = "Here") -> list[tuple[str, str]]:
         rows.append(("Accuracy", f"{adapted}; the tuned model {tuned}{before}"))
     if entries := ", ".join(measured.differing):
         rows.append(("Note", f"The loss counts that adapters have the base's {entries}."))
+    if measured.alike > REPEATED * measured.texts:
+        alike = f"{measured.alike} texts are nearly the same as another: are they independent?"
+        rows.append(("WARNING", alike))
+    if measured.neighbours and not grouped:
+        said = "Neighbouring lines lose alike: are they of one document, or is the file sorted? Of "
+        said += "documents give --group FIELD, or separate them by blank lines."
+        rows.append(("WARNING", said))
     return rows
 
 

@@ -142,17 +142,23 @@ class Candidates:
     """Directions of modules to choose from, side by side in the order of the modules.
 
     A direction is a column of the factors of the module's change, and ``costs`` as many numbers as
-    that has. ``places`` are those of each module's directions.
+    that has. ``places`` are those of each module's directions. After these come others, of which
+    each costs so much.
     """
 
-    def __init__(self, directions: Mapping[str, Directions], modules: Mapping[str, Module]) -> None:
+    def __init__(
+        self,
+        directions: Mapping[str, Directions],
+        modules: Mapping[str, Module],
+        others: Sequence[int] = (),
+    ) -> None:
         costs: list[int] = []
         self.places: dict[str, slice] = {}
         for name, leading in directions.items():
             number = len(leading.values)
             self.places[name] = slice(len(costs), len(costs) + number)
             costs += [modules[name].cost] * number
-        self.costs = torch.tensor(costs, dtype=torch.float64)
+        self.costs = torch.tensor([*costs, *others], dtype=torch.float64)
 
 
 def autocast_bfloat16(readout: Readout) -> AbstractContextManager[Any]:
@@ -237,7 +243,6 @@ class Slopes:
         find: Callable[[str, Moments | None], Directions | None],
         draw: Callable[[int, Tensor], Sequence[Tensor]] | None,
         *,
-        seed: int,
         report: Callable[[int, int], None] = lambda *_: None,
     ) -> list[Float[Tensor, "rows directions"]]:
         """Take moments, find directions, and differentiate along them: one pass over all stages.
@@ -246,7 +251,7 @@ class Slopes:
         long as the outputs of a batch of this number; the result has for each batch ``⟨r, J_d⟩`` of
         all directions, with a row for each ``r`` and text.
         """
-        network, probes = self._network, _randomness.generator(seed, "probes")
+        network, probes = self._network, _randomness.generator(0, "probes")
         batches = self._passed.batches
         # Derivatives of random outputs by what a stage gives, to take moments and along ``draw``.
         once: dict[int, Tensor] = {}
@@ -267,7 +272,7 @@ class Slopes:
                 once[i], *slopes = run.slopes(run.outputs, once[i])
                 after = slopes[len(slopes) - len(run.seen) :]
                 for (name, (given, _)), slope in zip(run.seen.items(), after, strict=True):
-                    rows[name].append((batches[i].rows(given), batches[i].rows(slope)))
+                    rows[name].append((batches[i].tokens(given), batches[i].tokens(slope)))
                 if stages[k]:
                     runs[i] = run
             for name in [*rows]:

@@ -48,8 +48,11 @@ The docstrings, of which these are the first paragraphs, come from the standard 
 """  # noqa: E501
 
 
-def write(folder: Path, *, seed: int, report: Callable[[str, int, int], None]) -> None:
-    """Write the example to a folder, which must be new or empty."""
+def write(
+    where: Path | str, *, seed: int = 0, report: Callable[[str, int, int], None] = lambda *_: None
+) -> None:
+    """Write the example to a folder, which must be new or empty; the seed draws all of it."""
+    folder = Path(where).expanduser()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError("DIR", "a new folder, or an empty one", str(folder))
     require_free("DIR", folder, overwrite=False)

@@ -6,18 +6,19 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ._adapters import MergedCheckpoint, module_factors, staying, variant
+from ._adapters import MergedCheckpoint, OneSidedError, module_factors, read_config, variant
 from ._errors import InputError
 from ._lowrank import LowRank
 from ._models import PEFT_CONFIG, Rows, find, public_name, quiet
+from ._promises import least, most, percent
 from ._streams import Network
 from .pair import Adapter, Pair
 
@@ -25,24 +26,31 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # What a card says where it matters.
-_DEQUANTIZED = "The base's weights were dequantized; with weights of full precision errors differ."
+_DEQUANTIZED = "The base's weights were dequantized; with weights of full precision losses differ."
 _TIED = (
     "Do not merge it with `merge_and_unload` of peft: embeddings and head share their weight, to "
-    "which that adds the factors twice. With `--leave embedding` there are none of these."
+    "which that adds the factors twice."
 )
 _UNEQUAL = (
-    "Its modules have different ranks. The converter of llama.cpp takes one `lora_alpha` for all "
-    "and so scales modules of lower rank too much, without a warning. SGLang refuses the file, and "
-    "peft cannot reload what its `add_weighted_adapter` combines from it by `linear` or `ties`. "
-    "`loraplan extract --format serving` writes one rank for all."
+    "Its modules have different ranks, all with one `lora_alpha`. peft and llama.cpp compute the "
+    "same from it. vLLM and SGLang want one rank for all, which `--one-rank` writes."
 )
+# What the hub calls the task.
+_PIPELINES = {
+    "classification": "text-classification",
+    "language": "text-generation",
+    "encoder": "feature-extraction",
+}
+_AUTO = {
+    "classification": "AutoModelForSequenceClassification",
+    "language": "AutoModelForCausalLM",
+    "encoder": "AutoModel",
+}
 REPORT, CARD = "report.json", "README.md"
 #: Names of all files of an adapter.
 FILES = PEFT_CONFIG, "adapter_model.safetensors", REPORT, CARD
 # What peft adds to the names of parameters within an adapter.
-_WRAPPED = re.compile(
-    r"\.(base_layer|original_module|token_adapter|modules_to_save\.default)(?=\.)"
-)
+_WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)(?=\.)")
 # Rows of embeddings that an adapter has.
 _TOKENS = re.compile(r"(.*)\.token_adapter\.trainable_tokens_delta\.default")
 # ``task_type`` of an adapter in peft.
@@ -87,9 +95,11 @@ def _attach(network: nn.Module, updates: Mapping[str, LowRank], **options: Any) 
             raise InputError("updates", allowed, str(given))
     kept = {name: update for name, update in updates.items() if update.rank}
     wrapped = _wrap(network, {name: update.rank for name, update in kept.items()}, **options)
-    model = wrapped.base_model.model
+    model, alpha = wrapped.base_model.model, wrapped.peft_config["default"].lora_alpha
     for name, update in kept.items():
-        module, sides = model.get_submodule(name), (update.right.mT, update.left)
+        # All readers multiply by one alpha, and divide by the rank of a module.
+        sides = update.right.mT, update.left * (update.rank / alpha)
+        module = model.get_submodule(name)
         for factor, values in zip(module_factors(module), sides, strict=True):
             if factor.is_meta:
                 _set(module, next(n for n, v in module.named_parameters() if v is factor), values)
@@ -116,7 +126,7 @@ def _write(folder: Path | str, wrapped: Any, base: str | None = None) -> None:
 
 
 def _wrap(network: Any, ranks: Mapping[str, int], *, biases: bool = False, **options: Any) -> Any:
-    """Give a network's named modules adapters of their ranks, scaled by 1, maybe all its biases."""
+    """Give a network's named modules adapters of their ranks, maybe all its biases."""
     from peft import LoraConfig, get_peft_model
 
     largest = max(ranks.values(), default=1)
@@ -139,7 +149,6 @@ def _wrap(network: Any, ranks: Mapping[str, int], *, biases: bool = False, **opt
         r=largest,
         lora_alpha=largest,
         rank_pattern=patterns,
-        alpha_pattern=dict(patterns),
         bias="all" if biases else "none",
         inference_mode=True,
         **options,
@@ -150,12 +159,12 @@ def _wrap(network: Any, ranks: Mapping[str, int], *, biases: bool = False, **opt
 
 
 def _peft_options(pair: Pair, adapter: Adapter) -> dict[str, Any]:
-    """Say what `save_peft` is to keep beside the factors, without what is in ``leave``."""
+    """Say what `save_peft` is to keep beside the factors."""
     whole: dict[str, None] = {}
     rows: dict[str, list[int]] = {}
     biases = bool(adapter.biases)
     for other in pair.others:
-        if other.kind in pair.leave:
+        if pair.base.has(other.name) and other.kind not in adapter.carried:
             continue
         owner = other.name.rpartition(".")[0]
         if other.kind == "bias":
@@ -169,7 +178,8 @@ def _peft_options(pair: Pair, adapter: Adapter) -> dict[str, Any]:
             whole[owner.partition(".")[0]] = None
     adapted = [pair.modules[name] for name in adapter.factors]
     # For classifiers peft saves heads unasked.
-    headless = pair.task == "classification" and "head" in pair.leave
+    own = any(other.kind == "head" and not pair.base.has(other.name) for other in pair.others)
+    headless = pair.task == "classification" and not (own or "head" in adapter.carried)
     return {
         "biases": biases,
         "task_type": None if headless else _TASKS[pair.task],
@@ -201,7 +211,7 @@ def _pad(pair: Pair, adapter: Adapter, rank: int | None) -> Adapter:
 def save(folder: Path, pair: Pair, adapter: Adapter, rank: int | None = None) -> None:
     """Write an adapter through peft, for servers with one ``rank`` for all its modules."""
     adapter = _pad(pair, adapter, rank)
-    read = pair.reader(Adapter({}, adapter.biases))
+    read = pair.reader(adapter._replace(factors={}))
     skeleton = pair.skeleton("base")
     words, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
     tied = head is not None and head.weight is words.weight
@@ -214,7 +224,7 @@ def save(folder: Path, pair: Pair, adapter: Adapter, rank: int | None = None) ->
         model = wrapped.base_model.model
         # What tied parameters share is under the names of both.
         for name, value in [*model.named_parameters(remove_duplicate=False)]:
-            plain, rows = plain_name(name), None
+            plain, rows = _WRAPPED.sub("", name), None
             if token := _TOKENS.fullmatch(name):
                 if token[1] not in options["trainable_token_indices"]:
                     continue  # a tied head, which has the rows of its embeddings
@@ -227,83 +237,57 @@ def save(folder: Path, pair: Pair, adapter: Adapter, rank: int | None = None) ->
         _write(folder, wrapped, public_name(pair.base.source))
 
 
-def plain_name(name: str) -> str:
-    """The name that a parameter has without the adapter into which peft has wrapped it."""
-    return _WRAPPED.sub("", name)
+def load(
+    folder: Path | str, pair: Pair, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Network:
+    """Load the base with an adapter of peft; a head that is in neither is NaN.
 
-
-def load(folder: Path | str, pair: Pair, device: torch.device) -> Network:
-    """Load the base with an adapter read by peft; a head that is in neither is NaN."""
-    from peft import PeftConfig
-
-    if not (Path(folder) / PEFT_CONFIG).is_file():
+    LoRA is merged, weight by weight. What is not is computed by peft in a whole network.
+    """
+    place = Path(folder)
+    about: dict[str, Any] = {"device": device, "dtype": dtype}
+    if not (place / PEFT_CONFIG).is_file():
         raise InputError("standin", "a folder with an adapter of peft", str(folder))
+    config = read_config("standin", str(folder), place)
+    known: Any = pair.base
+    if config.is_prompt_learning:
+        given = f"{folder}, of type {config.peft_type.value}, whose prompts have own outputs"
+        raise InputError("standin", "one that changes weights", given)
 
     def read(name: str, rows: Rows = None) -> Tensor:
-        name = plain_name(name)
-        if pair.base.has(name):
-            return pair.base.read(name, rows)
+        if known.has(name):
+            return known.read(name, rows)
         return torch.full_like(pair.tuned.read(name, rows), torch.nan)
 
-    with _reading(folder):
-        about: Any = PeftConfig.from_pretrained(str(folder))
-    # Others than factors may be made of the weights themselves.
-    whole = bool(variant(about))
-    adapted = _read(folder, pair.network("base", read) if whole else pair.build(empty=True))
-    parts = adapted.get_base_model().named_parameters()
-    if not all(pair.tuned.has(plain_name(name)) for name, value in parts if value.is_meta):
-        # The file has one side of what is tied.
-        adapted = _read(folder, pair.network("base", read))
-    if about.is_prompt_learning:
-        given = f"{folder}, of type {about.peft_type.value}, whose prompts have own outputs"
-        raise InputError("standin", "one that changes weights", given)
-    network = Network(pair, adapted.get_base_model(), read, device=device)
+    with suppress(OneSidedError):
+        if not variant(config):
+            known = merged = MergedCheckpoint(pair.base, str(folder), place, "standin")
+            merged.fit(pair.build(empty=True))
+            return Network(pair, pair.skeleton("base"), read, **about)
+    known = pair.base
+    whole = _wrap_whole(place, pair.network("base", read), merge=dtype != torch.float32)
+    made = Network(pair, whole, read, **about)
     own = len(pair.skeleton("base").get_submodule(pair.blocks))
-    if len(network.blocks) != own:
-        allowed, given = f"one that keeps all {own} blocks", f"{folder}, with {len(network.blocks)}"
+    if len(made.blocks) != own:
+        allowed, given = f"one that keeps all {own} blocks", f"{folder}, with {len(made.blocks)}"
         raise InputError("standin", allowed, given)
-    return network
+    return made
 
 
-@contextmanager
-def _reading(folder: Path | str) -> Iterator[None]:
-    """Refuse an adapter that peft cannot read."""
+def _wrap_whole(folder: Path, network: Any, *, merge: bool) -> Any:
+    """Have peft put an adapter into a network, or merge it, as some buffers stay in float32."""
+    from peft import PeftModel
+
     with quiet():
         # Else an adapter of which it finds nothing would be none.
         warnings.filterwarnings("error", "Found missing adapter keys")
         try:
-            yield
+            adapted: Any = PeftModel.from_pretrained(network, str(folder))
+            adapted = adapted.merge_and_unload() if merge else adapted.get_base_model()
+            return adapted.eval().requires_grad_(False)
         except Exception as error:  # whatever peft raises for a folder like any other
             given = f"{folder} ({' '.join(str(error).split())})"
             raise InputError("standin", "one that peft reads into the base", given) from error
-
-
-def _read(folder: Path | str, network: Any) -> Any:
-    """Have peft read an adapter into a network, also into an empty one."""
-    from peft import PeftModel
-
-    empty = next(network.parameters()).is_meta
-    stays: AbstractContextManager[dict[str, Any]] = staying() if empty else nullcontext({})
-    with _reading(folder), stays as options:
-        adapted = PeftModel.from_pretrained(network, str(folder), **options)
-    return adapted.eval().requires_grad_(False)
-
-
-def load_merged(folder: Path, pair: Pair, device: torch.device, dtype: torch.dtype) -> Network:
-    """Load the base with an adapter merged into it, in a type; refuse those that peft cannot."""
-    about: dict[str, Any] = {"device": device, "dtype": dtype}
-    with suppress(InputError):
-        merged = MergedCheckpoint(pair.base, str(folder), folder)
-        merged.fit(pair.build(empty=True))
-        return Network(pair, pair.skeleton("base"), merged.read, **about)
-    # Others than LoRA are merged by peft, into a whole network.
-    adapted = _read(folder, pair.network("base"))
-    # It would add what is tied twice.
-    if not getattr(adapted.peft_config["default"], "ensure_weight_tying", False):
-        with suppress(AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            return Network(pair, adapted.merge_and_unload(), pair.reader("base"), **about)
-    allowed = "one that peft can merge, to measure it in another type than float32"
-    raise InputError("standin", allowed, str(folder))
 
 
 def estimate(pair: Pair, adapter: Adapter, rank: int | None = None) -> tuple[int, int]:
@@ -337,49 +321,73 @@ def measure_peft(folder: Path) -> tuple[int, int]:
     return sum(tensor.numel() for tensor in tensors.values()), size
 
 
-def describe(folder: Path, report: Mapping[str, Any], modules: pd.DataFrame) -> None:
-    """Write the report, and a card for people with its main numbers and the table of modules."""
+def describe(
+    folder: Path, report: Mapping[str, Any], modules: pd.DataFrame, made_by: str = ""
+) -> None:
+    """Write the report, and a card for people in the form of the hub's cards."""
+    from huggingface_hub import EvalResult, ModelCardData
+
     text = json.dumps(report, indent=2, allow_nan=False)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
-    notes = f"\n{_DEQUANTIZED}\n" if report["base_dequantized"] else ""
-    notes += f"\n{_TIED}\n" if report["ties_embeddings"] else ""
-    agreement = report["agreement"]
+    base, tuned, task = public_name(report["base"]), report["tuned"], report["task"]
+    promised, pipeline = report["promised"] if report["reached"] else None, _PIPELINES[task]
+    result = promised and EvalResult(
+        task_type=pipeline,
+        dataset_type="texts",
+        dataset_name=f"{report['texts']} texts that chose nothing",
+        metric_type=promised["kind"],
+        metric_name=report["certificate"].partition(",")[0],
+        metric_value=promised["share"],
+    )
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="adapter",
+        library_name="peft",
+        license=_find_license(find("base", report["base"])),
+        pipeline_tag=pipeline,
+        tags=["lora", "loraplan"],
+        model_name=Path(tuned).name,
+        eval_results=[result] if result else None,
+    )
     rows = {
+        "size of the files": megabytes(report["bytes"]),
+        "numbers in all": f"{report['numbers']:,}",
         "numbers in factors": f"{report['parameters']:,}",
-        "numbers in all": f"{report['carried']:,}",
-        "size of the files": megabytes(report["adapter_bytes"]),
-        "equal decisions": "–" if agreement is None else percent(agreement),
-        "lost by one rank everywhere, of this size": percent(report["uniform_error"] or math.nan),
-        "left as in the base": ", ".join(report["left_out"]) or "nothing",
+        "carried as tuned": ", ".join(report["carried"]) or "nothing but factors",
+        "decisions that are the tuned model's": least(report["same"] or math.nan),
+        "lost of what tuning changed, by nine of ten texts": most(report["own_effect"] or math.nan),
         "texts cut off": f"{report['cut_texts']} after {report['options']['tokens']} tokens",
+        "versions": ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
+        "made by": f"`{made_by}`" if made_by else "`loraplan.extract`",
     }
-    unequal = report["task"] == "language" and len({*report["ranks"].values()}) > 1
-    notes += f"\n{_UNEQUAL}\n" if unequal else ""
+    notes = [_DEQUANTIZED] * report["base_dequantized"] + [_TIED] * report["ties_embeddings"]
+    notes += [_UNEQUAL] * (task == "language" and len({*report["ranks"].values()}) > 1)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     by_module = "\n".join(
         f"| {name} | {out}×{into} | {rank} | {percent(lost)} |"
         for name, _, out, into, rank, lost in modules.itertuples(index=False)
     )
     card = f"""---
-library_name: peft
-base_model: {public_name(report["base"])}
-tags: [lora, loraplan]
+{data.to_yaml()}
 ---
 
-# A low-rank adapter of {Path(report["tuned"]).name} for {Path(report["base"]).name}
+# A low-rank adapter of {Path(tuned).name} for {Path(report["base"]).name}
 
-It replaces the fine-tuned model. {report["certificate"]}
+It stands in for the tuned model. {report["certificate"]}
 
-Over {report["held_out_texts"]} texts {report["error"]:.1%} of the effect of tuning is lost (root \
-mean square, an estimate).
+```python
+from peft import PeftModel
+from transformers import {_AUTO[task]}
+model = PeftModel.from_pretrained({_AUTO[task]}.from_pretrained("{base}"), "FOLDER")
+```
 
 | | |
 | --- | --- |
 {table}
 
-`report.json` says how all this was measured.
-{notes}
-## Ranks
+It is a plain folder of peft, and trains on. `report.json` says how all this was measured.
+
+{"".join(f"{note}{chr(10)}{chr(10)}" for note in notes)}## Ranks
 
 The part lost is what the missing directions of a module alone would cost, predicted to first order.
 
@@ -388,6 +396,17 @@ The part lost is what the missing directions of a module alone would cost, predi
 {by_module}
 """
     (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def _find_license(folder: Path) -> str | None:
+    """The licence that a model's own card names."""
+    from huggingface_hub import ModelCard
+
+    try:
+        found: str | None = ModelCard.load(folder / "README.md").data.license
+    except (OSError, ValueError):
+        return None
+    return found
 
 
 def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -401,18 +420,3 @@ def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
 def megabytes(size: int) -> str:
     """Write a size in bytes for people."""
     return f"{size / 1e6:.3g} MB"
-
-
-def most(share: float) -> str:
-    """Write an upper limit of a share for people, rounded up."""
-    return percent(math.ceil(1000 * share - 1e-9) / 1000) if math.isfinite(share) else "–"
-
-
-def least(share: float) -> str:
-    """Write a lower limit of a share for people, rounded down."""
-    return percent(math.floor(1000 * share + 1e-9) / 1000) if math.isfinite(share) else "–"
-
-
-def percent(share: float) -> str:
-    """Write a share for people."""
-    return f"{share:.1%}" if math.isfinite(share) else "–"

@@ -13,15 +13,8 @@ from numpy.typing import NDArray
 
 #: How often a limit may be wrong. All that is said of the confidence follows from this.
 DOUBT = 0.05
-#: The share of texts that lose at most their stated part of the tuning's effect.
+#: The share of texts that lose at most the stated part of what tuning changed in them.
 SHARE = 0.9
-#: Sizes of adapters that are certified together, each at this part of the doubt.
-SIZES = 7
-#: What is certified and what it is a part of, in words.
-PROMISE = f"at least {SHARE:.0%} of texts like these lose at most"
-UNIT = "of what tuning typically changes in a text"
-#: How often a certificate of first plans is wrong, in words.
-SELDOM = f"at most one in {1 / DOUBT:.3g}"
 # Stakes of the bets that hold at any time, as parts of the largest ones. Each is as likely.
 _STAKES = (np.arange(256) + 0.5) / 256
 # The largest stake where the number of texts is known before, lest one text ruins the bettor.
@@ -30,37 +23,37 @@ _LARGEST = 0.9
 _ALIKE = 2.33
 
 
-def confidence(doubt: float = DOUBT) -> str:
-    """Write the confidence of a certificate for people."""
-    return f"{1 - doubt:.1%}".replace(".0%", "%")
+def confidence() -> str:
+    """Write the confidence of all limits for people."""
+    return f"{1 - DOUBT:.1%}".replace(".0%", "%")
+
+
+def binomial_limit(failed: int, texts: int) -> float:
+    """Compute an upper limit of the share of all texts that fail, if so many of so many do.
+
+    It is wrong in a share of 0.05 of independent draws at most, and the least that is (Clopper and
+    Pearson, 1934) [prop-certificate].
+
+    Examples
+    --------
+    >>> from loraplan import binomial_limit
+    >>> round(binomial_limit(6, 116), 4)
+    0.0995
+    """
+    if failed == texts:
+        return 1.0
+    return float(scipy.stats.beta.ppf(1 - DOUBT, failed + 1, texts - failed))
 
 
 def mean_limit(losses: NDArray[np.float64]) -> float:
-    """Compute an upper limit of the mean of losses in [0, 1] [prop-certificate].
+    """Compute an upper limit of a mean by bets against larger ones [prop-certificate].
 
-    It holds for any distribution from which the ``losses``, ``[n]``, were drawn independently, but
-    for a share of 0.05 of such draws. Where all are 0 or 1 it is the exact one of Clopper and
-    Pearson (1934), and else that of bets (Waudby-Smith and Ramdas, 2024).
-    """
-    if np.isin(losses, (0, 1)).all():
-        return binomial_limit(int(losses.sum()), len(losses))
-    return betting_limit(losses)
-
-
-def binomial_limit(failed: int, texts: int, doubt: float = DOUBT) -> float:
-    """Compute the largest chance at which so few of so many fail in a share ``doubt`` of draws."""
-    if failed == texts:
-        return 1.0
-    return float(scipy.stats.beta.ppf(1 - doubt, failed + 1, texts - failed))
-
-
-def betting_limit(losses: NDArray[np.float64]) -> float:
-    """Compute an upper limit of a mean by bets against larger ones.
-
-    Against a mean ``m`` a fortune grows by ``1 + λ (m − x)`` with each loss ``x``; the stake ``λ``
-    is made of the losses before. It is a martingale if ``m`` is the mean, so that it ever reaches
-    ``1/DOUBT`` in at most a share `DOUBT` of draws, and it grows with ``m``. Source: Waudby-Smith
-    and Ramdas (2024), their predictable plug-in.
+    It holds for any distribution on [0, 1] from which the ``losses``, ``[n]``, were drawn
+    independently, but for a share of 0.05 of such draws. Against a mean ``m`` a fortune grows by
+    ``1 + λ (m − x)`` with each loss ``x``; the stake ``λ`` is made of the losses before. It is a
+    martingale if ``m`` is the mean, so that it ever reaches 20 in at most that share of draws, and
+    it grows with ``m``. Source: Waudby-Smith and Ramdas (2024), their predictable plug-in. Where
+    losses can only be 0 or 1, `binomial_limit` is smaller.
     """
     counts = np.arange(2, len(losses) + 2)
     means = (0.5 + losses.cumsum()) / counts
@@ -115,7 +108,7 @@ def quantile(losses: NDArray[np.float64]) -> float:
 
 
 @functools.cache
-def allowed(texts: int, doubt: float = DOUBT, *, repeated: bool = False) -> int:
+def allowed(texts: int, *, repeated: bool = False) -> int:
     """Count how many of so many texts may lose more than nine of ten do; -1 if they are too few.
 
     It is the most by which at least nine of ten lose no more: by `binomial_limit` (Wilks, 1941) or,
@@ -124,7 +117,7 @@ def allowed(texts: int, doubt: float = DOUBT, *, repeated: bool = False) -> int:
 
     def limit(failed: int) -> float:
         if not repeated:
-            return binomial_limit(failed, texts, doubt)
+            return binomial_limit(failed, texts)
         return repeated_limit(np.repeat([1.0, 0.0], [failed, texts - failed]))
 
     return next(k for k in range(texts + 1) if limit(k) > 1 - SHARE) - 1
@@ -143,31 +136,23 @@ def fewest(texts: int) -> int:
     return next(n for n in range(texts, 0, -1) if allowed(n - 1) < allowed(texts))
 
 
-def quantile_limit(
-    losses: NDArray[np.float64], doubt: float = DOUBT, *, repeated: bool = False
-) -> float:
+def quantile_limit(losses: NDArray[np.float64], *, repeated: bool = False) -> float:
     """Compute an upper limit of what 90% of texts lose at most [prop-certificate].
 
     It holds for any distribution from which the ``losses``, ``[n]``, were drawn independently, but
-    for a share ``doubt`` of such draws or, ``repeated``, for a share of 0.05 of all who look at
-    ever more texts as often as they like. Infinite for too few: fewer than 29 at 0.05, or 43.
+    for a share of 0.05 of such draws or, ``repeated``, of all who look at ever more texts as often
+    as they like. Infinite for too few: fewer than 29, or 43.
     """
-    exceeding = allowed(len(losses), doubt, repeated=repeated)
+    exceeding = allowed(len(losses), repeated=repeated)
     return math.inf if exceeding < 0 else float(np.sort(losses)[-1 - exceeding])
 
 
-def search(
-    lost: Callable[[int], float], number: int, start: int, aim: float, *, estimate: bool = False
-) -> int:
-    """Find the last of adapters before the first that loses more than the aim [prop-certificate].
+def search(holds: Callable[[int], bool], number: int) -> int:
+    """Find the last of so many adapters before the first that does not hold [prop-certificate].
 
-    Of so many, from large to small, those from ``start`` on are tried. If the first one misses, it
-    is that; for an ``estimate`` the first from there to larger ones that does not. A loss that is
-    no number ends the search.
+    They are tried from large to small. If the first one does not hold, it is that.
     """
-    if estimate and lost(start) > aim:
-        return next((k for k in reversed(range(start)) if not lost(k) > aim), 0)
-    return max(itertools.takewhile(lambda k: lost(k) <= aim, range(start, number)), default=start)
+    return max(itertools.takewhile(holds, range(number)), default=0)
 
 
 def are_alike(losses: NDArray[np.float64]) -> bool:
@@ -176,3 +161,17 @@ def are_alike(losses: NDArray[np.float64]) -> bool:
     with np.errstate(divide="ignore", invalid="ignore"):
         correlation = float(np.corrcoef(ranks[:-1], ranks[1:])[0, 1])
     return correlation * math.sqrt(len(losses)) > _ALIKE
+
+
+def drop_limit(
+    tuned: NDArray[np.float64], standin: NDArray[np.float64], *, repeated: bool = False
+) -> float:
+    """Compute an upper limit of how far a mean score in [0, 1] falls, from both scores of texts.
+
+    It is `mean_limit` or, ``repeated``, `repeated_limit` of ``(1 + tuned − standin) / 2``, in units
+    of the score; below 0 where the score rises.
+    """
+    losses = (1 + tuned - standin) / 2
+    # A file may be sorted by what it has.
+    losses = losses[np.random.default_rng(0).permutation(len(losses))]
+    return 2 * (repeated_limit if repeated else mean_limit)(losses) - 1

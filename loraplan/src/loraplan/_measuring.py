@@ -10,24 +10,38 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 from torch import Tensor
 
-from ._limits import DOUBT, mean_limit, quantile_limit, ratio, repeated_limit
+from ._limits import (
+    are_alike,
+    binomial_limit,
+    mean_limit,
+    quantile,
+    quantile_limit,
+    ratio,
+    repeated_limit,
+)
 from ._streams import Network, TextStates, advance, centre
 from ._texts import Batch, mix
 from .pair import Task
 
 # Rows of logits that are computed at a time.
 _ROWS = 2**11
+# Two logits nearer than this may change places on another machine.
+_TIE = 1e-3
 # Outputs of a network and of the tuned one.
 _Two: TypeAlias = tuple[Tensor, Tensor]
 
 
 class Measured(NamedTuple):
-    """What an adapted network loses on some texts, and how sure that is.
+    """What a stand-in keeps of the tuned model on some texts, and how sure that is.
 
-    All is computed in float32 on texts as they are given; none is generated. Decisions are classes
-    or next tokens; without a head what is said of them is NaN.
+    All is computed on texts as they are given, and only on the answer of those that have one.
+    Decisions are classes or next tokens; without a head what is said of them is NaN. Limits hold
+    for texts like these at a confidence of 95% and for any distribution, if texts (or groups) were
+    drawn independently and decided on no adapter; those ``repeated`` hold for all who look at ever
+    more texts, however often [prop-certificate].
 
     Attributes
     ----------
@@ -41,56 +55,67 @@ class Measured(NamedTuple):
         The mean divergence ``KL(f̄ ‖ f̂)`` of the distributions, in nats.
     texts : int
         The number of texts; of each group there is one.
-    certified : float
-        At least 90% of texts like these lose at most this part of what tuning typically changes in
-        a text: at a confidence of 95% and for any distribution, if texts (or groups) were drawn
-        independently and decided on no adapter [prop-certificate]. A text loses ``‖f̂ − f̄‖``;
-        typical is the root mean square of ``‖f_0 − f̄‖`` over the texts by which a plan was
-        selected or, without a plan, over these.
     own_effect, own_effect_repeated : float
-        The same, as a part of what tuning changes in that text; and a limit for all who look at
-        ever more texts, however often.
+        At least 90% of texts lose at most this part of what tuning changes in them,
+        ``‖f̂ − f̄‖ / ‖f_0 − f̄‖``.
     same, same_repeated : float
-        Of decisions on texts like these at least this share is the tuned network's, on average over
-        texts, with the same confidence; and a limit for all who look however often. So the accuracy
-        of decisions, and any score of them in [0, 1], differs by at most ``1 − same``.
+        At least this share of decisions is the tuned network's, on average over texts. So the
+        accuracy of decisions, and any score of them in [0, 1], differs by at most ``1 − same``.
+    same_answers, same_answers_repeated : float
+        At least this share of prompts gets the tuned network's greedy answer, token for token; NaN
+        without answers.
+    first_tokens : float
+        Nine of ten of these answers begin with so many of the same tokens, or are the same.
+    verified : int
+        How many answers are the tuned network's own; others count as different.
+    in_bfloat16 : float
+        The share of its own answers that the tuned network keeps in bfloat16, where that was asked.
+    acceptance : float
+        The mean of ``1 − ½‖p̄ − p̂‖₁``: the share of sampled decisions that speculative decoding
+        would accept.
     decisions : int
         The number of decisions: of texts or, for a language model, of tokens.
-    variation : float
-        The mean total variation ``½‖p̄ − p̂‖₁`` of the distributions, averaged over each text and
-        then over texts: of draws from both, coupled at best, this share differs.
     accuracy, base_accuracy, tuned_accuracy : float
-        Shares of right decisions of the adapted network, the base and the tuned network; NaN
-        without labels.
+        Shares of right decisions of the stand-in, the base and the tuned network; NaN without
+        labels.
     differing : dict
         Entries of the configuration, which an adapted network has from the base, of which the tuned
         model has others, with both values: the loss counts them.
     alike : int
         The number of texts that are nearly the same as another one.
+    neighbours : bool
+        Whether neighbours in the file lose alike, as lines of one document do, or those of a sorted
+        file.
     """
 
     error: float
     agreement: float
     kl: float
     texts: int
-    certified: float = math.inf
     own_effect: float = math.inf
     own_effect_repeated: float = math.inf
     same: float = math.nan
     same_repeated: float = math.nan
+    same_answers: float = math.nan
+    same_answers_repeated: float = math.nan
+    first_tokens: float = math.nan
+    verified: int = 0
+    in_bfloat16: float = math.nan
+    acceptance: float = math.nan
     decisions: int = 0
-    variation: float = math.nan
     accuracy: float = math.nan
     base_accuracy: float = math.nan
     tuned_accuracy: float = math.nan
     differing: Mapping[str, tuple[Any, Any]] = {}
     alike: int = 0
+    neighbours: bool = False
 
 
 class Compared(NamedTuple):
     """What is summed over each text: squared distances, equal decisions, divergences, and more.
 
-    The others are the number of decisions, total variations, and right decisions.
+    The others are the number of decisions, total variations, decisions that are as their label
+    says, those that are in the tuned network too, and the first of these before any other.
     """
 
     squares: NDArray[np.float64]
@@ -99,6 +124,18 @@ class Compared(NamedTuple):
     decisions: NDArray[np.float64]
     variation: NDArray[np.float64]
     right: NDArray[np.float64]
+    tuned_right: NDArray[np.float64]
+    first: NDArray[np.float64]
+
+    @property
+    def differing(self) -> NDArray[np.float64]:
+        """The share of each text's decisions that are not the tuned network's."""
+        return 1 - self.equal / self.decisions
+
+    @property
+    def other_answers(self) -> NDArray[np.float64]:
+        """1 for each text that gets another answer, and 0 for others."""
+        return np.where(np.isnan(self.first), np.nan, self.first < self.decisions)
 
 
 class Readout:
@@ -157,14 +194,17 @@ class TunedOutputs:
     def __init__(self, batches: Sequence[Batch], readout: Readout, states: list[Tensor]) -> None:
         self.batches, self.readout, self.states = batches, readout, states
         self.effect: NDArray[np.float64] = np.full(sum(len(b.places) for b in batches), math.nan)
-        #: The typical effect that losses of texts are parts of, NaN for that of these texts.
-        self.typical = math.nan
         self._labels = torch.cat([batch.labels for batch in batches]) if batches else torch.empty(0)
         self._base_accuracy = math.nan
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether each text of a language model has an answer."""
+        return self.readout.task == "language" and not (self._labels < 0).any()
+
     def record(self, base: Network, states: list[Tensor]) -> None:
         """Compute the tuning's effect from the states of the base."""
-        if (self._labels < 0).any():
+        if self.readout.task != "classification" or (self._labels < 0).any():
             self.effect = self.squares(base, states)
             return
         compared = self.compare(base, states)
@@ -185,50 +225,62 @@ class TunedOutputs:
             squares += sum(float(each.double().square().sum()) for each in outputs)
         return torch.finfo(torch.float32).eps * math.sqrt(squares)
 
-    def summarize(self, compared: Compared, doubt: float = DOUBT) -> Measured:
-        """Measure what a network loses, from what it does on each text (`compare`).
-
-        Limits are wrong in a share ``doubt`` of cases at most.
-        """
-        squares, equal, divergence, decisions, variation, right = compared
-        own, other = _parts(squares, self.effect), 1 - equal / decisions
-        if decides := bool(np.isfinite(other).all()):
-            other = other[mix(self.batches)]
-        return Measured(
+    def summarize(self, compared: Compared) -> Measured:
+        """Measure what a network loses, from what it does on each text (`compare`)."""
+        squares, equal, divergence, decisions, variation, right, tuned_right, first = compared
+        own = self.own(squares)
+        measured = Measured(
             ratio(squares, self.effect),
             float(equal.sum() / decisions.sum()),
             float(divergence.sum() / decisions.sum()),
             len(squares),
-            quantile_limit(self.losses(squares), doubt),
-            quantile_limit(own, doubt),
+            quantile_limit(own),
             quantile_limit(own, repeated=True),
-            1 - mean_limit(other) if decides else math.nan,
-            1 - repeated_limit(other) if decides else math.nan,
-            int(decisions.sum()),
-            float((variation / decisions).mean()),
-            float(right.mean()),
-            self._base_accuracy,
-            self._tuned_accuracy,
+            acceptance=1 - float((variation / decisions).mean()),
+            decisions=int(decisions.sum()),
+            neighbours=len(squares) > 2 and self._neighbours(squares / decisions),
         )
+        # In an order that follows neither lengths nor the file.
+        differing = compared.differing[mix(self.batches)]
+        if np.isfinite(differing).all():
+            # The exact limit is for what can only be 0 or 1.
+            counted = self.readout.task == "classification"
+            limit = _count_limit if counted else mean_limit
+            same, often = 1 - limit(differing), 1 - repeated_limit(differing)
+            measured = measured._replace(same=same, same_repeated=often)
+        if self.readout.task == "classification":
+            measured = measured._replace(
+                accuracy=float(right.mean()),
+                base_accuracy=self._base_accuracy,
+                tuned_accuracy=float(tuned_right.mean()),
+            )
+        if self.is_answered:
+            other = compared.other_answers
+            measured = measured._replace(
+                same_answers=1 - _count_limit(other),
+                same_answers_repeated=1 - repeated_limit(other),
+                first_tokens=-quantile(-np.where(other, first, decisions.max())),
+                verified=int((tuned_right == decisions).sum()),
+            )
+        return measured
 
-    @property
-    def _tuned_accuracy(self) -> float:
-        if not len(self._labels) or (self._labels < 0).any():
-            return math.nan
-        return float((torch.cat(self.states).argmax(-1) == self._labels).double().mean())
+    def _neighbours(self, losses: NDArray[np.float64]) -> bool:
+        """Whether neighbours in the file lose alike, beyond what their lengths explain."""
+        order = np.concatenate([batch.places for batch in self.batches]).argsort()
+        lengths = np.concatenate([batch.attention_mask.sum(1) for batch in self.batches])
+        losses, lengths = (rankdata(each[order]) for each in (losses, lengths))
+        slope = np.cov(losses, lengths)[0, 1] / max(np.var(lengths, ddof=1), 1e-9)
+        return are_alike(losses - slope * lengths)
 
     def error(self, squares: NDArray[np.float64]) -> float:
         """``η`` of a network with these squared distances."""
         return ratio(squares, self.effect)
 
-    def stated(self, squares: NDArray[np.float64]) -> float:
-        """The error or, if that is more, what these texts certify."""
-        return max(self.error(squares), quantile_limit(self.losses(squares)))
-
-    def losses(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The part of the tuning's typical effect that each text loses."""
-        typical = math.sqrt(self.effect.mean()) if math.isnan(self.typical) else self.typical
-        return _parts(squares, np.full_like(squares, typical**2))
+    def own(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The part that each text loses of what tuning changes in it; 0 of nothing is nothing."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            parts = np.sqrt(squares / self.effect)
+        return np.where(np.equal(squares, 0) & (self.effect >= 0), 0.0, parts)
 
     @torch.no_grad()
     def squares(self, network: Network, states: list[Tensor]) -> NDArray[np.float64]:
@@ -247,14 +299,12 @@ class TunedOutputs:
     def compare(self, network: Network, states: list[Tensor]) -> Compared:
         """Compare the outputs of a network with the tuned one's on each text, given its states."""
         found, target = torch.cat(states), torch.cat(self.states)
-        labels = torch.cat([batch.labels for batch in self.batches])
-        if self.readout.task != "classification":
-            # Rows are of tokens, and have no labels.
-            labels = torch.full((len(found),), -1)
         # Some rows at a time, as logits need much memory.
-        some = zip(*(rows.split(_ROWS) for rows in (found, target, labels)), strict=True)
+        some = zip(*(rows.split(_ROWS) for rows in (found, target, self._labels)), strict=True)
         columns = torch.cat([self._contrast(network, *each) for each in some])
-        return Compared(*self._sum(columns).T)
+        sizes = [size for batch in self.batches for size in batch.counts(self.readout.task)]
+        first = torch.stack([part.cumprod(0).sum() for part in columns[:, -2].split(sizes)])
+        return Compared(*np.column_stack([self._sum(columns), first]).T)
 
     def _sum(self, columns: Float[Tensor, "rows columns"]) -> NDArray[np.float64]:
         """Rows of all batches, summed over each text."""
@@ -307,7 +357,8 @@ class TunedOutputs:
     ) -> Float[Tensor, "rows columns"]:
         """A row of what `Compared` sums for each row of outputs, and the tuned ones."""
         levels = torch.full((2, len(states)), -math.inf, dtype=torch.float64)
-        best, decided = levels.clone(), torch.zeros(2, len(states), dtype=torch.int64)
+        best, second = levels.clone(), levels.clone()
+        decided = torch.zeros(2, len(states), dtype=torch.int64)
         shift, varied, nothing = torch.zeros(3, len(states), dtype=torch.float64)
         ones, nothing = nothing + 1, nothing + math.nan
 
@@ -315,23 +366,31 @@ class TunedOutputs:
             for one, values in enumerate(pair):
                 most, place = values.max(-1)
                 parts = _sum((values - most[:, None]).exp())
+                # Of equal ones the first, as when answers are generated.
+                two = values.topk(min(2, values.shape[-1])).values.cpu().double()
                 most, place = most.cpu().double(), place.cpu()
                 decided[one] = torch.where(most > best[one], words + place, decided[one])
-                best[one] = torch.maximum(best[one], most)
+                leading = torch.cat([best[one, :, None], second[one, :, None], two], 1)
+                best[one], second[one] = leading.topk(2).values.unbind(1)
                 levels[one] = torch.logaddexp(levels[one], most + parts.log())
 
         squares = self._distances(network, states, target, see)
         if self.readout.task == "encoder" or target.shape[-1] == 1:
-            return torch.stack([squares, nothing, nothing, ones, nothing, nothing], -1)
+            return torch.stack([squares, nothing, nothing, ones, *[nothing] * 3], -1)
         for pair in self._both(network, states, target):
             both = zip(pair, levels, strict=True)
             p, p_target = ((x - level.to(x)[:, None]).exp() for x, level in both)
             shift += _sum(p_target * (pair[1] - pair[0]))
             varied += _sum((p - p_target).abs()) / 2
         equal = (decided[0] == decided[1]).double()
-        right = (decided[0] == labels).double().where(labels >= 0, nothing)
+        right, tuned_right = decided == labels
+        if self.readout.task == "language":
+            # Neither by a hair, and one that is not the tuned network's is no answer to keep.
+            tuned_right = tuned_right & (best[1] - second[1] >= _TIE)
+            right = right & tuned_right & (best[0] - second[0] >= _TIE)
+        right, tuned_right = (x.double().where(labels >= 0, nothing) for x in (right, tuned_right))
         divergence = (shift + levels[0] - levels[1]).clamp(0)
-        return torch.stack([squares, equal, divergence, ones, varied, right], -1)
+        return torch.stack([squares, equal, divergence, ones, varied, right, tuned_right], -1)
 
 
 def _sum(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, " rows"]:
@@ -364,10 +423,9 @@ def measure_networks(networks: Sequence[tuple[Network, TunedOutputs]]) -> list[M
     return [Measurement(reference, network, one.states) for (network, reference), one in each]
 
 
-def _parts(squares: NDArray[np.float64], wholes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Square roots of quotients; 0 where nothing is lost of nothing."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(np.equal(squares, 0) & (wholes >= 0), 0.0, np.sqrt(squares / wholes))
+def _count_limit(losses: NDArray[np.float64]) -> float:
+    """The limit of the mean of losses that can only be 0 or 1."""
+    return binomial_limit(int(losses.sum()), len(losses))
 
 
 def sum_by_text(
@@ -376,4 +434,4 @@ def sum_by_text(
     """Rows of tokens, summed over each text; rows of texts as they are."""
     if task == "classification":
         return rows
-    return torch.stack([part.sum(0) for part in rows.split(batch.attention_mask.sum(1).tolist())])
+    return torch.stack([part.sum(0) for part in rows.split(batch.counts(task))])

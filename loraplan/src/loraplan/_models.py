@@ -73,8 +73,8 @@ _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _TYPES = {"F32", "F16", "BF16", "I64", "BOOL"}
 # What libraries raise for files that they cannot read.
 _UNREADABLE = OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError
-# Notices on the stream for errors; a higher level of this logger silences them.
-_LOG = logging.getLogger("loraplan")
+#: Notices on the stream for errors; a higher level of this logger silences them.
+LOG = logging.getLogger("loraplan")
 
 
 def reason(error: Exception) -> str:
@@ -148,7 +148,7 @@ def _dequantize(file: Path, name: str) -> Path:
         with filelock.FileLock(folder.with_name(f".{name}.lock")):
             if not folder.is_dir():
                 said = "Dequantizing %s to %s: once, about half a minute for a small model."
-                _LOG.warning(said, file.name, folder)
+                LOG.warning(said, file.name, folder)
                 network, tokenizer = _read_gguf(file)
                 with write_folder(folder) as partial, quiet():
                     network.save_pretrained(partial)

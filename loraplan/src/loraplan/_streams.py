@@ -250,7 +250,7 @@ def stream(
     if isinstance(which, Adapter):
         merged = {n: update for n, update in which.factors.items() if n in pair.words}
         factors = {n: update for n, update in which.factors.items() if n not in merged}
-        read = read or pair.reader(Adapter(merged, which.biases))
+        read = read or pair.reader(which._replace(factors=merged))
     skeleton = pair.skeleton("tuned" if which == "tuned" else "base")
     about: dict[str, Any] = {"device": device, "factors": factors}
     about["same_head"] = which == "tuned" or pair.keeps_head(which)

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from . import _checks, _randomness
+from . import _checks
 from ._errors import InputError
 from ._limits import LEAST_TEXTS, fewest
 from ._models import find, quiet, reason, tokenizer
-from .pair import COUNTED_FROM_PADDING, Pair
+from .pair import ANSWER, COUNTED_FROM_PADDING, Pair, Task
 
 #: At most so many texts of each part are used, as time grows with them.
 MOST_TEXTS = 256
@@ -54,30 +54,36 @@ class Text(NamedTuple):
     """A text, its class or the name of that, and which texts belong together, if any is known.
 
     Texts of one ``group``, such as lines of one document, are no independent draws: a group counts
-    once where errors are certified.
+    once where promises are certified. A prompt may have the tuned model's greedy ``answer``, in
+    words or as its tokens.
     """
 
     text: str
     label: str | int | None = None
     group: str | None = None
+    answer: str | Sequence[int] | None = None
 
 
 class Batch(NamedTuple):
     """Texts as a network takes them, ``[texts, tokens]``, with 1 for tokens and 0 for padding.
 
-    ``places`` are those of the texts among all that were given, and ``labels`` the classes, -1
-    where they are not known.
+    Outputs count at the tokens ``counted``: at all, or at those by which an answer is given.
+    ``places`` are those of the texts among all that were given. ``labels`` has a class for each
+    text or, for each output that counts at a token, the next token of the answer; -1 where it is
+    not known.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
+    counted: Tensor
     places: Tensor
     labels: Tensor
 
-    @property
-    def is_token(self) -> Tensor:
-        """Which entries are tokens."""
-        return self.attention_mask.bool()
+    def counts(self, task: Task) -> list[int]:
+        """How many outputs of each text count."""
+        if task == "classification":
+            return [1] * len(self.places)
+        return [*map(int, self.counted.sum(1))]
 
     def on(self, device: torch.device) -> dict[str, Tensor]:
         """Arguments of a network on a device."""
@@ -85,8 +91,16 @@ class Batch(NamedTuple):
         return {name: values.to(device) for name, values in given.items()}
 
     def rows(self, values: Tensor) -> Float[Tensor, "rows columns"]:
-        """A row for each token, or for each text where there is one value for a text."""
-        return values[self.is_token.to(values.device)] if values.ndim == 3 else values
+        """A row for each token that counts, or for each text where it has one value."""
+        return values[self.counted.bool().to(values.device)] if values.ndim == 3 else values
+
+    def tokens(self, values: Tensor) -> Float[Tensor, "rows columns"]:
+        """A row for each token, or for each text where it has one value."""
+        return values[self.attention_mask.bool().to(values.device)] if values.ndim == 3 else values
+
+
+#: Gives the answers to prompts, all as tokens.
+Respond: TypeAlias = Callable[[Sequence[Sequence[int]]], Sequence[Sequence[int]]]
 
 
 class Texts(NamedTuple):
@@ -106,13 +120,14 @@ class Texts(NamedTuple):
 
 
 class _Encoded(NamedTuple):
-    """A text, its class and place, its tokens, and how many it had before it was cut off."""
+    """A text, its class and place, its tokens, how many it had, and those of its answer."""
 
     text: str
     label: int
     place: int
     ids: list[int]
     length: int
+    answer: Sequence[int] | None
 
 
 # Texts of one group, or one text of none, each with its place among all that were given.
@@ -136,21 +151,21 @@ def prepare(
     *,
     tokens: int,
     thorough: bool = False,
-    seed: int,
+    respond: Respond | None = None,
 ) -> Texts:
     """Divide texts in three parts; without ``held_out``, half of them are to certify with.
 
     Groups are divided as wholes, before repetitions are left out of those to plan with: given
-    these, the others are independent draws [prop-certificate].
+    these, the others are independent draws [prop-certificate]. Digests of texts say where each
+    goes, so that nobody can draw until a promise holds. With ``respond`` all get answers.
     """
-    order = np.random.default_rng(_randomness.number(seed, "planning texts"))
     if held_out is None:
-        groups = _shuffle("texts", texts, order, 2 * LEAST_TEXTS)
+        groups = _groups("texts", texts, 2 * LEAST_TEXTS)
         half = len(groups) // 2
         planning, certifying = groups[half:], groups[:half]
     else:
-        planning = _shuffle("texts", texts, order, LEAST_TEXTS)
-        certifying = _shuffle("held_out", held_out, order, LEAST_TEXTS)
+        planning = _groups("texts", texts, LEAST_TEXTS)
+        certifying = _groups("held_out", held_out, LEAST_TEXTS)
         for name in ("text", "group"):
             one, other = (
                 {getattr(text, name) for g in part for _, text in g}
@@ -159,13 +174,13 @@ def prepare(
             if both := (one & other) - {None}:
                 allowed = f"of {name}s that are not among those for planning"
                 given = f"{len(both)} that are, such as {min(both)!r}"
-                remedy = "take them out here: the certificate is then for other texts than those"
+                remedy = "take them out here: the promise is then for other texts than those"
                 raise InputError("held_out", allowed, given, remedy)
     # Of each group one text before any second one.
     lines = filter(None, itertools.chain.from_iterable(itertools.zip_longest(*planning)))
     different = {line[1].text: line for line in lines}
     some = itertools.islice(different.values(), MOST_TEXTS)
-    plan = _encode(pair, "different texts to plan with", some, tokens)
+    plan = _encode(pair, "different texts to plan with", some, tokens, respond)
     number = MOST_TEXTS
     if not thorough:
         # How many texts certify must not depend on their own lengths: to stop at a number of
@@ -173,11 +188,11 @@ def prepare(
         mean = sum(len(text.ids) for text in plan) / len(plan)
         number = max(LEAST_TEXTS, min(int(_TOKENS_OF_PART / mean), MOST_TEXTS))
     plan = plan[:number]
-    test = _encode(
-        pair, "texts to certify with", (group[0] for group in certifying[:MOST_TEXTS]), tokens
-    )
-    # Those that were drawn last are dropped, whatever they say.
+    first_lines = (group[0] for group in certifying[:MOST_TEXTS])
+    test = _encode(pair, "texts to certify with", first_lines, tokens, respond)
+    # Those that come last are dropped, whatever they say.
     test = test[: fewest(min(number, len(test)))]
+    plan, test = (_answer(part, respond) for part in (plan, test))
     whole = [*plan, *test]
     unknown = sum(text.ids.count(pair.tokenizer.unk_token_id) for text in whole)
     first = round(_SELECTING * len(plan))
@@ -193,11 +208,22 @@ def prepare(
     )
 
 
-def prepare_all(pair: Pair, texts: Sequence[str | Text], tokens: int) -> tuple[list[Batch], int]:
+def prepare_all(
+    pair: Pair, texts: Sequence[str | Text], tokens: int, respond: Respond | None = None
+) -> tuple[list[Batch], int]:
     """Make batches of one text of each group; count those that nearly are another."""
-    first = (min(group, key=lambda each: _digest(each[1].text)) for group in _group("texts", texts))
-    encoded = _encode(pair, "texts", first, tokens, 1)
+    first_lines = (group[0] for group in _groups("texts", texts))
+    encoded = _answer(_encode(pair, "texts", first_lines, tokens, respond, 1), respond)
     return [*_batches(pair, encoded, tight=True)], count_alike([text.text for text in encoded])
+
+
+def _answer(texts: list[_Encoded], respond: Respond | None) -> list[_Encoded]:
+    """Give answers to all that have none, if there is who does."""
+    open_ = [k for k, text in enumerate(texts) if text.answer is None] if respond else []
+    if respond and open_:
+        for k, answer in zip(open_, respond([texts[k].ids for k in open_]), strict=True):
+            texts[k] = texts[k]._replace(answer=answer)
+    return texts
 
 
 def mix(batches: Sequence[Batch]) -> NDArray[np.int64]:
@@ -227,17 +253,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _shuffle(
-    name: str, given: Sequence[str | Text], order: np.random.Generator, needed: int
-) -> list[_Group]:
-    """Groups of texts in random order, and theirs too."""
-    groups = _group(name, given, needed)
-    mixed = (groups[i] for i in order.permutation(len(groups)))
-    return [[group[i] for i in order.permutation(len(group))] for group in mixed]
-
-
-def _group(name: str, given: Sequence[str | Text], needed: int = 1) -> list[_Group]:
-    """Groups of texts that are not empty."""
+def _groups(name: str, given: Sequence[str | Text], needed: int = 1) -> list[_Group]:
+    """Groups of texts that are not empty, in the order of their digests, and theirs too."""
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise InputError(name, "a list of texts", "one text" if isinstance(given, str) else given)
     groups: dict[str | int, _Group] = {}
@@ -252,7 +269,7 @@ def _group(name: str, given: Sequence[str | Text], needed: int = 1) -> list[_Gro
             raise InputError(name, allowed, value=text.text)
         if stripped := text.text.strip():
             group = groups.setdefault(place if text.group is None else text.group, [])
-            group.append((place, Text(stripped, text.label, text.group)))
+            group.append((place, text._replace(text=stripped)))
     if len(groups) < needed:
         allowed, remedy = f"at least {needed} text{'s' * (needed > 1)}", ""
         if any(isinstance(key, str) for key in groups):
@@ -261,7 +278,18 @@ def _group(name: str, given: Sequence[str | Text], needed: int = 1) -> list[_Gro
         if needed > LEAST_TEXTS:
             allowed += f": {LEAST_TEXTS} to plan with and {LEAST_TEXTS} to certify with"
         raise InputError(name, allowed, len(groups), remedy)
-    return [*groups.values()]
+    # Each repetition has a digest of its own, lest all of them go together.
+    seen = Counter[str]()
+    ordered: list[tuple[str, _Group]] = []
+    for members in groups.values():
+        drawn = dict[str, tuple[int, Text]]()
+        for place, text in members:
+            seen[text.text] += 1
+            drawn[_digest(f"{seen[text.text]} {text.text}")] = place, text
+        digests = sorted(drawn)
+        # That of the whole, as the least of many would be small.
+        ordered.append((_digest(" ".join(digests)), [drawn[digest] for digest in digests]))
+    return [group for _, group in sorted(ordered, key=lambda each: each[0])]
 
 
 def _class(pair: Pair, text: Text) -> int:
@@ -286,6 +314,7 @@ def _encode(
     purpose: str,
     lines: Iterable[tuple[int, Text]],
     tokens: int,
+    respond: Respond | None,
     needed: int = LEAST_TEXTS,
 ) -> list[_Encoded]:
     """Texts as tokens; those without any have no output."""
@@ -294,12 +323,17 @@ def _encode(
     # As many as are asked for, or as both models take.
     most = min(int(getattr(x, "max_position_embeddings", 0)) for x in (config, pair.config))
     most -= int(config.pad_token_id) + 1 if config.model_type in COUNTED_FROM_PADDING else 0
-    most = min(_checks.integer("tokens", tokens, 8), most)
+    answered = ANSWER if respond or any(text.answer is not None for text in texts) else 0
+    most = min(_checks.integer("tokens", tokens, 8), most - answered)
+    if most < 1:
+        allowed = f"left out for a model of as few positions, as they take up to {ANSWER}"
+        raise InputError("answers", allowed, most + answered)
     with quiet():
         whole = pair.tokenizer(plain)["input_ids"]
         kept = pair.tokenizer(plain, truncation=True, max_length=most)["input_ids"]
     classes = [_class(pair, text) for text in texts]
-    each = zip(plain, classes, places, kept, map(len, whole), strict=True)
+    answers = [_answer_tokens(pair, text.answer) for text in texts]
+    each = zip(plain, classes, places, kept, map(len, whole), answers, strict=True)
     encoded = [text for text in map(_Encoded._make, each) if text.ids]
     if len(encoded) < needed:
         allowed = f"at least {needed} {purpose} that the tokenizer makes tokens of"
@@ -307,30 +341,58 @@ def _encode(
     return encoded
 
 
+def _answer_tokens(pair: Pair, answer: object) -> list[int] | None:
+    """The tokens of an answer, which ends unless it is as long as answers may be."""
+    if answer is None:
+        return None
+    if pair.task != "language":
+        allowed = "left out where the model gives no next tokens"
+        raise InputError("answer", allowed, value=answer)
+    if isinstance(answer, str):
+        with quiet():
+            tokens = pair.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        return [*tokens, pair.ends[0]][:ANSWER]
+    words, given = len(pair.tokenizer), [*answer] if isinstance(answer, Sequence) else []
+    if not given or not all(type(token) is int and 0 <= token < words for token in given):
+        allowed = f"words, or tokens of the model from 0 to {words - 1}, at least one"
+        raise InputError("answer", allowed, value=answer)
+    return given[:ANSWER]
+
+
 def _batches(pair: Pair, texts: Iterable[_Encoded], *, tight: bool = False) -> Iterator[Batch]:
     """Batches of texts of similar length, as padding costs as much as text.
 
     In ``tight`` ones it is at most a fifth.
     """
-    ordered = sorted(texts, key=lambda text: len(text.ids))
+    # The last token of an answer is given, and says nothing.
+    whole = ([*text.ids, *(text.answer or ())[:-1]] for text in texts)
+    ordered = sorted(zip(whole, texts, strict=True), key=lambda each: len(each[0]))
     config, padding = pair.tuned.config, pair.padding
     # About 24 numbers of each unit are kept of a token while a block is differentiated.
     most = _LOAD // (24 * config.hidden_size)
     while ordered:
-        size, filled = 1, len(ordered[0].ids)
-        for text in ordered[1:_BATCH]:
-            filled += len(text.ids)
-            padded = (size + 1) * len(text.ids)
+        size, filled = 1, len(ordered[0][0])
+        for ids, _ in ordered[1:_BATCH]:
+            filled += len(ids)
+            padded = (size + 1) * len(ids)
             if padded > most or (tight and padded - filled > _PADDING * padded):
                 break
             size += 1
         part, ordered = ordered[:size], ordered[size:]
-        ids = [torch.tensor(text.ids) for text in part]
+        rows = [torch.tensor(ids) for ids, _ in part]
+        counted = [torch.ones_like(ids) for ids in rows]
+        labels = list[int]()
+        for mask, (_, text) in zip(counted, part, strict=True):
+            if text.answer is not None:
+                mask[: len(text.ids) - 1] = 0
+            unknown = [-1] * len(mask) if text.answer is None else text.answer
+            labels += [text.label] if pair.task == "classification" else unknown
         yield Batch(
-            pad_sequence(ids, True, padding),
-            pad_sequence([torch.ones_like(text) for text in ids], True),
-            torch.tensor([text.place for text in part]),
-            torch.tensor([text.label for text in part]),
+            pad_sequence(rows, True, padding),
+            pad_sequence([torch.ones_like(ids) for ids in rows], True),
+            pad_sequence(counted, True),
+            torch.tensor([text.place for _, text in part]),
+            torch.tensor(labels),
         )
 
 
@@ -339,26 +401,15 @@ def read_texts(
 ) -> list[Text]:
     """Read the texts of a file: one a line, or of ``.jsonl`` and ``.csv`` the field ``text``.
 
-    They may have a ``label``, and a field that says of which ``group`` they are. In a file of text
-    lines between blank ones are a group, if any two lines are not separated by a blank one. A line
-    of JSON may have ``messages`` (and ``tools``) instead, a chat, which becomes a text by the
-    template of the first of ``models`` that has a tokenizer. Raises `InputError` for a file of
-    another kind or not in UTF-8, and for entries without a text or without the group.
+    They may have a ``label``, an ``answer``, and a field that says of which ``group`` they are. In
+    a file of text lines between blank ones are a group, if any two lines are not separated by a
+    blank one. A line of JSON may have ``messages`` (and ``tools``) instead, a chat, which becomes a
+    text by the template of the first of ``models`` that has a tokenizer; a last turn of the
+    assistant is its answer. Raises `InputError` for a file of another kind or not in UTF-8, and for
+    entries without a text or without the group.
     """
-    file = Path(path).expanduser()
-    kind = file.suffix.lower()
-    if kind not in ("", ".txt", ".jsonl", ".csv"):
-        remedy = "write .txt (one text a line), .jsonl or .csv (a field text, maybe label)"
-        allowed = "of a kind that is read: .txt, .jsonl or .csv"
-        raise InputError("texts", allowed, path, _REMEDIES.get(kind, remedy))
-    try:
-        # Some editors begin files with a mark of their order of bytes.
-        content = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        said = "no such file" if isinstance(error, FileNotFoundError) else error
-        raise InputError("texts", "a text file in UTF-8", f"{path} ({said})") from error
-    if "\0" in content:
-        raise InputError("texts", "a text file in UTF-8", f"{path} (it has bytes of zeros)")
+    content = _read(path, "texts", ("", ".txt", ".jsonl", ".csv"))
+    kind = Path(path).suffix.lower()
     if kind in (".jsonl", ".csv"):
         rows = (_json if kind == ".jsonl" else _csv)(path, content)
         template = functools.cache(functools.partial(_find_template, models))
@@ -371,6 +422,42 @@ def read_texts(
     groups = 1 < len(documents) < sum(map(len, documents))
     names = (f"document {k} of {path}" if groups else None for k in itertools.count(1))
     return [Text(x, group=n) for n, lines in zip(names, documents, strict=False) for x in lines]
+
+
+def read_scores(path: Path | str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Read scores of the tuned model and of a stand-in, a row for each prompt, from 0 to 1."""
+    content = _read(path, "scores", (".jsonl", ".csv"))
+    scores = []
+    for where, row in (_json if Path(path).suffix.lower() == ".jsonl" else _csv)(path, content):
+        try:
+            scores.append([float(row["tuned"]), float(row["standin"])])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError("scores", "rows with tuned and standin, numbers", where) from error
+        if not all(0 <= score <= 1 for score in scores[-1]):
+            raise InputError("scores", "from 0 to 1", where)
+    if not scores:
+        raise InputError("scores", "at least one row", str(path))
+    tuned, standin = np.array(scores).T
+    return tuned, standin
+
+
+def _read(path: Path | str, name: str, kinds: tuple[str, ...]) -> str:
+    """Read a text file of one of some kinds."""
+    file = Path(path).expanduser()
+    kind = file.suffix.lower()
+    if kind not in kinds:
+        remedy = "write .txt (one text a line), .jsonl or .csv (a field text, maybe label)"
+        allowed = f"of a kind that is read: {', '.join(filter(None, kinds))}"
+        raise InputError(name, allowed, path, _REMEDIES.get(kind, remedy))
+    try:
+        # Some editors begin files with a mark of their order of bytes.
+        content = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        said = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise InputError(name, "a text file in UTF-8", f"{path} ({said})") from error
+    if "\0" in content:
+        raise InputError(name, "a text file in UTF-8", f"{path} (it has bytes of zeros)")
+    return content
 
 
 def _json(path: Path | str, content: str) -> Iterator[tuple[str, Any]]:
@@ -397,7 +484,7 @@ def _csv(path: Path | str, content: str) -> Iterator[tuple[str, Any]]:
             if None in row or None in row.values():
                 remedy = 'put fields with commas in quotation marks (")'
                 raise InputError("texts", "rows of as many fields as the header has", where, remedy)
-            yield where, row | {"label": row.get("label") or None}
+            yield where, row | {name: row.get(name) or None for name in ("label", "answer")}
     except csv.Error as error:
         where = f"{path}, line {rows.line_num} ({error})"
         raise InputError("texts", "rows of .csv", where) from error
@@ -406,34 +493,44 @@ def _csv(path: Path | str, content: str) -> Iterator[tuple[str, Any]]:
 def _entry(where: str, row: Any, group: str | None, template: Callable[[], Any]) -> Text:
     """The text of one entry, with its label and its group."""
     fields = row if isinstance(row, Mapping) else {}
-    text = fields.get("text")
+    text, answer = fields.get("text"), fields.get("answer")
     if text is None and "messages" in fields:
-        text = _write_chat(where, fields, template())
+        text, answer = _write_chat(where, fields, template())
     if not isinstance(text, str):
         remedy = "name so what holds what the model is given; chats have a field messages"
         raise InputError("texts", "entries with a field text", where, remedy)
     of = None if group is None else fields.get(group)
     if group is not None and (not isinstance(of, str | int) or of == ""):
         raise InputError("texts", f"entries with a field {group}, a name or a number", where)
-    return Text(text, fields.get("label"), None if of is None else str(of))
+    return Text(text, fields.get("label"), None if of is None else str(of), answer)
 
 
-def _write_chat(where: str, fields: Mapping[str, Any], template: Any) -> str:
-    """Write a chat as a text, without what the tokenizer will put before it again."""
+def _write_chat(
+    where: str, fields: Mapping[str, Any], template: Any
+) -> tuple[str, str | Sequence[int] | None]:
+    """Write a chat as a text, without what the tokenizer will put before it again.
+
+    A last turn of the assistant is the answer to what is before it.
+    """
     chat, tools, said = fields["messages"], fields.get("tools"), ("content", "tool_calls")
     # Of what is missing most templates make nothing, silently.
     for one in chat if isinstance(chat, list) and chat else [None]:
         if not (isinstance(one, dict) and "role" in one and any(map(one.get, said))):
             allowed, remedy = "chats of one message or more", 'give each a "role" and a "content"'
             raise InputError("texts", allowed, where, remedy)
+    answer = fields.get("answer")
+    if answer is None and len(chat) > 1 and chat[-1]["role"] == "assistant":
+        answer = chat[-1].get("content")
+        chat = chat if answer is None else chat[:-1]
+    asks: dict[str, Any] = {"tools": tools, "add_generation_prompt": answer is not None}
     try:
-        text: str = template.apply_chat_template(chat, tools=tools, tokenize=False)
+        text: str = template.apply_chat_template(chat, tokenize=False, **asks)
     except Exception as error:  # whatever a template raises
         allowed = "chats that the tuned model's template takes"
         raise InputError("texts", allowed, f"{where} ({reason(error)})") from error
     first = template.bos_token_id
     begins = first is not None and template("").input_ids[:1] == [first]
-    return text.removeprefix(template.bos_token) if begins else text
+    return text.removeprefix(template.bos_token) if begins else text, answer
 
 
 def _find_template(models: Sequence[str]) -> Any:

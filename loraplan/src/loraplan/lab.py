@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ._effect import Directions, Moments, Slopes, choose, draw_rows
+from ._example import write as write_example
 from ._export import estimate, measure_peft
 from ._export import load as load_adapter
 from ._lowrank import LowRank
@@ -59,6 +60,7 @@ __all__ = [
     "quiet",
     "stream",
     "tokenizer",
+    "write_example",
 ]
 
 
@@ -71,5 +73,5 @@ def moments(planner: Planner, names: Collection[str]) -> dict[str, Moments]:
     """Take `Moments` of inputs and outputs of a planner's linear modules at the tuned network."""
     taken: dict[str, Moments | None] = {}
     slopes = planner.slopes({name: planner.modules[name] for name in names})
-    slopes.collect_derivatives(taken.__setitem__, None, seed=planner.seed)
+    slopes.collect_derivatives(taken.__setitem__, None)
     return {name: rows for name, rows in taken.items() if rows is not None}

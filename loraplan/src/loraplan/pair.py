@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -14,12 +14,22 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from . import _checks
 from ._adapters import MergedCheckpoint
 from ._errors import InputError
 from ._lowrank import LowRank
-from ._models import PEFT_CONFIG, Checkpoint, Rows, build, find, listed, require_name, tokenizer
+from ._models import (
+    PEFT_CONFIG,
+    Checkpoint,
+    Rows,
+    build,
+    find,
+    listed,
+    quiet,
+    require_name,
+    tokenizer,
+)
 
 Task = Literal["classification", "language", "encoder"]
 # Where the equal blocks are in the model without its head, by ``model_type`` of transformers.
@@ -59,6 +69,8 @@ _OTHER_ENTRIES = (
 )
 # Rows of embeddings and heads that are compared at a time.
 _ROWS = 2**13
+#: Answers have at most so many tokens; and as many prompts are answered at a time.
+ANSWER, _TOGETHER = 64, 32
 #: Matrices of more numbers are not subtracted as wholes.
 LARGE = 2**27
 # Modules that servers compute as one, by the ends of their names.
@@ -135,13 +147,16 @@ class _Other(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """Factors of modules by name, none of rank 0, and biases that are not the tuned ones.
+    """Factors of modules by name, none of rank 0, and what is carried beside them.
 
-    One made of the candidates of a `Planner` has the ``gains`` of these.
+    Other parameters that tuning changed (`Pair`) are as tuned if their kind is ``carried``, as all
+    are unless some are named. ``biases`` of modules are not the tuned ones. An adapter made of the
+    candidates of a `Planner` has the ``gains`` of these.
     """
 
     factors: dict[str, LowRank]
     biases: dict[str, Float[Tensor, " out"]]
+    carried: Collection[str] = KINDS
     gains: Float[Tensor, " directions"] = torch.zeros(0)
 
     @property
@@ -162,8 +177,8 @@ class Pair:
     The ``task`` is ``"classification"``, ``"language"`` or ``"encoder"``. ``modules`` are linear
     and can have adapters. ``others`` are all other parameters that differ, each with a ``name``, a
     ``kind`` (``"bias"``, ``"norm"``, ``"embedding"``, or ``"head"``, which the base may lack) and a
-    ``size``; embeddings count only the rows that differ. Adapted networks keep the base's
-    values for kinds in ``leave``. Of these, ``words`` could be modules too (`with_words`): word
+    ``size``; embeddings count only the rows that differ. Of these, ``words`` could be modules too
+    (`with_words`): word
     embeddings and a language model's head, where what differs is more than an adapter of rank 1
     has; tied ones are one, by the embeddings' name. ``prefix`` begins names in the model without
     its head, such as ``"bert."``, and ``blocks`` those of its blocks. The base and adapted networks
@@ -182,29 +197,24 @@ class Pair:
     modules: dict[str, Module]
     others: tuple[_Other, ...] = ()
     words: dict[str, Module] = field(default_factory=dict)
-    leave: frozenset[str] = field(default=frozenset())
 
     @classmethod
-    def open(cls, base: str | Path, tuned: str | Path, *, any_base: bool = False) -> Pair:
+    def open(cls, base: str | Path, tuned: str | Path) -> Pair:
         """Open a base and what was tuned from it: a checkpoint, or an adapter by LoRA.
 
         Each is a folder, a name on the hub, or ``"packaged"``, this book's encoder. The
-        architecture, and a head that the base lacks, are from ``tuned``. With ``any_base`` an
-        adapter may name another base. Weights are read later, one at a time. Raises `InputError`
-        for checkpoints that are missing, quantized, incomplete, not supported, or of different
-        architecture, size or configuration, and for adapters that are no LoRA, do not fit, or
-        change nothing.
+        architecture, and a head that the base lacks, are from ``tuned``. Weights are read later,
+        one at a time. Raises `InputError` for checkpoints that are missing, quantized, incomplete,
+        not supported, or of different architecture, size or configuration, and for adapters that
+        are no LoRA, do not fit, or change nothing.
         """
         for name, model in (("base", base), ("tuned", tuned)):
             require_name(name, model)
-        any_base = _checks.flag("any_base", any_base)
         base_files = Checkpoint("base", str(base))
         tuned_files: Checkpoint | MergedCheckpoint
         folder = find("tuned", str(tuned))
         if (folder / PEFT_CONFIG).is_file():
             tuned_files = MergedCheckpoint(base_files, str(tuned), folder)
-            if not any_base:
-                tuned_files.require_base()
         else:
             tuned_files = Checkpoint("tuned", str(tuned), folder)
         architecture, task = _describe(tuned_files.config)
@@ -277,10 +287,6 @@ class Pair:
         sizes = {kind: sum(o.size for o in self.others if o.kind == kind) for kind in KINDS}
         return {kind: size for kind, size in sizes.items() if size}
 
-    def frees_bias(self, module: Module) -> bool:
-        """Whether adapters may change a module's bias."""
-        return module.bias and "bias" not in self.leave
-
     def change(self, name: str) -> Float[Tensor, "out in"]:
         """Compute ``ΔW`` of a module, the tuned weight minus the base's, in float32."""
         module = self.modules[name]
@@ -310,25 +316,25 @@ class Pair:
         return weight.mT if module.transposed else weight
 
     def read(self, which: str, name: str, rows: Rows = None) -> Tensor:
-        """Read a parameter, or some of its rows, of ``"base"``, ``"tuned"`` or ``"adapted"``.
+        """Read a parameter, or some of its rows, of ``"base"`` or ``"tuned"``.
 
-        An adapted network takes its modules and the kinds in ``leave`` from the base and all else
-        from the tuned one, even a head that the base lacks.
+        Of a head that the base lacks it is the tuned one.
         """
-        tuned = which == "tuned" or (which == "adapted" and name in self._carried)
-        checkpoint = self.tuned if tuned or not self.base.has(name) else self.base
+        checkpoint = self.tuned if which == "tuned" or not self.base.has(name) else self.base
         return checkpoint.read(name, rows)
 
     def reader(self, which: str | Adapter) -> Reader:
         """Find what reads the parameters of a network, as `read`, or of one with an adapter."""
         if isinstance(which, str):
             return functools.partial(self.read, which)
+        kinds = {other.name: other.kind for other in self.others}
 
         def read(name: str, rows: Rows = None) -> Tensor:
             owner, _, part = name.rpartition(".")
             if part == "bias" and owner in which.biases:
                 return which.biases[owner].float()
-            value = self.read("adapted", name, rows)
+            carried = kinds.get(name) in which.carried
+            value = self.read("tuned" if carried else "base", name, rows)
             if part != "weight" or owner not in which.factors:
                 return value
             left, right = which.factors[owner].left.float(), which.factors[owner].right.float()
@@ -345,17 +351,62 @@ class Pair:
         """
         if self.task != "language" or "final_logit_softcapping" in self.differing:
             return False
-        network = self.skeleton("base")
-        parts = {id(value) for value in network.get_output_embeddings().parameters()}
-        names = {name for name, value in network.named_parameters() if id(value) in parts}
-        differing = {other.name for other in self.others}
-        differing |= {f"{name}.weight" for name in self.modules}
-        return not names & (differing if isinstance(which, str) else differing - self._carried)
+        carried = () if isinstance(which, str) else which.carried
+        differing = {other.name for other in self.others if other.kind not in carried}
+        return not self.head & (differing | {f"{name}.weight" for name in self.modules})
 
     @functools.cached_property
-    def _carried(self) -> frozenset[str]:
-        """Parameters that an adapted network has from the tuned one."""
-        return frozenset(other.name for other in self.others if other.kind not in self.leave)
+    def head(self) -> frozenset[str]:
+        """Names of a language model's head, which word embeddings may be too."""
+        network = self.skeleton("base")
+        head = network.get_output_embeddings() if self.task == "language" else None
+        parts = {id(value) for value in head.parameters()} if head is not None else set()
+        return frozenset(n for n, value in network.named_parameters() if id(value) in parts)
+
+    @property
+    def decides(self) -> bool:
+        """Whether it has classes or next tokens."""
+        one = self.task == "classification" and self.tuned.config.num_labels < 2
+        return self.task != "encoder" and not one
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens with which answers of a language model end."""
+        own = getattr(self.tuned.config, "eos_token_id", None)
+        own = self.tokenizer.eos_token_id if own is None else own
+        return [own] if isinstance(own, int) else [*(own or [self.padding])]
+
+    @torch.no_grad()
+    def respond(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Generate the tuned model's greedy answers to prompts, with the whole network.
+
+        Nothing but the largest logit decides: no penalty of a ``generation_config.json`` does.
+        """
+        from transformers import GenerationConfig
+
+        network = self.network("tuned")
+        network.config.use_cache = True
+        ends = self.ends
+        about: dict[str, Any] = {"max_new_tokens": ANSWER, "do_sample": False}
+        about |= {"eos_token_id": ends, "pad_token_id": self.padding}
+        answers: dict[int, list[int]] = {}
+        # Those of about one length together, on the left of which little is filled up.
+        order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
+        for start in range(0, len(order), _TOGETHER):
+            part = order[start : start + _TOGETHER]
+            ids = [torch.tensor(prompts[k]).flip(0) for k in part]
+            given, there = (
+                pad_sequence(each, True, value).flip(1)
+                for each, value in ((ids, self.padding), ([x.new_ones(len(x)) for x in ids], 0))
+            )
+            with quiet():
+                made = network.generate(
+                    given, attention_mask=there, generation_config=GenerationConfig(**about)
+                )
+            for k, new in zip(part, made[:, given.shape[1] :].tolist(), strict=True):
+                stop = next((i for i, token in enumerate(new) if token in ends), len(new))
+                answers[k] = new[: stop + 1]
+        return [answers[k] for k in range(len(prompts))]
 
     def skeleton(self, which: str = "tuned") -> Any:
         """A network without weights, of the ``"base"`` as adapted ones are, or the ``"tuned"``."""

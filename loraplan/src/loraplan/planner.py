@@ -6,39 +6,33 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
 from . import _checks, _effect, _randomness
 from ._effect import Directions, GreedySelection, Moments
 from ._errors import InputError
-from ._limits import are_alike, quantile
 from ._lowrank import LowRank
-from ._measuring import Measurement, Readout, TunedOutputs, measure_networks
-from ._models import listed, require_device, require_memory
+from ._measuring import Measurement, Readout, TunedOutputs, measure_networks, sum_by_text
+from ._models import Rows, listed, require_device, require_memory
 from ._streams import TextStates, advance, stream
 from ._texts import TOKENS, Text, count_tokens, prepare
-from .pair import KINDS, LARGE, Adapter, Module, Pair
+from .pair import KINDS, LARGE, Adapter, Module, Pair, Reader
 
 #: Receives progress: the stage in words, the steps done, and their number.
 Report: TypeAlias = Callable[[str, int, int], None]
 # Texts that pass adapted networks, by their names in a `Planner`.
 Part: TypeAlias = Literal["planned", "select", "test"]
-# Sizes that are tried first, in units of the smallest one that should be certified; each later one
-# has this part of the size before.
+# Sizes that are tried first, in units of the smallest one that should do; each later one has this
+# part of the size before.
 _FIRST, _STEP = (4, 2.8, 2, 1.4, 1), 0.8
 # Bytes of memory that a process takes with all libraries.
 _LIBRARIES = 0.5e9
-# The part of the aim that this smallest one loses on texts for selection.
-_SAFE = 0.6
-# And about the error over all texts, in units of what nine of ten lose at most.
+# About the error over all texts, in units of what nine of ten lose at most.
 _TYPICAL = 0.75
 # Many random outputs of each text, for a thorough plan.
 _THOROUGH = 16
@@ -55,15 +49,19 @@ class Planner:
     ----------
     pair, texts, held_out
         The base and what was tuned from it; at least 122 texts, or 61 and as many others, held out,
-        to certify with. Of texts in groups (`Text`) as many groups.
+        to certify with. Of texts in groups (`Text`) as many groups. Digests of texts divide them.
     modules : str
         The modules that get factors: ``"all"``, ``"attention"``, ``"mlp"``, or a regular expression
         that is searched for in names. Other linear ones stay the base's, and other ``words`` of the
-        pair are carried row by row.
-    leave : collection of str
-        Kinds of other parameters (``others`` of a `Pair`) that stay the base's.
-    tokens, seed : int
-        Texts are cut off after so many tokens. The seed draws texts and probes.
+        pair are rows of embeddings or heads.
+    carry : {"chosen", "all", "none"}
+        Which other parameters that tuning changed (``others`` of a `Pair`) adapters carry. Biases,
+        norms, rows of embeddings and heads are ``"chosen"`` like directions, each kind by what it
+        adds to the effect for its numbers; a head that is no module is always carried.
+    tokens : int
+        Texts are cut off after so many tokens.
+    answers : bool
+        Whether prompts without an ``answer`` get the tuned model's own (`Pair.respond`).
     thorough : bool
         Whether 256 texts are planned with and 251 certify, and twice as many random outputs are
         differentiated; otherwise either have about 4,096 tokens, or as many as 61 texts have.
@@ -88,32 +86,34 @@ class Planner:
         *,
         held_out: Sequence[str | Text] | None = None,
         modules: str = "all",
-        leave: Collection[str] = (),
+        carry: str = "chosen",
         tokens: int = TOKENS,
+        answers: bool = False,
         thorough: bool = False,
         max_rank: int = 64,
-        seed: int = 0,
         device: str = "cpu",
         report: Report | None = None,
     ) -> None:
         """Pass texts through both networks."""
         thorough = _checks.flag("thorough", thorough)
+        _checks.choice("carry", carry, ["chosen", "all", "none"])
         self.max_rank = _checks.integer("max_rank", max_rank, 1)
         self.device = require_device(device)
-        self.seed, self.report = seed, report or (lambda *_: None)
-        self.modules = _choose_modules(pair, modules, leave)
-        self.options = {"modules": modules, "leave": sorted(leave), "tokens": tokens}
-        self.options |= {"thorough": thorough, "max_rank": max_rank, "seed": seed}
-        self.pair = pair = replace(pair, leave=frozenset(leave)).with_words(self.modules)
-        self.texts = prepare(pair, texts, held_out, tokens=tokens, thorough=thorough, seed=seed)
+        self.carry, self.report = carry, report or (lambda *_: None)
+        self.modules = _choose_modules(pair, modules, carry)
+        self.options = {"modules": modules, "carry": carry, "tokens": tokens}
+        self.options |= {"thorough": thorough, "max_rank": max_rank}
+        self.pair = pair = pair.with_words(self.modules)
+        respond = pair.respond if _checks.flag("answers", answers) else None
+        self.texts = prepare(
+            pair, texts, held_out, tokens=tokens, thorough=thorough, respond=respond
+        )
         self.probes = _THOROUGH if thorough else _effect.PROBES
         memory = require_memory(self._memory())
         self.readout = Readout(stream(pair, "tuned", self.device))
         # The largest size so far, and the directions for it.
         self._selection: tuple[int, GreedySelection] | None = None
         self._pass_texts(f"passing texts ({memory})")
-        # Of other texts than those that certify, so that the losses of these are independent.
-        self.test.typical = math.sqrt(self.select.effect.mean())
 
     @property
     def equal(self) -> bool:
@@ -122,8 +122,39 @@ class Planner:
 
     @property
     def most(self) -> int:
-        """How many numbers the highest ranks take."""
-        return self.parameters(self.max_rank)
+        """How many numbers the highest ranks take, with all else that is chosen."""
+        return self.parameters(self.max_rank) + sum(self.costs.values())
+
+    @functools.cached_property
+    def carried(self) -> tuple[str, ...]:
+        """Kinds that are always carried, such as heads, which states say nothing of."""
+        pair = self.pair
+        heads = {o.kind for o in pair.others if o.name in pair.head or not pair.base.has(o.name)}
+        return {"all": KINDS, "none": (), "chosen": tuple(sorted(heads))}[self.carry]
+
+    @functools.cached_property
+    def costs(self) -> dict[str, int]:
+        """How many numbers a file has of each kind of other parameters that is to be chosen.
+
+        Biases are written all together, and of norms and heads whole modules.
+        """
+        if self.carry != "chosen":
+            return {}
+        network = self.pair.skeleton("base")
+        sizes = {name: value.numel() for name, value in network.named_parameters()}
+        kinds = dict[str, dict[str, int]]()
+        for other in self.pair.others:
+            if other.kind in self.carried:
+                continue
+            owner, parts = other.name.rpartition(".")[0], kinds.setdefault(other.kind, {})
+            if other.kind in ("norm", "head"):
+                names = (name for name in sizes if name.startswith(f"{owner}."))
+                parts |= {name: sizes[name] for name in names}
+            else:
+                parts[other.name] = other.size
+        if "bias" in kinds or any(module.bias for module in self.modules.values()):
+            kinds["bias"] = {name: sizes[name] for name in sizes if name.endswith(".bias")}
+        return {kind: sum(parts.values()) for kind, parts in kinds.items()}
 
     def parameters(self, rank: int) -> int:
         """Count the numbers that one rank for all modules, at most their smaller side, takes."""
@@ -135,10 +166,11 @@ class Planner:
         return self._differentiated[0]
 
     def candidate(self, parameters: int) -> Adapter:
-        """Make an adapter with at most so many parameters, chosen by its effect on outputs.
+        """Make an adapter with at most so many numbers, chosen by its effect on outputs.
 
-        Weighted directions of all modules' changes are taken by what they add to the effect for
-        their cost, and gains are fitted to all of them at once [prop-sketch].
+        Weighted directions of all modules' changes, and what is carried beside them, are taken by
+        what they add to the effect for their cost, and gains are fitted to all of them at once
+        [prop-sketch].
         """
         choice = _effect.choose(self.candidates, *self.sketches, parameters)
         return self.with_gains(choice.gains(parameters))
@@ -162,31 +194,34 @@ class Planner:
         factors = {n: _balance(self._decompose(n, most=rank).update) for n in self.modules}
         return Adapter(factors, {})
 
-    def smallest(
-        self, error: float, lost: Callable[[NDArray[np.float64]], float] | None = None
-    ) -> Adapter:
-        """Find the smallest adapter that loses at most ``error``.
+    def smallest(self, error: float) -> Adapter:
+        """Find the smallest adapter whose `error` is at most this.
 
-        What it loses is what ``lost`` says of squared distances on the texts for selection, by
-        default its `error`. It is looked for by bisection, to a twentieth of its parameters, along
-        the order in which `candidate` takes directions. Where the highest ranks do not reach the
-        error, theirs is returned or, if that loses less, the adapter of rank 0 everywhere.
+        It is looked for by bisection, to a twentieth of its numbers, along the order in which
+        `candidate` takes directions. Where the highest ranks do not reach the error, theirs is
+        returned or, if that loses less, the adapter of rank 0 everywhere.
         """
-        lost, sketches = lost or self.select.error, self.sketches
+        number = self._least(lambda found: self.select.error(found.squares) / error, error)
+        return self.no_worse(self.at(number)) if number == self.most else self.at(number)
+
+    def _least(self, lost: Callable[[Measurement], float], error: float) -> int:
+        """Find the fewest numbers, or the most, that lose at most 1 on texts for selection.
+
+        An ``error`` that this may need is where the search begins.
+        """
         self.report("searching the smallest adapter", 0, 7)
         numbers = [self.parameters(1) * 2**k // 16 for k in range(13)]
         numbers = [number for number in numbers if number < self.most] + [self.most]
-        square = (_TYPICAL * error) ** 2 * float(self.select.effect.mean())
-        high = _effect.predict_least(self.candidates, *sketches, square, numbers)
+        square = error**2 * float(self.select.effect.mean())
+        high = _effect.predict_least(self.candidates, *self.sketches, square, numbers)
         # The same is found whatever was asked before.
         self._selection = None
         low = done = 0
-        while True:
-            adapter = self.at(high)
-            if lost(self.run((adapter, "select"))[0].squares) <= error:
-                break
-            if high == self.most:
-                return self.no_worse(adapter)
+
+        def holds(number: int) -> bool:
+            return lost(self.run((self.at(number), "select"))[0]) <= 1
+
+        while high < self.most and not holds(high):
             low, high = high, min(2 * high, self.most)
         while high > 1.05 * low + self.parameters(1) // 50:
             steps = math.log(high / low) / math.log(1.05) if low else 2**6
@@ -196,39 +231,22 @@ class Planner:
             size = round(low**0.5 * high**0.5 if low else high / 2)
             if size in (low, high):
                 break
-            smaller = self.at(size)
-            if lost(self.run((smaller, "select"))[0].squares) > error:
-                low = size
-            else:
-                adapter, high = smaller, size
+            low, high = (low, size) if holds(size) else (size, high)
         self.report("searching the smallest adapter", done, done)
-        return adapter
+        return high
 
-    def sizes(self, aim: float, *, estimate: bool = False) -> tuple[list[int], int]:
-        """List sizes of adapters, from large to small, and the place to begin at.
+    def sizes(self, lost: Callable[[Measurement], float], error: float) -> list[int]:
+        """List numbers of adapters to try, from large to small [prop-certificate].
 
-        To certify, begin with 4, 2.8, 2 and 1.4 times the parameters of the smallest adapter that
-        loses 0.6 times the aim on the texts for selection: in all and on nine of ten texts. To
-        ``estimate``, begin with the smallest that loses the aim there. Later ones have 20% fewer
-        parameters each, and the last none. None of this looks at the texts for stating.
+        They begin with 4, 2.8, 2 and 1.4 times those of the smallest adapter that loses at most 1
+        on the texts for selection, by a measure that an ``error`` about suffices for. Later ones
+        have 20% fewer each, and the last none. None of this looks at the texts to certify with.
         """
-        select = self.select
-
-        def lost(squares: NDArray[np.float64]) -> float:
-            """The error, or what nine of ten texts lose at most if that is more."""
-            return max(select.error(squares), quantile(select.losses(squares)))
-
-        if estimate:
-            # From nothing no step leads to more.
-            low = max(self.smallest(aim).parameters, self.parameters(1) // 16)
-            times = [_STEP**-k for k in range(60)]
-        else:
-            low, times = self.smallest(_SAFE * aim, lost).parameters, [*_FIRST]
-        sizes = sorted({min(round(each * low), self.most) for each in times}, reverse=True)
-        start = sizes.index(min(low, self.most)) if estimate else 0
+        low = self._least(lost, error)
+        sizes = sorted({min(round(each * low), self.most) for each in _FIRST}, reverse=True)
         while sizes[-1] > self.parameters(1) // 50:
             sizes.append(math.floor(_STEP * sizes[-1]))
-        return [*sizes, 0], start
+        return [*sizes, 0]
 
     def at(self, parameters: int) -> Adapter:
         """Make an adapter along the order of directions for the largest size asked for so far."""
@@ -247,14 +265,6 @@ class Planner:
     def error(self, adapter: Adapter) -> float:
         """Measure ``η`` on the texts for selection."""
         return self.select.error(self.run((adapter, "select"))[0].squares)
-
-    def neighbours_alike(self, squares: NDArray[np.float64]) -> bool:
-        """Whether neighbouring texts for planning lose so alike that they may be of one group.
-
-        Always false for texts in groups. It is true for one plan in 100 if texts are independent.
-        """
-        places = torch.cat([batch.places for batch in self.planned.batches])
-        return not self.texts.grouped and are_alike(squares[places.argsort()])
 
     def losses(self, gains: Float[Tensor, " directions"]) -> dict[str, float]:
         """Predict for each module the part of the effect that its missing directions would cost.
@@ -300,8 +310,8 @@ class Planner:
 
     @functools.cached_property
     def candidates(self) -> _effect.Candidates:
-        """Directions of all changes, side by side."""
-        return _effect.Candidates(self.weighted, self.modules)
+        """Directions of all changes, side by side, and then what may be carried."""
+        return _effect.Candidates(self.weighted, self.modules, [*self.costs.values()])
 
     @property
     def sketches(self) -> tuple[Tensor, Tensor]:
@@ -311,21 +321,59 @@ class Planner:
     @functools.cached_property
     def _differentiated(self) -> tuple[dict[str, Directions], Tensor, Tensor]:
         """Directions of all modules, and sketches of their effect to fit to and to select by."""
-        seeds = (_randomness.number(self.seed, f"sketch to {part}") for part in ("fit", "select"))
-        draws = [_randomness.generator(seed, "sketch") for seed in seeds]
+        draws = [_randomness.generator(0, f"sketch to {part}") for part in ("fit", "select")]
         fit = len(self.texts.fit)
+        drawn: dict[int, list[Tensor]] = {}
 
         def draw(i: int, values: Tensor) -> list[Tensor]:
             texts = len(self._tuned.batches[i].places)
-            return _effect.draw_rows(draws[i >= fit], values, texts, self.probes)
+            drawn[i] = _effect.draw_rows(draws[i >= fit], values, texts, self.probes)
+            return drawn[i]
 
         slopes = self.slopes(self.modules)
         tell = functools.partial(self.report, "directions of changes and their derivatives")
-        rows = slopes.collect_derivatives(self._decompose, draw, seed=self.seed, report=tell)
+        rows = slopes.collect_derivatives(self._decompose, draw, report=tell)
         weighted = {name: slopes.directions[name] for name in self.modules}
         # They take much memory, and a later look at moments can have them again.
         self._tuned.kept = []
+        with torch.no_grad():
+            more = self._kinds(slopes, drawn)
+            rows = [torch.cat(each, 1) for each in zip(rows, *more, strict=True)]
         return weighted, torch.cat(rows[:fit]), torch.cat(rows[fit:])
+
+    def _kinds(
+        self, slopes: _effect.Slopes, drawn: Mapping[int, Sequence[Tensor]]
+    ) -> Iterator[list[Float[Tensor, "rows 1"]]]:
+        """Products of random outputs with what each kind of other parameters adds to the outputs.
+
+        It is what is lost if that kind alone is the base's.
+        """
+        readers = {kind: self._without(kind, slopes.directions) for kind in self.costs}
+        networks = (stream(self.pair, "tuned", self.device, r) for r in readers.values())
+        passes = [TextStates(network, self.planned.batches) for network in networks]
+        advance(passes)
+        for passed in passes:
+            products = []
+            for i, batch in enumerate(passed.batches):
+                states = (
+                    each.to(self.device) for each in (self._tuned.states[i], passed.states[i])
+                )
+                tuned, without = (slopes.rows(each)[0] for each in states)
+                added = [((tuned - without) * r.to(tuned)).sum(1, keepdim=True) for r in drawn[i]]
+                parts = [sum_by_text(each.double().cpu(), batch, self.pair.task) for each in added]
+                products.append(torch.cat(parts))
+            yield products
+
+    def _without(self, kind: str, directions: Mapping[str, Directions]) -> Reader:
+        """Find what reads the tuned network but for one kind; biases make up for no mean inputs."""
+        names = {other.name for other in self.pair.others if other.kind == kind}
+        shifts = {f"{name}.bias": found.shift for name, found in directions.items()}
+
+        def read(name: str, rows: Rows = None) -> Tensor:
+            value = self.pair.read("base" if name in names else "tuned", name, rows)
+            return value - shifts[name] if kind == "bias" and name in shifts else value
+
+        return read
 
     def slopes(self, modules: Mapping[str, Module]) -> _effect.Slopes:
         """Derivatives of the tuned network's outputs on the texts for planning."""
@@ -342,22 +390,29 @@ class Planner:
 
     def _decompose(self, name: str, about: Moments | None = None, most: int = 0) -> Directions:
         """The leading directions of a change, at most so many, or ``max_rank``."""
-        change, bias = self.pair.multiplier(name), self.pair.frees_bias(self.modules[name])
+        change, bias = self.pair.multiplier(name), self.frees_bias(self.modules[name])
         return _effect.find_directions(change, about, most or self.max_rank, bias=bias)
 
-    def with_gains(self, gains: Tensor) -> Adapter:
-        """The adapter that takes directions of all changes with these gains."""
+    def frees_bias(self, module: Module) -> bool:
+        """Whether adapters may change a module's bias."""
+        return module.bias and self.carry != "none"
+
+    def with_gains(self, gains: Float[Tensor, " candidates"]) -> Adapter:
+        """The adapter that takes all `candidates` with these gains."""
         factors, biases = {}, {}
+        own = gains[len(gains) - len(self.costs) :] != 0
+        carried = [kind for kind, taken in zip(self.costs, own, strict=True) if taken]
+        carried += self.carried
         for name, place in self.candidates.places.items():
             found, parts = self.weighted[name], gains[place].float()
             kept = parts != 0
             left, right = found.update.left[:, kept] * parts[kept], found.update.right[:, kept]
             if kept.any():
                 factors[name] = _balance(LowRank(left.double(), right.double()))
-            if self.pair.frees_bias(self.modules[name]):
+            if "bias" in carried and self.frees_bias(self.modules[name]):
                 tuned = self.pair.tuned.read(f"{name}.bias")
                 biases[name] = (tuned + found.shift - left @ (right.mT @ found.mean)).float()
-        return Adapter(factors, biases, gains)
+        return Adapter(factors, biases, carried, gains)
 
 
 def _balance(update: LowRank) -> LowRank:
@@ -369,19 +424,15 @@ def _balance(update: LowRank) -> LowRank:
     return LowRank((Q @ U * half).float(), (P @ Vh.mT * half).float())
 
 
-def _choose_modules(pair: Pair, modules: str, leave: Collection[str]) -> dict[str, Module]:
-    """The modules of a pair that get factors, of those that do not ``leave`` the base."""
-    if isinstance(leave, str) or not isinstance(leave, Collection):
-        raise InputError("leave", f"a list of kinds among {', '.join(KINDS)}", value=leave)
-    if unknown := [kind for kind in leave if kind not in KINDS]:
-        raise InputError("leave", f"among {', '.join(KINDS)}", value=unknown[0])
+def _choose_modules(pair: Pair, modules: str, carry: str) -> dict[str, Module]:
+    """The modules of a pair that get factors."""
     lacking = [o.name for o in pair.others if o.kind == "head" and not pair.base.has(o.name)]
-    if lacking and "head" in leave:
-        allowed = "one with a head, where adapters leave it alone (leave, --format serving)"
+    if lacking and carry == "none":
+        allowed = "one with a head, where adapters are factors alone (--one-rank)"
         remedy = "save it with the tuned model's head and name that, to plan with and to serve, "
-        remedy += "or write the head too (--format peft, no --leave head)"
+        remedy += "or write the head too (without --one-rank)"
         raise InputError("base", allowed, f"one without {listed(lacking)}", remedy)
-    words = {name: word for name, word in pair.words.items() if word.kind not in leave}
+    words = {} if carry == "none" else pair.words
     candidates, chosen = pair.modules | words, dict[str, Module]()
     # Of a wrong expression, or none, there are none.
     with contextlib.suppress(re.error, TypeError):

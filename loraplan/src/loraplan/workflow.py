@@ -1,11 +1,11 @@
-"""Ranks for a stated error, their adapter, and the error of anybody's adapter: one call each."""
+"""A promise and its adapter, and what anybody's stand-in keeps: one call each."""
 
 from __future__ import annotations
 
 import functools
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
@@ -17,81 +17,77 @@ from . import _checks, _export, _limits, _texts
 from ._adapters import is_adapter, named_base
 from ._errors import InputError, LoraplanError
 from ._folders import require_apart, require_free, versions, write_folder
-from ._measuring import Measured, Measurement, Readout, TunedOutputs, measure_networks
+from ._limits import confidence
+from ._measuring import Measured, Readout, TunedOutputs, measure_networks
 from ._models import find, is_dequantized, reason, require_device, require_name
+from ._promises import Promise
 from ._streams import Network, TextStates, advance, stream
 from ._texts import Batch, Text
-from .pair import KINDS, Adapter, Pair
+from .pair import Adapter, Pair
 from .planner import Planner, Report
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# The error that is aimed at by default.
-_ERROR = 0.1
-# The rank of adapters for serving, by default and at most.
-_SERVED, _MOST_SERVED = 8, 64
-# What a report has from its plan.
-_OWN = "certified", "certificate", "estimate", "stated", "reached", "neighbours_alike", "seconds"
+# What is promised by default: of decisions, and of what tuning changed where there are none.
+_SAME, _ERROR = Promise("same", 0.9), Promise("error", 0.1)
+# The highest rank that servers take.
+_MOST_SERVED = 64
+# Sizes of the price list, as uniform ranks.
+_LISTED = [2.0**k for k in range(-3, 5)]
 # An adapter is read back with this part of the texts, the longest, to this relative tolerance.
 _SOME, _RELOADED = 0.25, 1e-5
 
 
 class PlanOptions(TypedDict, total=False):
-    """PlanOptions of `plan`, `prices` and `extract`.
+    """Options of `plan`, `prices` and `extract`.
 
-    They are those of `Planner`; ``any_base`` of `Pair.open`; and ``serving``, for factors alone,
-    all of one rank, ``max_rank``: at most 64, 8 unless given. Zeros fill them up to it where they
-    are written, and all else that tuning changed stays the base's.
+    They are those of `Planner`; and ``one_rank``, at most 64, for factors alone that all have this
+    rank, as servers read them. Zeros fill them up to it where they are written.
     """
 
     held_out: Sequence[str | Text] | None
     modules: str
-    leave: Collection[str]
+    carry: str
     tokens: int
     thorough: bool
     max_rank: int
-    serving: bool
-    seed: int
+    one_rank: int
     device: str
     report: Report | None
-    any_base: bool
 
 
 class _ExtractOptions(PlanOptions, total=False):
-    """PlanOptions of `extract` too, which says what to plan for."""
+    """Options of `extract` too, which says what to plan for."""
 
+    same: float | None
     error: float | None
-    parameters: int | None
-    rank: int | None
-    estimate: bool
+    same_answers: float | None
+    size: float | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan:
-    """Ranks of modules, the adapter that has them, and what it loses."""
+    """Ranks of modules, the adapter that has them, and what it keeps."""
 
     #: The pair and the texts that the plan is for.
     planner: Planner
-    #: The factors, and biases that make up for what they lack.
+    #: The factors, and what is carried beside them.
     adapter: Adapter
-    #: What the adapter loses on the texts that certify.
+    #: What the adapter keeps on the texts that certify.
     measured: Measured
-    #: The error that was asked for.
-    aim: float | None
-    #: Whether the estimate, rather than the certificate, must be at most ``aim``.
-    estimate: bool
-    #: The error of one rank for all modules, at least 1, and its number of parameters: at most the
-    #: adapter's but for rank 1.
-    uniform: tuple[float, int] = (math.nan, 0)
+    #: What was asked for, if it was no size.
+    promise: Promise | None
+    #: What adapters of several sizes keep, estimated, where nothing was asked for: their ``bytes``
+    #: and ``parameters`` in factors, the share of the ``same`` decisions, the ``error``, and the
+    #: ``own_effect`` that nine of ten texts lose at most (`Measured`).
+    prices: pd.DataFrame | None = None
     #: The one rank that factors are filled up to in files for servers.
     served: int | None = None
     #: What each module's missing directions alone would cost (`Planner.losses`).
     shares: dict[str, float] = field(default_factory=dict)
-    #: Whether texts lose so like their neighbours that they may be of one group.
-    neighbours_alike: bool = False
     #: All numbers in the adapter's file (factors, biases, heads, rows of embeddings).
-    carried: int = 0
+    numbers: int = 0
     #: Bytes of its files, estimated before writing.
     size: int = 0
     #: What the plan took.
@@ -103,48 +99,26 @@ class Plan:
         return {name: self.adapter.ranks.get(name, 0) for name in self.planner.modules}
 
     @property
-    def stated(self) -> float:
-        """What is compared with the aim: the error and, without ``estimate``, what is certified."""
-        error, certified = self.measured.error, self.measured.certified
-        return error if self.estimate else max(error, certified)
-
-    @property
-    def certified(self) -> float:
-        """The loss that at least 90% of texts do not exceed, at 95%: the aim, or else ``measured``.
-
-        NaN for estimates and where the aim is not reached [prop-certificate].
-        """
-        if self.aim is None:
-            return self.measured.certified
-        return math.nan if self.estimate or not self.reached else self.aim
+    def reached(self) -> bool:
+        """Whether the promise is certified or, of a size, whether it loses less than the base."""
+        if self.promise is None:
+            return self.measured.error <= 1 + _RELOADED
+        return self.promise.holds(self.measured)
 
     @property
     def certificate(self) -> str:
         """What is certified, in words."""
-        if not math.isfinite(self.certified):
+        if not (self.promise and self.reached):
             return "Nothing is certified."
+        words = self.promise.words
         drawn = "one text of each of these groups" if self.planner.texts.grouped else "these texts"
-        sure = f"{_limits.confidence(_limits.DOUBT / _limits.SIZES)}, so that all {_limits.SIZES} "
-        sure += f"sizes of the price list hold at once at {_limits.confidence()}"
-        if self.aim is not None:
-            sure = f"{_limits.confidence()}: of all first plans made this way, {_limits.SELDOM} "
-            sure += "gets a certificate that is wrong"
-        lost = f"{_limits.PROMISE} {_export.most(self.certified)} {_limits.UNIT}"
         return (
-            f"{lost[0].upper()}{lost[1:]}. The confidence is {sure}. {self.measured.texts} texts "
+            f"{words[0].upper()}{words[1:]}, on average over texts like these, at a confidence of "
+            f"{confidence()}: of all first plans made this way, at most one in "
+            f"{1 / _limits.DOUBT:.3g} gets a promise that is wrong. {self.measured.texts} texts "
             f"certify it; no adapter was made with them. This takes {drawn} to be independent "
-            "draws. Losses are measured in float32 on texts as given; nothing is generated."
+            "draws. All is measured in float32 on texts as given."
         )
-
-    @property
-    def reached(self) -> bool:
-        """Whether the ``stated`` error is at most what was asked for.
-
-        Where a size was asked for, whether the error is at most the base's own, 1.
-        """
-        if self.aim is None:
-            return self.measured.error <= 1 + _RELOADED
-        return self.stated <= self.aim
 
     def table(self) -> pd.DataFrame:
         """Make a table with each module's size, rank, and the part of the effect it loses alone."""
@@ -160,10 +134,7 @@ class Plan:
         pair, texts = self.planner.pair, self.planner.texts
         kinds = {pair.modules[name].kind for name in self.adapter.factors}
         tied = pair.task == "language" and bool(pair.tuned.config.tie_word_embeddings)
-        lost = self.measured._asdict()
-        held_out = lost.pop("texts")
-        for name in ("own_effect_repeated", "same", "same_repeated", "alike"):
-            del lost[name]  # of checks
+        measured = self.measured._asdict()
         return _export.without_nan(
             {
                 "base": pair.base.source,
@@ -172,29 +143,23 @@ class Plan:
                 "architecture": pair.architecture,
                 "task": pair.task,
                 "ties_embeddings": tied and "embedding" in kinds,
-                **lost,
-                **{name: getattr(self, name) for name in _OWN},
-                "own_effect_certified": self.aim is None,
-                "asked_error": self.aim,
-                "certified_share": _limits.SHARE,
-                "typical_effect": self.planner.test.typical,
+                "promised": self.promise._asdict() if self.promise else None,
+                "reached": self.reached,
+                "certificate": self.certificate,
+                "prices": None if self.prices is None else self.prices.to_dict("records"),
+                **measured,
                 "equal": self.planner.equal,
                 "parameters": self.adapter.parameters,
-                "carried": self.carried,
-                "adapter_bytes": self.size,
-                "modules": len(pair.modules),
+                "numbers": self.numbers,
+                "bytes": self.size,
                 "ranks": {name: rank for name, rank in self.ranks.items() if rank},
-                "uniform_error": self.uniform[0],
-                "uniform_parameters": self.uniform[1],
-                "not_low_rank": pair.not_low_rank,
-                "left_out": sorted(pair.leave),
-                "texts": _texts.count(texts.fit) + _texts.count(texts.select),
-                "held_out_texts": held_out,
+                "carried": [*self.adapter.carried],
+                "planning_texts": _texts.count(texts.fit) + _texts.count(texts.select),
                 "cut_texts": texts.cut,
                 "unknown_tokens": texts.unknown,
-                "options": self.planner.options | {"serving": self.served is not None},
-                "alike_texts": texts.alike,
                 "grouped": texts.grouped,
+                "options": self.planner.options | {"one_rank": self.served},
+                "seconds": self.seconds,
                 "versions": versions(),
             }
         )
@@ -206,24 +171,24 @@ def plan(
     tuned: str | Path,
     texts: Sequence[str | Text],
     *,
+    same: float | None = None,
     error: float | None = None,
-    parameters: int | None = None,
-    rank: int | None = None,
-    estimate: bool = False,
+    same_answers: float | None = None,
+    size: float | None = None,
     **options: Unpack[PlanOptions],
 ) -> Plan:
-    """Find which rank each module needs, for a stated error or for a number of parameters.
+    """Find the smallest adapter of which a promise can be certified, or the best one of a size.
 
-    A plan for an error is certified: at least 90% of texts like these lose at most this part of
-    what tuning typically changes in a text (`Measured`), at a confidence of 95%
-    [prop-certificate]. Texts, or groups of them, must be independent draws, on which the model was
-    not tuned, and the error chosen before looking at plans with them. The texts that certify made
-    none of the adapters; they decide only where the search stops. The error over all of them is at
-    most this too. If no adapter is certified, ``reached`` is false and the plan is the largest that
-    was tried. A plan for a size of the list of `prices` may be made after looking at that: its
-    limit is the same. Where factors lose more than none, rank 0 everywhere is offered, and where
-    that loses more than the base, ``reached`` is false too. Raises `InputError` for unusable
-    arguments, before any text is passed through a network.
+    A promise is about texts like these and holds at a confidence of 95% [prop-certificate]. Texts,
+    or groups of them, must be independent draws, on which the model was not tuned, and the promise
+    chosen before looking at plans with them. Those that certify, at least 61 of them, made none of
+    the adapters; they decide only where the search stops. If nothing can be promised, ``reached``
+    is false and the plan is the largest that was tried. Where factors lose more than none, rank 0
+    everywhere is offered for a size. If nothing is asked for, ``prices`` lists what several sizes
+    keep of the texts by which candidates are selected; these certify nothing, so that any promise
+    or size may be chosen after looking. This is a fixed sequence of tests, as in Learn then Test
+    (Angelopoulos et al., 2025) and Pareto Testing (Laufer-Goldshtein et al., 2023). Raises
+    `InputError` for unusable arguments, before any text is passed through a network.
 
     Parameters
     ----------
@@ -231,98 +196,47 @@ def plan(
         See `Pair.open`.
     texts : sequence of str or Text
         At least 122 like those that the model is for, maybe with labels; or 122 groups (`Text`).
+    same : float, optional
+        At least this share of decisions is to be the tuned model's; 0.9 if nothing else is asked
+        for and the model decides.
     error : float, optional
-        The part of what tuning typically changes that may be lost, 0.1 if nothing else is asked
-        for.
-    parameters, rank : int, optional
-        Instead, at most so many numbers in the factors, or as many as this rank for all modules.
-    estimate : bool
-        Whether the error over held-out texts alone is to be at most ``error``, without a
-        certificate. These texts also choose the size, so the error on others may be a little
-        larger.
+        Instead, nine of ten texts are to lose at most this part of what tuning changed in them; 0.1
+        if nothing else is asked for and the model does not decide.
+    same_answers : float, optional
+        Instead, at least this share of prompts is to get the tuned model's greedy answer.
+    size : float, optional
+        Instead, the most megabytes of the adapter's files.
     **options
         See `PlanOptions`.
     """
     start = time.perf_counter()
-    given = {"error": error, "parameters": parameters, "rank": rank}
-    asked = [name for name, value in given.items() if value is not None] or ["error"]
-    if len(asked) > 1:
-        names, joined = "error, parameters and rank", " and ".join(asked)
-        raise InputError(names, "given alone, each of them", joined)
-    estimate = _checks.flag("estimate", estimate)
-    aim: Any = None if asked != ["error"] else _ERROR if error is None else error
-    if aim is None and estimate:
-        raise InputError("estimate", "used with an error", asked[0])
-    is_number = isinstance(aim, Real) and not isinstance(aim, bool)
-    if aim is not None and not (is_number and 0 < aim <= 1):
-        raise InputError("error", "above 0 and at most 1, the base's own", value=aim)
-    number = 0 if aim is not None else _checks.integer(asked[0], given[asked[0]], 0)
-    planner = _prepare(base, tuned, texts, options)
+    promise = Promise.asked(same=same, error=error, same_answers=same_answers)
+    if size is not None and promise:
+        names, given = "same, error, same_answers and size", f"size and {promise.kind}"
+        raise InputError(names, "given alone, each of them", given)
+    _require_size(size)
+    planner = _prepare(base, tuned, texts, options, promise)
+    served = options.get("one_rank")
+    table = None
+    if size is None and promise is None:
+        promise = _SAME if planner.pair.decides else _ERROR
+        table = None if planner.equal else _list(planner, served)
+    in_bfloat16 = math.nan
+    if promise and promise.kind == "same_answers":
+        in_bfloat16 = _keep_in_bfloat16(planner.pair, planner.planned)
     if planner.equal:
-        found = _state(planner, Adapter({}, {}), aim, estimate)
-    elif aim is None:
-        number = number if rank is None else planner.parameters(number)
-        found = _state(planner, planner.no_worse(planner.candidate(number)), aim, estimate)
+        found = _state(planner, Adapter({}, {}, ()), promise)
+    elif promise is None:
+        found = _state(planner, _fit(planner, 1e6 * float(size or 0), served), promise)
     else:
-        found = _search(planner, aim, estimate)
-    if not planner.equal:
-        planner.report("comparing", 0, 1)
-        alike = planner.uniform(found.adapter.parameters)
-        other, own = planner.run((alike, "test"), (found.adapter, "planned"))
-        uniform = planner.test.error(other.squares), alike.parameters
-        shares = planner.losses(found.adapter.gains)
-        neighbours = planner.neighbours_alike(own.squares)
-        found = replace(found, uniform=uniform, shares=shares, neighbours_alike=neighbours)
-        planner.report("comparing", 1, 1)
-    served = _one_rank(planner, options)
-    carried, size = _export.estimate(planner.pair, found.adapter, served)
+        found = _search(planner, promise)
+    shares = {} if planner.equal else planner.losses(found.adapter.gains)
+    numbers, bytes_ = _export.estimate(planner.pair, found.adapter, served)
+    measured = found.measured._replace(in_bfloat16=in_bfloat16)
+    about: dict[str, Any] = {"measured": measured, "served": served, "shares": shares}
+    about["prices"] = table
     seconds = time.perf_counter() - start
-    return replace(found, served=served, carried=carried, size=size, seconds=seconds)
-
-
-@_checks.flushing()
-def prices(
-    base: str | Path,
-    tuned: str | Path,
-    texts: Sequence[str | Text],
-    **options: Unpack[PlanOptions],
-) -> pd.DataFrame:
-    """Certify what adapters of several sizes lose, all at once [prop-certificate].
-
-    Any size of the list may then be taken with `plan` and the same texts and seed, after looking.
-    There is a row for the numbers of uniform ranks 1/4, 1/2, 1, 2, 4, 8 and 16, as far as the
-    highest ranks allow: the ``parameters`` of the factors, the ``bytes`` of the files, the
-    ``error`` over the texts that certify, and ``certified`` (`Measured`), at a confidence of 95%
-    for all rows together. ``attrs`` of the table have the number of these ``texts``, and
-    ``neighbours_alike`` of `Plan`.
-
-    Parameters
-    ----------
-    base, tuned, texts, **options
-        See `plan`.
-    """
-    import pandas as pd
-
-    planner = _prepare(base, tuned, texts, options)
-    ranks = range(_limits.SIZES)
-    numbers = {min(planner.parameters(1) * 2**k // 4, planner.most) for k in ranks}
-    offers = (planner.no_worse(planner.candidate(number)) for number in sorted(numbers))
-    adapters = {each.parameters: each for each in offers}
-    rows, test = [], planner.test
-    for done, adapter in enumerate(adapters.values()):
-        planner.report("measuring", done, len(adapters))
-        (measurement,) = planner.run((adapter, "test"))
-        losses = test.losses(measurement.squares)
-        _, size = _export.estimate(planner.pair, adapter, _one_rank(planner, options))
-        error = test.error(measurement.squares)
-        limit = _limits.quantile_limit(losses, _limits.DOUBT / _limits.SIZES)
-        rows.append((adapter.parameters, size, error, limit))
-    planner.report("measuring", len(adapters), len(adapters))
-    table = pd.DataFrame(rows, columns=["parameters", "bytes", "error", "certified"])
-    table.attrs["texts"] = len(losses)
-    (measurement,) = planner.run((adapter, "planned"))
-    table.attrs["neighbours_alike"] = planner.neighbours_alike(measurement.squares)
-    return table
+    return replace(found, numbers=numbers, size=bytes_, seconds=seconds, **about)
 
 
 @_checks.flushing()
@@ -333,11 +247,12 @@ def extract(
     out: Path | str,
     *,
     overwrite: bool = False,
+    made_by: str = "",
     **options: Unpack[_ExtractOptions],
 ) -> Plan:
     """Plan an adapter, write it, and read it back through peft, on a quarter of the texts.
 
-    Nothing is written if the error is not `Plan.reached`. Raises `InputError` for unusable
+    Nothing is written if the plan is not `Plan.reached`. Raises `InputError` for unusable
     arguments, folders that exist and folders in or around those that are read, `ResultsError` for
     folders that cannot be written, and `LoraplanError` if the adapter measures differently when it
     is read back.
@@ -350,6 +265,8 @@ def extract(
         The folder for the adapter, ``report.json`` and a model card.
     overwrite : bool
         Whether an adapter there is replaced; a folder with other files is refused.
+    made_by : str
+        The command line, for the card.
     """
     overwrite = _checks.flag("overwrite", overwrite)
     require_apart("out", out, [base, tuned])
@@ -373,16 +290,16 @@ def extract(
             for measurement in measure_networks([(each, some) for each in networks])
         )
         stated, again = (math.sqrt(each.squares.sum()) for each in compared)
-        effect = planner.test.typical * math.sqrt(_texts.count(some.batches))
+        effect = math.sqrt(planner.select.effect.mean() * _texts.count(some.batches))
         off = _RELOADED * max(stated, 0.1 * effect) + some.rounding()
         if not abs(again - stated) <= off:
             said = f"the adapter read back is {again:.6g} off, not {stated:.6g} as measured: "
             said += "nothing was written; please report this with the names of both models"
             raise LoraplanError(said)
-        carried, size = _export.measure_peft(partial)
+        numbers, size = _export.measure_peft(partial)
         seconds = time.perf_counter() - start
-        result = replace(result, carried=carried, size=size, seconds=seconds)
-        _export.describe(partial, result.report(), result.table())
+        result = replace(result, numbers=numbers, size=size, seconds=seconds)
+        _export.describe(partial, result.report(), result.table(), made_by)
     tell(2, 2)
     return result
 
@@ -395,9 +312,9 @@ def check(
     *,
     base: str | Path | None = None,
     tokens: int = _texts.TOKENS,
+    answers: bool = False,
     dtype: str = "float32",
     device: str = "cpu",
-    any_base: bool = False,
     report: Report | None = None,
 ) -> Measured:
     """Measure how much of a tuned model a stand-in keeps, on texts that chose nothing about it.
@@ -419,10 +336,10 @@ def check(
         and what adapters are for: by default the one that they name.
     tokens : int
         Texts are cut off after so many tokens.
+    answers : bool
+        Whether prompts without an ``answer`` get the tuned model's own (`Pair.respond`).
     dtype : {"float32", "bfloat16"}
-        The type of the stand-in's weights and values. An adapter is merged in bfloat16.
-    any_base : bool
-        Whether adapters may name another base.
+        The type of the stand-in's weights and values.
     device, report
         See `Planner`.
     """
@@ -434,16 +351,15 @@ def check(
     # Without a base there is no effect; then the tuned model is in its place.
     adapters = [model for name, model in models.items() if is_adapter(name, model)]
     known = base or next(map(named_base, adapters), None)
-    pair = Pair.open(known or tuned, tuned, any_base=any_base)
-    batches, alike = _texts.prepare_all(pair, texts, tokens)
+    pair = Pair.open(known or tuned, tuned)
+    respond = pair.respond if answers else None
+    batches, alike = _texts.prepare_all(pair, texts, tokens, respond)
     type_ = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     if standin not in adapters:
         skeleton, read = pair.open_standin(str(standin))
         network = Network(pair, skeleton, read, device=where, dtype=type_)
-    elif type_ == torch.float32:
-        network = _export.load(find("standin", str(standin)), pair, where)
     else:
-        network = _export.load_merged(find("standin", str(standin)), pair, where, type_)
+        network = _export.load(find("standin", str(standin)), pair, where, type_)
     _require_runs(str(standin), network, Batch._make(part[:1] for part in batches[0]))
     networks = [stream(pair, "tuned", where), network]
     if known:
@@ -454,6 +370,8 @@ def check(
     if known:
         reference.record(networks[2], passes[2].states)
     measured = reference.summarize(reference.compare(network, passes[1].states))
+    if answers:
+        measured = measured._replace(in_bfloat16=_keep_in_bfloat16(pair, reference))
     return measured._replace(differing=pair.differing, alike=alike)
 
 
@@ -475,57 +393,99 @@ def _require_runs(standin: str, network: Network, one: Batch) -> None:
 
 
 def _prepare(
-    base: str | Path, tuned: str | Path, texts: Sequence[str | Text], options: PlanOptions
+    base: str | Path,
+    tuned: str | Path,
+    texts: Sequence[str | Text],
+    options: PlanOptions,
+    promise: Promise | None,
 ) -> Planner:
     """Open a pair and pass the texts, for factors that servers of many adapters read or others."""
     if unknown := options.keys() - PlanOptions.__annotations__:
         raise InputError("options", f"among {', '.join(PlanOptions.__annotations__)}", min(unknown))
     given: dict[str, Any] = {**options}
-    if _checks.flag("serving", given.pop("serving", False)):
-        rank = given.setdefault("max_rank", _SERVED)
-        _checks.integer("max_rank", rank, 1, _MOST_SERVED, limit="for serving")
-        if "leave" in given:
-            allowed = "left out for serving, where all but factors stays the base's"
-            raise InputError("leave", allowed, value=given["leave"])
-        given["leave"] = KINDS
-    pair = Pair.open(base, tuned, any_base=given.pop("any_base", False))
+    if (rank := given.pop("one_rank", None)) is not None:
+        _checks.integer("one_rank", rank, 1, _MOST_SERVED)
+        for name in ("carry", "max_rank"):
+            if name in given:
+                allowed = "left out with one_rank, by which adapters are factors alone"
+                raise InputError(name, allowed, value=given[name])
+        given |= {"carry": "none", "max_rank": rank}
+    pair = Pair.open(base, tuned)
+    if promise and promise.kind == "same_answers":
+        if pair.task != "language":
+            raise InputError("same_answers", "asked of a language model", pair.architecture)
+        given["answers"] = True
+    if promise and promise.kind == "same" and not pair.decides:
+        remedy = "ask for --error, the part of what tuning changed that may be lost"
+        raise InputError("same", "asked of a model that decides", pair.architecture, remedy)
     return Planner(pair, texts, **given)
 
 
-def _one_rank(planner: Planner, options: PlanOptions) -> int | None:
-    """The rank of factors in files for servers; ``None`` for other files."""
-    return planner.max_rank if options.get("serving") else None
+def _require_size(size: object) -> None:
+    """Refuse what is no number of megabytes."""
+    number = isinstance(size, Real) and not isinstance(size, bool)
+    if size is not None and not (number and 0 < float(size) < math.inf):  # type: ignore[arg-type]
+        raise InputError("size", "a number of megabytes above 0", value=size)
 
 
-def _search(planner: Planner, aim: float, estimate: bool) -> Plan:
-    """Certify adapters, or estimate what they lose, until the aim is missed (`_limits.search`)."""
-    sizes, start = planner.sizes(aim, estimate=estimate)
-    tried: dict[int, tuple[float, Measurement]] = {}
-    state = planner.test.error if estimate else planner.test.stated
+def _fit(planner: Planner, size: float, served: int | None) -> Adapter:
+    """Find the best adapter whose files take at most so many bytes, at four a number."""
+    number = min(int(size / 4), planner.most)
+    while True:
+        adapter = planner.candidate(number)
+        over = _export.estimate(planner.pair, adapter, served)[1] - size
+        if over <= 0 or not number:
+            return planner.no_worse(adapter)
+        number = max(0, min(number - math.ceil(over / 4), int(0.98 * number)))
 
-    def lost(place: int) -> float:
-        adapter = planner.at(sizes[place])
-        if adapter.parameters not in tried:
-            planner.report("certifying", len(tried), max(len(tried) + 1, 3 if estimate else 8))
-            (measurement,) = planner.run((adapter, "test"))
-            tried[adapter.parameters] = state(measurement.squares), measurement
-        return tried[adapter.parameters][0]
 
-    adapter = planner.at(sizes[_limits.search(lost, len(sizes), start, aim, estimate=estimate)])
+def _list(planner: Planner, served: int | None) -> pd.DataFrame:
+    """Estimate what adapters of several sizes keep."""
+    import pandas as pd
+
+    unit, rows = planner.parameters(1), []
+    sizes = sorted({min(round(rank * unit), planner.most) for rank in _LISTED})
+    for done, number in enumerate(sizes):
+        planner.report("listing sizes", done, len(sizes))
+        adapter = planner.no_worse(planner.candidate(number))
+        (measurement,) = planner.run((adapter, "select"))
+        compared, reference = measurement.compare(), measurement.reference
+        own = _limits.quantile(reference.own(compared.squares))
+        same, error = 1 - compared.differing.mean(), reference.error(compared.squares)
+        _, size = _export.estimate(planner.pair, adapter, served)
+        rows.append((size, adapter.parameters, float(same), error, own))
+    planner.report("listing sizes", len(sizes), len(sizes))
+    names = ["bytes", "parameters", "same", "error", "own_effect"]
+    table = pd.DataFrame(rows, columns=names).drop_duplicates("bytes")
+    return table.sort_values("bytes", ignore_index=True)
+
+
+def _search(planner: Planner, promise: Promise) -> Plan:
+    """Certify adapters until the first of which nothing can be promised (`_limits.search`)."""
+    sizes = planner.sizes(promise.lost, promise.error)
+    tried: dict[int, Plan] = {}
+
+    def holds(place: int) -> bool:
+        planner.report("certifying", len(tried), max(len(tried) + 1, 8))
+        tried[place] = _state(planner, planner.at(sizes[place]), promise)
+        return tried[place].reached
+
+    found = _limits.search(holds, len(sizes))
     planner.report("certifying", 1, 1)
-    return _state(planner, adapter, aim, estimate, tried[adapter.parameters][1])
+    return tried[found]
 
 
-def _state(
-    planner: Planner,
-    adapter: Adapter,
-    aim: float | None,
-    estimate: bool,
-    measurement: Measurement | None = None,
-) -> Plan:
-    """Measure an adapter on the texts for stating, unless they have passed it."""
-    measurement = measurement or planner.run((adapter, "test"))[0]
-    compared = measurement.compare()._replace(squares=measurement.squares)
-    doubt = _limits.DOUBT / (_limits.SIZES if aim is None else 1)
-    measured = planner.test.summarize(compared, doubt)._replace(differing=planner.pair.differing)
-    return Plan(planner, adapter, measured, aim, estimate)
+def _state(planner: Planner, adapter: Adapter, promise: Promise | None) -> Plan:
+    """Measure an adapter on the texts that certify."""
+    (measurement,) = planner.run((adapter, "test"))
+    measured = planner.test.summarize(measurement.compare())
+    measured = measured._replace(differing=planner.pair.differing, alike=planner.texts.alike)
+    return Plan(planner, adapter, measured, promise)
+
+
+def _keep_in_bfloat16(pair: Pair, reference: TunedOutputs) -> float:
+    """Measure which share of its own answers the tuned model keeps in bfloat16."""
+    about: dict[str, Any] = {"device": reference.readout.network.device, "dtype": torch.bfloat16}
+    network = Network(pair, pair.skeleton(), pair.reader("tuned"), **about)
+    (measurement,) = measure_networks([(network, reference)])
+    return 1 - float(measurement.compare().other_answers.mean())
