@@ -20,7 +20,8 @@ from records import texts as sources
 PYTHON = "3.11.7"
 #: What the quick start runs, in this order, in the folder of an example.
 COMMANDS = {
-    "plan": "plan base tuned --texts texts.jsonl",
+    "prices": "plan base tuned --texts texts.jsonl",
+    "plan": "plan base tuned --texts texts.jsonl --same 0.9",
     "extract": "extract base tuned --texts texts.jsonl --same 0.9 --out adapter",
     "check": "check base adapter tuned --texts fresh.jsonl",
     "half": "check base tuned tuned --texts fresh.jsonl --dtype bfloat16",

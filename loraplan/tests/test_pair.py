@@ -256,7 +256,7 @@ def test_groups_are_divided_as_wholes_and_certify_once() -> None:
     # Any text of a group may be the one.
     places = torch.cat([batch.places for batch in found.test])
     assert {*(places // 130).tolist()} == {0, 1, 2}
-    checked, _ = _texts.prepare_all(PAIR, given, 128)
+    checked, *_ = _texts.prepare_all(PAIR, given, 128)
     assert _texts.count(checked) == len({text.group for text in given})
     few = "groups, which count once each: 61 .*; got 121: give more documents, or no groups"
     with pytest.raises(InputError, match=few):
@@ -323,6 +323,7 @@ def test_chats_are_what_their_template_makes(tmp_path: Path) -> None:
         made.bos_token = "<s>"
         made.chat_template = (
             "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}"
         )
         if begins:
             pieces = {"single": "<s> $A", "special_tokens": [("<s>", 1)]}
@@ -330,8 +331,10 @@ def test_chats_are_what_their_template_makes(tmp_path: Path) -> None:
         made.save_pretrained(tmp_path / "base")
         models = [str(adapter), str(tmp_path / "base")]
         ((text, *rest),) = read_texts(file, group="of", models=models)
-        assert rest == [1, "a", "w3"]
+        assert rest == [1, "a", "w3</s>"]
         found = _models.tokenizer(models[1])
-        wanted = found.apply_chat_template(chat[:1], tokenize=True, return_dict=False)
+        asked: Any = {"add_generation_prompt": True, "return_dict": False}
+        wanted = found.apply_chat_template(chat[:1], tokenize=True, **asked)
         assert found(text).input_ids == wanted
         assert text.startswith("<s>") != begins
+        assert text.endswith("<assistant>")

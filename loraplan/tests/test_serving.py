@@ -229,7 +229,7 @@ def test_errors_in_bfloat16_are_those_of_networks_in_it(architecture: str, tmp_p
     plan = loraplan.extract(base, tuned, TEXTS, out, size=0.015)
     full = files.save_merged(tmp_path / "full", plan)
     pair, fresh = plan.planner.pair, files.texts(140, 1)
-    batches, _ = _texts.prepare_all(pair, fresh, 128)
+    batches, *_ = _texts.prepare_all(pair, fresh, 128)
     effect = files.distances(pair.network("base"), pair.network(), batches, pair.task).numpy()
     for standin, place in ((out, full), (tuned, tuned)):
         checked = loraplan.check(standin, tuned, fresh, base=base, dtype="bfloat16")

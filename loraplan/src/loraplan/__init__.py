@@ -27,7 +27,7 @@ from ._promises import Promise
 from ._texts import Text, read_texts
 from .pair import Adapter, Module, Pair
 from .planner import Planner
-from .workflow import Plan, PlanOptions, check, extract, plan
+from .workflow import Plan, PlanOptions, check, extract, plan, prices
 
 __all__ = [
     "LEAST_TEXTS",
@@ -49,6 +49,7 @@ __all__ = [
     "extract",
     "mean_limit",
     "plan",
+    "prices",
     "quantile_limit",
     "read_texts",
     "repeated_limit",

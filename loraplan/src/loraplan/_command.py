@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -31,8 +31,12 @@ from ._limits import DOUBT, SHARE, confidence, drop_limit
 from ._measuring import Measured
 from ._promises import Promise, least, most, percent
 from ._texts import read_scores, read_texts
+from .pair import ANSWER
 from .planner import Report
 from .workflow import Plan
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Exit status: done; what was asked is not kept.
 DONE, SHORT = 0, 1
@@ -164,17 +168,21 @@ def _command(options: type[_Options], **about: Any) -> Callable[[Callable[[Any],
 def plan(options: _PlanOptions) -> None:
     """Find the smallest adapter that keeps what you ask for. Writes nothing.
 
-    You ask by one of --same, --error and --same-answers, or for a --size. Without any it is --same
-    0.9 (--error 0.1 for models that decide nothing), and sizes are listed with what they keep,
-    estimated; you may then choose any of them.
+    You ask by one of --same, --error and --same-answers, or for a --size. Without any, sizes are
+    listed with what they keep, estimated on texts that certify nothing: choose any of them, or a
+    promise, and ask for it with the same texts.
 
     The status is 0 if the promise is certified: it holds on average over texts like these, at a
     confidence of {confidence}: of all first plans made this way, {seldom} gets a promise that is
-    wrong. Texts (or groups of them) must be independent draws. Half of them certify: no adapter is
-    made with these, they only end the search. Which half a text is in depends on its words alone.
-    All is measured in float32.
+    wrong. If you ask again because of a verdict, certify with fresh texts (--held-out). Texts (or
+    groups of them) must be independent draws. Half of them certify: no adapter is made with these,
+    they only end the search. Which half a text is in depends on its words alone. All is measured in
+    float32.
     """
-    _show(_call(workflow.plan, options), options)
+    if {options.size, *options.shares().values()} == {None}:
+        _show_prices(_call(workflow.prices, options), options)
+    else:
+        _show(_call(workflow.plan, options), options)
 
 
 @_command(_ExtractOptions)
@@ -186,8 +194,9 @@ def plan(options: _PlanOptions) -> None:
 def extract(options: _ExtractOptions) -> None:
     """Write the adapter as a folder that peft reads, with a card and report.json.
 
-    It is written, and the status is 0, if what you ask for is certified, as `plan --help` explains;
-    with --size if it loses less than the base.
+    It is written, and the status is 0, if what you ask for is certified, as `plan --help` explains:
+    --same 0.9 unless you say something else (--error 0.1 for models that decide nothing); with
+    --size if it loses less than the base.
     """
     _show(_call(workflow.extract, options), options, options.out)
 
@@ -198,10 +207,11 @@ def check(options: _CheckOptions) -> None:
 
     A stand-in is an adapter of any kind that peft reads and merges, a merged checkpoint, a file in
     GGUF, or the tuned model itself with --dtype bfloat16. Limits hold at a confidence of
-    {confidence}, for any distribution of texts, if these are independent draws: the first if this
-    is the only check, the other however often you come back with more texts in the same file.
-    Nothing is kept between checks. Nothing is generated but, with --same-answers, answers of the
-    tuned model to prompts that have none.
+    {confidence} each, for any distribution of texts, if these are independent draws: the first if
+    this is the only check, the other however often you come back with this stand-in and more texts
+    (or groups) in the same file. Nothing is kept between checks, and nothing is generated but, with
+    --same-answers, answers of the tuned model to prompts that have none.
+
     With --same, --error or --same-answers the status is 1 if the first limit does not say so.
     """
     promise = Promise.asked(**options.shares())
@@ -223,7 +233,9 @@ def check(options: _CheckOptions) -> None:
     else:
         by = f"by {measured.texts} texts at {confidence()}"
         verdict = [("Verdict", f"{'KEPT' if kept else 'NOT KEPT'}, {by}")] * bool(promise)
-        sure = f"{confidence()}, if texts like these {measured.texts} are independent draws"
+        sure = (
+            f"{confidence()} for each line, if these {measured.texts} texts are independent draws"
+        )
         rows = [*verdict, *_limits(measured, often=True), ("Confidence", sure)]
         _tell([*rows, *_here(measured), ("Size", megabytes(size))])
     raise typer.Exit(DONE if kept else SHORT)
@@ -235,15 +247,16 @@ def _check_scores(file: Path, promise: Promise | None, options: _CheckOptions) -
         allowed = "given without models and texts, maybe with --same"
         raise InputError("scores", allowed, "others with it")
     tuned, standin = read_scores(file)
-    once, often = (drop_limit(tuned, standin, repeated=repeated) for repeated in (False, True))
-    kept = promise is None or once <= 1 - promise.share
+    drop = drop_limit(tuned, standin)
+    kept = promise is None or drop <= 1 - promise.share
     if options.as_json:
         means = {"tuned": float(tuned.mean()), "standin": float(standin.mean())}
-        _print({"texts": len(tuned), **means, "drop": once, "drop_repeated": often})
+        _print({"texts": len(tuned), **means, "drop": drop})
     else:
         rows = [("Verdict", "KEPT" if kept else "NOT KEPT")] * bool(promise)
-        drop = f"falls by at most {100 * once:.1f} points on average; {100 * often:.1f} however "
-        rows.append(("Score", f"{drop}often you check"))
+        points = most(drop).removesuffix("%")
+        falls = f"falls by at most {points} points on average, however often you check"
+        rows.append(("Score", falls))
         sure = f"{confidence()}, if prompts like these {len(tuned)} are independent draws"
         rows.append(("Confidence", sure))
         rows.append(("Here", f"{percent(standin.mean())}; the tuned model {percent(tuned.mean())}"))
@@ -328,17 +341,24 @@ def _show(plan: Plan, options: _PlanOptions, out: Path | None = None) -> NoRetur
     _tell(_verdict(plan, out))
     typer.echo("")
     _tell([("Ranks" * (not k), line) for k, line in enumerate(_grid(plan.ranks))], wrap=False)
-    if plan.prices is not None:
-        lines = [f"{'size':>9} {'same decisions':>15} {'9 of 10 texts lose at most':>27}"]
-        columns = plan.prices[["bytes", "same", "own_effect"]]
-        for size, same, own in columns.itertuples(index=False):
-            lines.append(f"{megabytes(size):>9} {percent(same):>15} {percent(own):>27}")
-        typer.echo("")
-        _tell([("Sizes" * (not k), line) for k, line in enumerate(lines)], wrap=False)
-        _tell([("", "estimates, which cost no confidence: choose any by --size or a promise")])
     if plan.reached and out is None:
         _tell([("Next", "the same with extract and --out FOLDER writes this adapter")])
     raise typer.Exit(status)
+
+
+def _show_prices(prices: pd.DataFrame, options: _PlanOptions) -> None:
+    """Show what adapters of several sizes keep."""
+    if options.as_json:
+        typer.echo(prices.to_json(orient="records", indent=2))
+        return
+    lines = [f"{'size':>10} {'same decisions':>15} {'9 of 10 texts lose at most':>27}"]
+    columns = prices[["bytes", "same", "own_effect"]]
+    for size, same, own in columns.itertuples(index=False):
+        lines.append(f"{megabytes(size):>10} {percent(same):>15} {percent(own):>27}")
+    _tell([("Sizes" * (not k), line) for k, line in enumerate(lines)], wrap=False)
+    said = "on texts that certify nothing; the last column is a part of what tuning changed in them"
+    ask = "the same with --same SHARE, --error SHARE or --size MB, which certifies what it promises"
+    _tell([("Estimated", said), ("Next", ask)])
 
 
 def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
@@ -359,13 +379,10 @@ def _verdict(plan: Plan, out: Path | None) -> list[tuple[str, str]]:
     size += f"{plan.numbers:,} in all"
     rows.append(("Size", size if plan.reached and out is not None else f"about {size}"))
     if planner.equal:
-        same = "Both models have the same outputs on all texts"
-        rows.append(("Note", f"{same}: rank 0 everywhere is exact."))
+        same = "Both models have the same outputs on the texts for choosing"
+        rows.append(("Note", f"{same}: rank 0 everywhere."))
     elif plan.reached and not plan.adapter.parameters:
         rows.append(("Note", "No factors are needed: rank 0 everywhere."))
-    if planner.texts.cut:
-        cut = f"{planner.texts.cut} texts were cut off after {planner.options['tokens']} tokens"
-        rows.append(("Note", f"{cut}; the promise is for such texts."))
     if planner.texts.unknown > UNKNOWN:
         unknown = f"{planner.texts.unknown:.0%} of the tokens stand for words that the tokenizer"
         rows.append(("WARNING", f"{unknown} does not know: are these texts like the model's?"))
@@ -409,13 +426,19 @@ def _limits(measured: Measured, *, often: bool = False) -> list[tuple[str, str]]
     rows = []
     if math.isfinite(measured.same):
         points = most(1 - measured.same).removesuffix("%")
-        same = f"at least {least(measured.same)} are the tuned model's, so accuracy changes by at "
-        same += f"most {points} points"
+        same = f"at least {least(measured.same)} are the tuned model's, "
+        if measured.decisions == measured.texts:
+            same += f"so accuracy changes by at most {points} points"
+        else:
+            same += "on average over texts"
         rows.append(row("Decisions", same, least(measured.same_repeated)))
     if math.isfinite(measured.same_answers):
-        same = f"at least {least(measured.same_answers)} of prompts get the tuned model's, word for"
-        rows.append(row("Answers", f"{same} word", least(measured.same_answers_repeated)))
-    if not math.isnan(measured.own_effect):
+        same = (
+            f"at least {least(measured.same_answers)} of prompts get the tuned model's, token for"
+        )
+        same += f" token up to {ANSWER}"
+        rows.append(row("Answers", same, least(measured.same_answers_repeated)))
+    if not math.isnan(measured.error):
         own = f"{SHARE:.0%} of texts lose at most {most(measured.own_effect)} of what tuning "
         own += "changed in them"
         rows.append(row("Own effect", own, most(measured.own_effect_repeated)))
@@ -446,6 +469,9 @@ def _here(measured: Measured, *, grouped: bool = False) -> list[tuple[str, str]]
         base, tuned, adapted = map(percent, parts)
         before = f", the base {base}" if math.isfinite(measured.base_accuracy) else ""
         rows.append(("Accuracy", f"{adapted}; the tuned model {tuned}{before}"))
+    if measured.cut:
+        cut = f"{measured.cut} texts were cut off (--tokens); all this is for such texts."
+        rows.append(("Note", cut))
     if entries := ", ".join(measured.differing):
         rows.append(("Note", f"The loss counts that adapters have the base's {entries}."))
     if measured.alike > REPEATED * measured.texts:

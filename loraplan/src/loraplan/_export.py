@@ -18,7 +18,7 @@ from ._adapters import MergedCheckpoint, OneSidedError, module_factors, read_con
 from ._errors import InputError
 from ._lowrank import LowRank
 from ._models import PEFT_CONFIG, Rows, find, public_name, quiet
-from ._promises import least, most, percent
+from ._promises import percent
 from ._streams import Network
 from .pair import Adapter, Pair
 
@@ -354,9 +354,9 @@ def describe(
         "numbers in all": f"{report['numbers']:,}",
         "numbers in factors": f"{report['parameters']:,}",
         "carried as tuned": ", ".join(report["carried"]) or "nothing but factors",
-        "decisions that are the tuned model's": least(report["same"] or math.nan),
-        "lost of what tuning changed, by nine of ten texts": most(report["own_effect"] or math.nan),
-        "texts cut off": f"{report['cut_texts']} after {report['options']['tokens']} tokens",
+        "decisions as the tuned model's, on these texts": percent(report["agreement"] or math.nan),
+        "lost of tuning's effect, over these texts": percent(report["error"] or math.nan),
+        "texts cut off": f"{report['cut']} after {report['options']['tokens']} tokens",
         "versions": ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
         "made by": f"`{made_by}`" if made_by else "`loraplan.extract`",
     }

@@ -49,12 +49,15 @@ def mean_limit(losses: NDArray[np.float64]) -> float:
     """Compute an upper limit of a mean by bets against larger ones [prop-certificate].
 
     It holds for any distribution on [0, 1] from which the ``losses``, ``[n]``, were drawn
-    independently, but for a share of 0.05 of such draws. Against a mean ``m`` a fortune grows by
+    independently, in this order, but for a share of 0.05 of such draws: they must not be sorted.
+    Against a mean ``m`` a fortune grows by
     ``1 + λ (m − x)`` with each loss ``x``; the stake ``λ`` is made of the losses before. It is a
     martingale if ``m`` is the mean, so that it ever reaches 20 in at most that share of draws, and
     it grows with ``m``. Source: Waudby-Smith and Ramdas (2024), their predictable plug-in. Where
     losses can only be 0 or 1, `binomial_limit` is smaller.
     """
+    if not len(losses):
+        return 1.0
     counts = np.arange(2, len(losses) + 2)
     means = (0.5 + losses.cumsum()) / counts
     variances = (0.25 + np.square(losses - means).cumsum()) / counts
@@ -163,15 +166,10 @@ def are_alike(losses: NDArray[np.float64]) -> bool:
     return correlation * math.sqrt(len(losses)) > _ALIKE
 
 
-def drop_limit(
-    tuned: NDArray[np.float64], standin: NDArray[np.float64], *, repeated: bool = False
-) -> float:
+def drop_limit(tuned: NDArray[np.float64], standin: NDArray[np.float64]) -> float:
     """Compute an upper limit of how far a mean score in [0, 1] falls, from both scores of texts.
 
-    It is `mean_limit` or, ``repeated``, `repeated_limit` of ``(1 + tuned − standin) / 2``, in units
-    of the score; below 0 where the score rises.
+    It is `repeated_limit` of ``(1 + tuned − standin) / 2``, in units of the score; below 0 where
+    the score rises. It depends on no order of the texts, and holds however often one looks.
     """
-    losses = (1 + tuned - standin) / 2
-    # A file may be sorted by what it has.
-    losses = losses[np.random.default_rng(0).permutation(len(losses))]
-    return 2 * (repeated_limit if repeated else mean_limit)(losses) - 1
+    return 2 * repeated_limit((1 + tuned - standin) / 2) - 1

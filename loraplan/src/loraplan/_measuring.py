@@ -23,7 +23,7 @@ from ._limits import (
     repeated_limit,
 )
 from ._streams import Network, TextStates, advance, centre
-from ._texts import Batch, mix
+from ._texts import Batch, drawn_order
 from .pair import Task
 
 # Rows of logits that are computed at a time.
@@ -39,9 +39,10 @@ class Measured(NamedTuple):
 
     All is computed on texts as they are given, and only on the answer of those that have one.
     Decisions are classes or next tokens; without a head what is said of them is NaN. Limits hold
-    for texts like these at a confidence of 95% and for any distribution, if texts (or groups) were
-    drawn independently and decided on no adapter; those ``repeated`` hold for all who look at ever
-    more texts, however often [prop-certificate].
+    for texts like these, each at a confidence of 95% and for any distribution, if texts (or groups)
+    were drawn independently and decided on no adapter; of a group they speak of a random text.
+    Those ``repeated`` hold for all who look at one stand-in with ever more texts (or groups),
+    however often [prop-certificate]. After a search only what it was asked for is a limit.
 
     Attributes
     ----------
@@ -59,11 +60,12 @@ class Measured(NamedTuple):
         At least 90% of texts lose at most this part of what tuning changes in them,
         ``‖f̂ − f̄‖ / ‖f_0 − f̄‖``.
     same, same_repeated : float
-        At least this share of decisions is the tuned network's, on average over texts. So the
-        accuracy of decisions, and any score of them in [0, 1], differs by at most ``1 − same``.
+        At least this share of a text's decisions is the tuned network's, on average over texts. So
+        any score of decisions in [0, 1] that is averaged like this, such as the accuracy of
+        classes, differs by at most ``1 − same``.
     same_answers, same_answers_repeated : float
-        At least this share of prompts gets the tuned network's greedy answer, token for token; NaN
-        without answers.
+        At least this share of prompts gets the tuned network's greedy answer, token for token, of
+        longer ones the first 64; NaN without answers.
     first_tokens : float
         Nine of ten of these answers begin with so many of the same tokens, or are the same.
     verified : int
@@ -78,6 +80,8 @@ class Measured(NamedTuple):
     accuracy, base_accuracy, tuned_accuracy : float
         Shares of right decisions of the stand-in, the base and the tuned network; NaN without
         labels.
+    cut : int
+        The number of texts that were cut off.
     differing : dict
         Entries of the configuration, which an adapted network has from the base, of which the tuned
         model has others, with both values: the loss counts them.
@@ -106,6 +110,7 @@ class Measured(NamedTuple):
     accuracy: float = math.nan
     base_accuracy: float = math.nan
     tuned_accuracy: float = math.nan
+    cut: int = 0
     differing: Mapping[str, tuple[Any, Any]] = {}
     alike: int = 0
     neighbours: bool = False
@@ -240,8 +245,7 @@ class TunedOutputs:
             decisions=int(decisions.sum()),
             neighbours=len(squares) > 2 and self._neighbours(squares / decisions),
         )
-        # In an order that follows neither lengths nor the file.
-        differing = compared.differing[mix(self.batches)]
+        differing = compared.differing[drawn_order(self.batches)]
         if np.isfinite(differing).all():
             # The exact limit is for what can only be 0 or 1.
             counted = self.readout.task == "classification"
@@ -383,6 +387,11 @@ class TunedOutputs:
             shift += _sum(p_target * (pair[1] - pair[0]))
             varied += _sum((p - p_target).abs()) / 2
         equal = (decided[0] == decided[1]).double()
+        if self.readout.task == "language":
+            # Any end of an answer is as good as another, if both take the same.
+            ends = torch.tensor(self.readout.network.ends)
+            both_end = torch.isin(labels, ends) & torch.isin(decided[1], ends)
+            labels = torch.where(both_end, decided[1], labels)
         right, tuned_right = decided == labels
         if self.readout.task == "language":
             # Neither by a hair, and one that is not the tuned network's is no answer to keep.

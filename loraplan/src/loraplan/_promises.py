@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from ._errors import InputError
 from ._limits import SHARE, quantile
 from ._measuring import Measured, Measurement
+from .pair import ANSWER
 
 # The part of what may be lost that the smallest adapter loses on texts for selection.
 _SAFE = 0.6
@@ -37,6 +38,11 @@ class Promise(NamedTuple):
                 raise InputError(kind, "above 0 and below 1", value=share)
         return next((cls(kind, float(share)) for kind, share in given.items()), None)  # type: ignore[arg-type]
 
+    @property
+    def limit(self) -> str:
+        """The limit of a `Measured` that says so."""
+        return "own_effect" if self.kind == "error" else self.kind
+
     def holds(self, measured: Measured) -> bool:
         """Whether the limits from some texts say that as much is kept."""
         if self.kind == "error":
@@ -64,9 +70,8 @@ class Promise(NamedTuple):
             return f"{SHARE:.0%} of texts lose at most {lost}"
         if self.kind == "same":
             return f"at least {least(self.share)} of decisions are the tuned model's"
-        return (
-            f"at least {least(self.share)} of prompts get the tuned model's answer, word for word"
-        )
+        answer = f"the tuned model's answer, token for token up to {ANSWER}"
+        return f"at least {least(self.share)} of prompts get {answer}"
 
 
 def most(share: float) -> str:

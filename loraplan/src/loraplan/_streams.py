@@ -51,6 +51,8 @@ class Network:
     ) -> None:
         self.task, self.skeleton, self.read = pair.task, skeleton, read
         self.device, self.dtype, self.same_head = device, dtype, same_head
+        #: Tokens with which answers of a language model end.
+        self.ends = pair.ends if pair.task == "language" else []
         self._path = pair.blocks
         self.blocks: list[nn.Module] = [*skeleton.get_submodule(pair.blocks)]
         # A language model's head is applied to its states, some words at a time.

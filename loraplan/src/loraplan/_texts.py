@@ -68,7 +68,8 @@ class Batch(NamedTuple):
     """Texts as a network takes them, ``[texts, tokens]``, with 1 for tokens and 0 for padding.
 
     Outputs count at the tokens ``counted``: at all, or at those by which an answer is given.
-    ``places`` are those of the texts among all that were given. ``labels`` has a class for each
+    ``places`` are those of the texts among all that were given, and ``order`` those by the digests
+    of their words. ``labels`` has a class for each
     text or, for each output that counts at a token, the next token of the answer; -1 where it is
     not known.
     """
@@ -77,6 +78,7 @@ class Batch(NamedTuple):
     attention_mask: Tensor
     counted: Tensor
     places: Tensor
+    order: Tensor
     labels: Tensor
 
     def counts(self, task: Task) -> list[int]:
@@ -120,11 +122,12 @@ class Texts(NamedTuple):
 
 
 class _Encoded(NamedTuple):
-    """A text, its class and place, its tokens, how many it had, and those of its answer."""
+    """A text, its class, its places, its tokens, how many it had, and those of its answer."""
 
     text: str
     label: int
     place: int
+    order: int
     ids: list[int]
     length: int
     answer: Sequence[int] | None
@@ -157,7 +160,8 @@ def prepare(
 
     Groups are divided as wholes, before repetitions are left out of those to plan with: given
     these, the others are independent draws [prop-certificate]. Digests of texts say where each
-    goes, so that nobody can draw until a promise holds. With ``respond`` all get answers.
+    goes, so that nobody can draw until a promise
+    holds. With ``respond`` all get answers.
     """
     if held_out is None:
         groups = _groups("texts", texts, 2 * LEAST_TEXTS)
@@ -210,11 +214,13 @@ def prepare(
 
 def prepare_all(
     pair: Pair, texts: Sequence[str | Text], tokens: int, respond: Respond | None = None
-) -> tuple[list[Batch], int]:
-    """Make batches of one text of each group; count those that nearly are another."""
+) -> tuple[list[Batch], int, int]:
+    """Make batches of one text of each group; count those cut off, and those near another."""
     first_lines = (group[0] for group in _groups("texts", texts))
     encoded = _answer(_encode(pair, "texts", first_lines, tokens, respond, 1), respond)
-    return [*_batches(pair, encoded, tight=True)], count_alike([text.text for text in encoded])
+    cut = sum(text.length > len(text.ids) for text in encoded)
+    alike = count_alike([text.text for text in encoded])
+    return [*_batches(pair, encoded, tight=True)], cut, alike
 
 
 def _answer(texts: list[_Encoded], respond: Respond | None) -> list[_Encoded]:
@@ -226,13 +232,12 @@ def _answer(texts: list[_Encoded], respond: Respond | None) -> list[_Encoded]:
     return texts
 
 
-def mix(batches: Sequence[Batch]) -> NDArray[np.int64]:
-    """Find an order of all texts of batches that is neither theirs nor their file's.
+def drawn_order(batches: Sequence[Batch]) -> NDArray[np.int64]:
+    """Find the order of digests in which all texts of batches stand.
 
     Batches are sorted by length and files may be in any order, either of which losses may follow.
     """
-    places = np.concatenate([batch.places for batch in batches])
-    order: NDArray[np.int64] = places.argsort()[np.random.default_rng(0).permutation(len(places))]
+    order: NDArray[np.int64] = np.concatenate([batch.order for batch in batches]).argsort()
     return order
 
 
@@ -267,9 +272,9 @@ def _groups(name: str, given: Sequence[str | Text], needed: int = 1) -> list[_Gr
         if _SURROGATE.search(text.text):
             allowed = "of whole characters, not of halves of surrogate pairs"
             raise InputError(name, allowed, value=text.text)
-        if stripped := text.text.strip():
+        if text.text.strip():
             group = groups.setdefault(place if text.group is None else text.group, [])
-            group.append((place, text._replace(text=stripped)))
+            group.append((place, text))
     if len(groups) < needed:
         allowed, remedy = f"at least {needed} text{'s' * (needed > 1)}", ""
         if any(isinstance(key, str) for key in groups):
@@ -333,7 +338,8 @@ def _encode(
         kept = pair.tokenizer(plain, truncation=True, max_length=most)["input_ids"]
     classes = [_class(pair, text) for text in texts]
     answers = [_answer_tokens(pair, text.answer) for text in texts]
-    each = zip(plain, classes, places, kept, map(len, whole), answers, strict=True)
+    about = classes, places, range(len(texts)), kept, map(len, whole), answers
+    each = zip(plain, *about, strict=True)
     encoded = [text for text in map(_Encoded._make, each) if text.ids]
     if len(encoded) < needed:
         allowed = f"at least {needed} {purpose} that the tokenizer makes tokens of"
@@ -342,21 +348,23 @@ def _encode(
 
 
 def _answer_tokens(pair: Pair, answer: object) -> list[int] | None:
-    """The tokens of an answer, which ends unless it is as long as answers may be."""
+    """The tokens of an answer up to its end, which it has unless it is as long as may be."""
     if answer is None:
         return None
     if pair.task != "language":
         allowed = "left out where the model gives no next tokens"
         raise InputError("answer", allowed, value=answer)
+    given = [*answer] if isinstance(answer, Sequence) else []
     if isinstance(answer, str):
         with quiet():
-            tokens = pair.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        return [*tokens, pair.ends[0]][:ANSWER]
-    words, given = len(pair.tokenizer), [*answer] if isinstance(answer, Sequence) else []
-    if not given or not all(type(token) is int and 0 <= token < words for token in given):
+            given = pair.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    words = len(pair.tokenizer)
+    known = all(type(token) is int and 0 <= token < words for token in given)
+    if not known or (not given and answer != ""):
         allowed = f"words, or tokens of the model from 0 to {words - 1}, at least one"
         raise InputError("answer", allowed, value=answer)
-    return given[:ANSWER]
+    stop = next((k for k, token in enumerate(given) if token in pair.ends), len(given))
+    return [*given[:stop], *(given[stop : stop + 1] or pair.ends[:1])][:ANSWER]
 
 
 def _batches(pair: Pair, texts: Iterable[_Encoded], *, tight: bool = False) -> Iterator[Batch]:
@@ -392,6 +400,7 @@ def _batches(pair: Pair, texts: Iterable[_Encoded], *, tight: bool = False) -> I
             pad_sequence([torch.ones_like(ids) for ids in rows], True),
             pad_sequence(counted, True),
             torch.tensor([text.place for _, text in part]),
+            torch.tensor([text.order for _, text in part]),
             torch.tensor(labels),
         )
 
@@ -510,7 +519,7 @@ def _write_chat(
 ) -> tuple[str, str | Sequence[int] | None]:
     """Write a chat as a text, without what the tokenizer will put before it again.
 
-    A last turn of the assistant is the answer to what is before it.
+    A last turn of the assistant is the answer to what is before it; else it is to be given.
     """
     chat, tools, said = fields["messages"], fields.get("tools"), ("content", "tool_calls")
     # Of what is missing most templates make nothing, silently.
@@ -518,16 +527,18 @@ def _write_chat(
         if not (isinstance(one, dict) and "role" in one and any(map(one.get, said))):
             allowed, remedy = "chats of one message or more", 'give each a "role" and a "content"'
             raise InputError("texts", allowed, where, remedy)
-    answer = fields.get("answer")
-    if answer is None and len(chat) > 1 and chat[-1]["role"] == "assistant":
-        answer = chat[-1].get("content")
-        chat = chat if answer is None else chat[:-1]
-    asks: dict[str, Any] = {"tools": tools, "add_generation_prompt": answer is not None}
+    answers = len(chat) > 1 and chat[-1]["role"] == "assistant"
+    asked, answer = chat[:-1] if answers else chat, fields.get("answer")
+    about: dict[str, Any] = {"tools": tools, "tokenize": False}
     try:
-        text: str = template.apply_chat_template(chat, tokenize=False, **asks)
+        text: str = template.apply_chat_template(asked, add_generation_prompt=True, **about)
+        whole = template.apply_chat_template(chat, **about)
     except Exception as error:  # whatever a template raises
         allowed = "chats that the tuned model's template takes"
         raise InputError("texts", allowed, f"{where} ({reason(error)})") from error
+    if answers and answer is None:
+        # As the template writes it, calls of tools too.
+        answer = whole.removeprefix(text) if whole.startswith(text) else chat[-1].get("content")
     first = template.bos_token_id
     begins = first is not None and template("").input_ids[:1] == [first]
     return text.removeprefix(template.bos_token) if begins else text, answer

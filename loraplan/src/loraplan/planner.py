@@ -32,8 +32,6 @@ Part: TypeAlias = Literal["planned", "select", "test"]
 _FIRST, _STEP = (4, 2.8, 2, 1.4, 1), 0.8
 # Bytes of memory that a process takes with all libraries.
 _LIBRARIES = 0.5e9
-# About the error over all texts, in units of what nine of ten lose at most.
-_TYPICAL = 0.75
 # Many random outputs of each text, for a thorough plan.
 _THOROUGH = 16
 
@@ -117,8 +115,8 @@ class Planner:
 
     @property
     def equal(self) -> bool:
-        """Whether both checkpoints have equal outputs on all texts for selecting and stating."""
-        return not (self.select.effect.any() or self.test.effect.any())
+        """Whether both checkpoints have equal outputs on all texts for selection."""
+        return not self.select.effect.any()
 
     @property
     def most(self) -> int:

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 _SAME, _ERROR = Promise("same", 0.9), Promise("error", 0.1)
 # The highest rank that servers take.
 _MOST_SERVED = 64
+# Limits in a `Measured`.
+_LIMITS = [
+    name + again for name in ("own_effect", "same", "same_answers") for again in ("", "_repeated")
+]
 # Sizes of the price list, as uniform ranks.
 _LISTED = [2.0**k for k in range(-3, 5)]
 # An adapter is read back with this part of the texts, the longest, to this relative tolerance.
@@ -78,10 +82,6 @@ class Plan:
     measured: Measured
     #: What was asked for, if it was no size.
     promise: Promise | None
-    #: What adapters of several sizes keep, estimated, where nothing was asked for: their ``bytes``
-    #: and ``parameters`` in factors, the share of the ``same`` decisions, the ``error``, and the
-    #: ``own_effect`` that nine of ten texts lose at most (`Measured`).
-    prices: pd.DataFrame | None = None
     #: The one rank that factors are filled up to in files for servers.
     served: int | None = None
     #: What each module's missing directions alone would cost (`Planner.losses`).
@@ -110,10 +110,11 @@ class Plan:
         """What is certified, in words."""
         if not (self.promise and self.reached):
             return "Nothing is certified."
-        words = self.promise.words
-        drawn = "one text of each of these groups" if self.planner.texts.grouped else "these texts"
+        words, grouped = self.promise.words, self.planner.texts.grouped
+        drawn = "one text of each of these groups" if grouped else "these texts"
+        over = "a random text of groups like these" if grouped else "texts like these"
         return (
-            f"{words[0].upper()}{words[1:]}, on average over texts like these, at a confidence of "
+            f"{words[0].upper()}{words[1:]}, on average over {over}, at a confidence of "
             f"{confidence()}: of all first plans made this way, at most one in "
             f"{1 / _limits.DOUBT:.3g} gets a promise that is wrong. {self.measured.texts} texts "
             f"certify it; no adapter was made with them. This takes {drawn} to be independent "
@@ -135,6 +136,10 @@ class Plan:
         kinds = {pair.modules[name].kind for name in self.adapter.factors}
         tied = pair.task == "language" and bool(pair.tuned.config.tie_word_embeddings)
         measured = self.measured._asdict()
+        for name in _LIMITS if self.promise else ():
+            # Others are no limits after a search.
+            if self.promise is None or name != self.promise.limit:
+                del measured[name]
         return _export.without_nan(
             {
                 "base": pair.base.source,
@@ -146,7 +151,6 @@ class Plan:
                 "promised": self.promise._asdict() if self.promise else None,
                 "reached": self.reached,
                 "certificate": self.certificate,
-                "prices": None if self.prices is None else self.prices.to_dict("records"),
                 **measured,
                 "equal": self.planner.equal,
                 "parameters": self.adapter.parameters,
@@ -155,7 +159,6 @@ class Plan:
                 "ranks": {name: rank for name, rank in self.ranks.items() if rank},
                 "carried": [*self.adapter.carried],
                 "planning_texts": _texts.count(texts.fit) + _texts.count(texts.select),
-                "cut_texts": texts.cut,
                 "unknown_tokens": texts.unknown,
                 "grouped": texts.grouped,
                 "options": self.planner.options | {"one_rank": self.served},
@@ -184,9 +187,7 @@ def plan(
     chosen before looking at plans with them. Those that certify, at least 61 of them, made none of
     the adapters; they decide only where the search stops. If nothing can be promised, ``reached``
     is false and the plan is the largest that was tried. Where factors lose more than none, rank 0
-    everywhere is offered for a size. If nothing is asked for, ``prices`` lists what several sizes
-    keep of the texts by which candidates are selected; these certify nothing, so that any promise
-    or size may be chosen after looking. This is a fixed sequence of tests, as in Learn then Test
+    everywhere is offered for a size. This is a fixed sequence of tests, as in Learn then Test
     (Angelopoulos et al., 2025) and Pareto Testing (Laufer-Goldshtein et al., 2023). Raises
     `InputError` for unusable arguments, before any text is passed through a network.
 
@@ -217,10 +218,8 @@ def plan(
     _require_size(size)
     planner = _prepare(base, tuned, texts, options, promise)
     served = options.get("one_rank")
-    table = None
     if size is None and promise is None:
         promise = _SAME if planner.pair.decides else _ERROR
-        table = None if planner.equal else _list(planner, served)
     in_bfloat16 = math.nan
     if promise and promise.kind == "same_answers":
         in_bfloat16 = _keep_in_bfloat16(planner.pair, planner.planned)
@@ -234,9 +233,50 @@ def plan(
     numbers, bytes_ = _export.estimate(planner.pair, found.adapter, served)
     measured = found.measured._replace(in_bfloat16=in_bfloat16)
     about: dict[str, Any] = {"measured": measured, "served": served, "shares": shares}
-    about["prices"] = table
     seconds = time.perf_counter() - start
     return replace(found, numbers=numbers, size=bytes_, seconds=seconds, **about)
+
+
+@_checks.flushing()
+def prices(
+    base: str | Path,
+    tuned: str | Path,
+    texts: Sequence[str | Text],
+    **options: Unpack[PlanOptions],
+) -> pd.DataFrame:
+    """Estimate what adapters of several sizes keep, on the texts by which they are selected.
+
+    The texts that certify decide on nothing here, so that a promise or a size may be chosen after
+    looking, for `plan` and the same texts. There is a row for each size up to that of rank 16
+    everywhere, as far as the highest ranks allow: the ``bytes`` of the files, the ``parameters`` of
+    the factors, the share of the ``same`` decisions, the ``error``, and the ``own_effect`` that
+    nine of ten texts lose at most (`Measured`).
+
+    Parameters
+    ----------
+    base, tuned, texts, **options
+        See `plan`.
+    """
+    import pandas as pd
+
+    planner = _prepare(base, tuned, texts, options, None)
+    unit, rows = planner.parameters(1), []
+    sizes = sorted({min(round(rank * unit), planner.most) for rank in _LISTED})
+    for done, number in enumerate([0] if planner.equal else sizes):
+        planner.report("listing sizes", done, len(sizes))
+        adapter = Adapter({}, {}, ())
+        if number:
+            adapter = planner.no_worse(planner.candidate(number))
+        (measurement,) = planner.run((adapter, "select"))
+        compared, reference = measurement.compare(), measurement.reference
+        own = _limits.quantile(reference.own(compared.squares))
+        same, error = 1 - compared.differing.mean(), reference.error(compared.squares)
+        _, size = _export.estimate(planner.pair, adapter, options.get("one_rank"))
+        rows.append((size, adapter.parameters, float(same), error, own))
+    planner.report("listing sizes", len(sizes), len(sizes))
+    names = ["bytes", "parameters", "same", "error", "own_effect"]
+    table = pd.DataFrame(rows, columns=names).drop_duplicates("bytes")
+    return table.sort_values("bytes", ignore_index=True)
 
 
 @_checks.flushing()
@@ -353,7 +393,7 @@ def check(
     known = base or next(map(named_base, adapters), None)
     pair = Pair.open(known or tuned, tuned)
     respond = pair.respond if answers else None
-    batches, alike = _texts.prepare_all(pair, texts, tokens, respond)
+    batches, cut, alike = _texts.prepare_all(pair, texts, tokens, respond)
     type_ = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     if standin not in adapters:
         skeleton, read = pair.open_standin(str(standin))
@@ -372,7 +412,7 @@ def check(
     measured = reference.summarize(reference.compare(network, passes[1].states))
     if answers:
         measured = measured._replace(in_bfloat16=_keep_in_bfloat16(pair, reference))
-    return measured._replace(differing=pair.differing, alike=alike)
+    return measured._replace(differing=pair.differing, cut=cut, alike=alike)
 
 
 def _require_runs(standin: str, network: Network, one: Batch) -> None:
@@ -439,27 +479,6 @@ def _fit(planner: Planner, size: float, served: int | None) -> Adapter:
         number = max(0, min(number - math.ceil(over / 4), int(0.98 * number)))
 
 
-def _list(planner: Planner, served: int | None) -> pd.DataFrame:
-    """Estimate what adapters of several sizes keep."""
-    import pandas as pd
-
-    unit, rows = planner.parameters(1), []
-    sizes = sorted({min(round(rank * unit), planner.most) for rank in _LISTED})
-    for done, number in enumerate(sizes):
-        planner.report("listing sizes", done, len(sizes))
-        adapter = planner.no_worse(planner.candidate(number))
-        (measurement,) = planner.run((adapter, "select"))
-        compared, reference = measurement.compare(), measurement.reference
-        own = _limits.quantile(reference.own(compared.squares))
-        same, error = 1 - compared.differing.mean(), reference.error(compared.squares)
-        _, size = _export.estimate(planner.pair, adapter, served)
-        rows.append((size, adapter.parameters, float(same), error, own))
-    planner.report("listing sizes", len(sizes), len(sizes))
-    names = ["bytes", "parameters", "same", "error", "own_effect"]
-    table = pd.DataFrame(rows, columns=names).drop_duplicates("bytes")
-    return table.sort_values("bytes", ignore_index=True)
-
-
 def _search(planner: Planner, promise: Promise) -> Plan:
     """Certify adapters until the first of which nothing can be promised (`_limits.search`)."""
     sizes = planner.sizes(promise.lost, promise.error)
@@ -479,7 +498,8 @@ def _state(planner: Planner, adapter: Adapter, promise: Promise | None) -> Plan:
     """Measure an adapter on the texts that certify."""
     (measurement,) = planner.run((adapter, "test"))
     measured = planner.test.summarize(measurement.compare())
-    measured = measured._replace(differing=planner.pair.differing, alike=planner.texts.alike)
+    texts, differing = planner.texts, planner.pair.differing
+    measured = measured._replace(differing=differing, cut=texts.cut, alike=texts.alike)
     return Plan(planner, adapter, measured, promise)
 
 
