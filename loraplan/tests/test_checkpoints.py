@@ -78,7 +78,9 @@ def test_errors_are_those_of_plain_code(planner: Planner) -> None:
     variation = (g.softmax(1) - f.softmax(1)).abs().sum(1).mean() / 2
     assert found.acceptance == pytest.approx(1 - float(variation), rel=1e-3)
     (measurement,) = planner.run((adapter, "test"))
-    assert measurement.squares == pytest.approx(measurement.compare().squares, rel=1e-3)
+    compared = measurement.compare()
+    assert measurement.squares == pytest.approx(compared.squares, rel=1e-3)
+    assert np.array_equal(measurement.differing, compared.differing)
     ways = (stream(planner.pair, which, planner.device) for which in ("base", "tuned"))
     base, tuned = measure_networks([(way, planner.test) for way in ways])
     assert (planner.test.error(base.squares), planner.test.error(tuned.squares)) == (1, 0)
@@ -228,6 +230,11 @@ def test_plans_are_certified(places: Places, tmp_path: Path, kind: str, share: f
         number = plan.adapter.parameters // 4
         (small,) = plan.planner.run((plan.planner.candidate(number), "test"))
         assert plan.planner.test.summarize(small.compare()).own_effect > 0.05
+    # What ends the search is what is printed of its end.
+    (end,) = plan.planner.run((plan.adapter, "test"))
+    for share in np.linspace(0.01, 0.99, 40):
+        one = loraplan.Promise(kind, float(share))  # type: ignore[arg-type]
+        assert one.passes(end) == one.holds(measured)
     # Checks keep nothing, and say more with more texts.
     kept = {file: file.read_bytes() for file in out.iterdir()}
     few, many, again = (

@@ -450,8 +450,8 @@ def _here(measured: Measured, *, grouped: bool = False) -> list[tuple[str, str]]
     rows = []
     if math.isfinite(measured.agreement):
         equal = round(measured.agreement * measured.decisions)
-        decisions = f"{equal:,} of {measured.decisions:,} decisions as the tuned model"
-        rows.append(("Here", f"{decisions}; if both sample, {percent(measured.acceptance)}"))
+        decisions = f"{equal:,} of {measured.decisions:,} decisions as the tuned model, or "
+        rows.append(("Here", f"{decisions}{percent(measured.acceptance)} if both are sampled"))
     if math.isfinite(measured.first_tokens):
         first = f"9 of 10 begin with the tuned model's first {measured.first_tokens:.0f} tokens, "
         first += "or are the same"

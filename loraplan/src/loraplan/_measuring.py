@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor
@@ -245,12 +246,9 @@ class TunedOutputs:
             decisions=int(decisions.sum()),
             neighbours=len(squares) > 2 and self._neighbours(squares / decisions),
         )
-        differing = compared.differing[drawn_order(self.batches)]
+        differing = compared.differing
         if np.isfinite(differing).all():
-            # The exact limit is for what can only be 0 or 1.
-            counted = self.readout.task == "classification"
-            limit = _count_limit if counted else mean_limit
-            same, often = 1 - limit(differing), 1 - repeated_limit(differing)
+            same, often = 1 - self.limit(differing), 1 - repeated_limit(differing)
             measured = measured._replace(same=same, same_repeated=often)
         if self.readout.task == "classification":
             measured = measured._replace(
@@ -276,6 +274,13 @@ class TunedOutputs:
         slope = np.cov(losses, lengths)[0, 1] / max(np.var(lengths, ddof=1), 1e-9)
         return are_alike(losses - slope * lengths)
 
+    def limit(self, differing: NDArray[np.float64]) -> float:
+        """Compute the limit of the mean share of decisions that differ."""
+        # The exact one is for what can only be 0 or 1.
+        if self.readout.task == "classification":
+            return _count_limit(differing)
+        return mean_limit(differing[drawn_order(self.batches)])
+
     def error(self, squares: NDArray[np.float64]) -> float:
         """``η`` of a network with these squared distances."""
         return ratio(squares, self.effect)
@@ -298,6 +303,31 @@ class TunedOutputs:
             rows = (torch.cat(each).split(_ROWS) for each in (states, self.states))
             parts = (self._distances(network, *pair) for pair in zip(*rows, strict=True))
         return self._sum(torch.cat([*parts])[:, None])[:, 0]
+
+    @functools.cached_property
+    def _decided(self) -> Int[Tensor, " rows"]:
+        return self._decide(self.readout.network, self.states)
+
+    @torch.no_grad()
+    def _decide(self, network: Network, states: list[Tensor]) -> Int[Tensor, " rows"]:
+        """Find the decision of each row of states."""
+        decided = []
+        for rows in torch.cat(states).split(_ROWS):
+            best = torch.full((len(rows),), -math.inf)
+            place, words = torch.zeros(len(rows), dtype=torch.int64), 0
+            for values in self._outputs(network, rows):
+                most, where = (each.cpu() for each in values.max(-1))
+                place = torch.where(most > best, words + where, place)
+                best, words = torch.maximum(best, most), words + values.shape[-1]
+            decided.append(place)
+        return torch.cat(decided)
+
+    def differing(self, network: Network, states: list[Tensor]) -> NDArray[np.float64]:
+        """Compute the share of each text's decisions that are not the tuned network's."""
+        other = self._decide(network, states) != self._decided
+        counts = [size for batch in self.batches for size in batch.counts(self.readout.task)]
+        parts = other.double().split(counts)
+        return torch.stack([part.mean() for part in parts]).numpy()
 
     @torch.no_grad()
     def compare(self, network: Network, states: list[Tensor]) -> Compared:
@@ -418,6 +448,11 @@ class Measurement(NamedTuple):
     def squares(self) -> NDArray[np.float64]:
         """The squared distance of each text's outputs from the tuned ones."""
         return self.reference.squares(self.network, self.states)
+
+    @property
+    def differing(self) -> NDArray[np.float64]:
+        """The share of each text's decisions that are not the tuned ones."""
+        return self.reference.differing(self.network, self.states)
 
     def compare(self) -> Compared:
         """What the network does on each text."""

@@ -6,8 +6,11 @@ import math
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ._errors import InputError
-from ._limits import SHARE, quantile
+from ._limits import SHARE, binomial_limit, quantile, quantile_limit
 from ._measuring import Measured, Measurement
 from .pair import ANSWER
 
@@ -49,13 +52,27 @@ class Promise(NamedTuple):
             return measured.own_effect <= self.share
         return float(getattr(measured, self.kind)) >= self.share
 
+    def losses(self, measurement: Measurement) -> NDArray[np.float64]:
+        """What each text loses: of its own effect, of its decisions, or its answer."""
+        if self.kind == "error":
+            return measurement.reference.own(measurement.squares)
+        return measurement.differing if self.kind == "same" else measurement.compare().other_answers
+
     def lost(self, measurement: Measurement) -> float:
         """The part that texts for selection lose of what they safely may."""
-        reference, compared = measurement.reference, measurement.compare()
+        losses = self.losses(measurement)
         if self.kind == "error":
-            return quantile(reference.own(compared.squares)) / (_SAFE * self.share)
-        of = compared.differing if self.kind == "same" else compared.other_answers
-        return float(of.mean()) / (_SAFE * (1 - self.share))
+            return quantile(losses) / (_SAFE * self.share)
+        return float(losses.mean()) / (_SAFE * (1 - self.share))
+
+    def passes(self, measurement: Measurement) -> bool:
+        """Whether texts certify it; the limits of `holds`, without all others."""
+        losses = self.losses(measurement)
+        if self.kind == "error":
+            return quantile_limit(losses) <= self.share
+        if self.kind == "same":
+            return 1 - measurement.reference.limit(losses) >= self.share
+        return 1 - binomial_limit(int(losses.sum()), len(losses)) >= self.share
 
     @property
     def error(self) -> float:

@@ -18,7 +18,7 @@ from ._adapters import is_adapter, named_base
 from ._errors import InputError, LoraplanError
 from ._folders import require_apart, require_free, versions, write_folder
 from ._limits import confidence
-from ._measuring import Measured, Readout, TunedOutputs, measure_networks
+from ._measuring import Measured, Measurement, Readout, TunedOutputs, measure_networks
 from ._models import find, is_dequantized, reason, require_device, require_name
 from ._promises import Promise
 from ._streams import Network, TextStates, advance, stream
@@ -482,21 +482,26 @@ def _fit(planner: Planner, size: float, served: int | None) -> Adapter:
 def _search(planner: Planner, promise: Promise) -> Plan:
     """Certify adapters until the first of which nothing can be promised (`_limits.search`)."""
     sizes = planner.sizes(promise.lost, promise.error)
-    tried: dict[int, Plan] = {}
+    tried: list[Measurement] = []
 
     def holds(place: int) -> bool:
-        planner.report("certifying", len(tried), max(len(tried) + 1, 8))
-        tried[place] = _state(planner, planner.at(sizes[place]), promise)
-        return tried[place].reached
+        planner.report("certifying", place, max(place + 1, 8))
+        tried.extend(planner.run((planner.at(sizes[place]), "test")))
+        return promise.passes(tried[-1])
 
     found = _limits.search(holds, len(sizes))
     planner.report("certifying", 1, 1)
-    return tried[found]
+    return _state(planner, planner.at(sizes[found]), promise, tried[found])
 
 
-def _state(planner: Planner, adapter: Adapter, promise: Promise | None) -> Plan:
-    """Measure an adapter on the texts that certify."""
-    (measurement,) = planner.run((adapter, "test"))
+def _state(
+    planner: Planner,
+    adapter: Adapter,
+    promise: Promise | None,
+    measurement: Measurement | None = None,
+) -> Plan:
+    """Measure an adapter on the texts that certify, unless they have passed it."""
+    measurement = measurement or planner.run((adapter, "test"))[0]
     measured = planner.test.summarize(measurement.compare())
     texts, differing = planner.texts, planner.pair.differing
     measured = measured._replace(differing=differing, cut=texts.cut, alike=texts.alike)
