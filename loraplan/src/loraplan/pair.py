@@ -27,6 +27,7 @@ from ._models import (
     find,
     listed,
     quiet,
+    require_memory,
     require_name,
     tokenizer,
 )
@@ -377,22 +378,27 @@ class Pair:
         return [own] if isinstance(own, int) else [*(own or [self.padding])]
 
     @torch.no_grad()
-    def respond(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    def respond(
+        self,
+        prompts: Sequence[Sequence[int]],
+        report: Callable[[int, int], None] = lambda *_: None,
+    ) -> list[list[int]]:
         """Generate the tuned model's greedy answers to prompts, with the whole network.
 
         Nothing but the largest logit decides: no penalty of a ``generation_config.json`` does.
         """
         from transformers import GenerationConfig
 
+        require_memory(4.0 * sum(value.numel() for value in self.skeleton().parameters()))
         network = self.network("tuned")
-        network.config.use_cache = True
         ends = self.ends
-        about: dict[str, Any] = {"max_new_tokens": ANSWER, "do_sample": False}
+        about: dict[str, Any] = {"max_new_tokens": ANSWER, "do_sample": False, "use_cache": True}
         about |= {"eos_token_id": ends, "pad_token_id": self.padding}
         answers: dict[int, list[int]] = {}
         # Those of about one length together, on the left of which little is filled up.
         order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
         for start in range(0, len(order), _TOGETHER):
+            report(start, len(order))
             part = order[start : start + _TOGETHER]
             ids = [torch.tensor(prompts[k]).flip(0) for k in part]
             given, there = (
@@ -406,6 +412,7 @@ class Pair:
             for k, new in zip(part, made[:, given.shape[1] :].tolist(), strict=True):
                 stop = next((i for i, token in enumerate(new) if token in ends), len(new))
                 answers[k] = new[: stop + 1]
+        report(len(order), len(order))
         return [answers[k] for k in range(len(prompts))]
 
     def skeleton(self, which: str = "tuned") -> Any:

@@ -102,9 +102,15 @@ class Planner:
         self.options = {"modules": modules, "carry": carry, "tokens": tokens}
         self.options |= {"thorough": thorough, "max_rank": max_rank}
         self.pair = pair = pair.with_words(self.modules)
-        respond = pair.respond if _checks.flag("answers", answers) else None
+        tell = functools.partial(self.report, "answering prompts")
+        respond = functools.partial(pair.respond, report=tell)
         self.texts = prepare(
-            pair, texts, held_out, tokens=tokens, thorough=thorough, respond=respond
+            pair,
+            texts,
+            held_out,
+            tokens=tokens,
+            thorough=thorough,
+            respond=respond if _checks.flag("answers", answers) else None,
         )
         self.probes = _THOROUGH if thorough else _effect.PROBES
         memory = require_memory(self._memory())

@@ -392,8 +392,9 @@ def check(
     adapters = [model for name, model in models.items() if is_adapter(name, model)]
     known = base or next(map(named_base, adapters), None)
     pair = Pair.open(known or tuned, tuned)
-    respond = pair.respond if answers else None
-    batches, cut, alike = _texts.prepare_all(pair, texts, tokens, respond)
+    tell = report or (lambda *_: None)
+    respond = functools.partial(pair.respond, report=functools.partial(tell, "answering prompts"))
+    batches, cut, alike = _texts.prepare_all(pair, texts, tokens, respond if answers else None)
     type_ = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     if standin not in adapters:
         skeleton, read = pair.open_standin(str(standin))
@@ -405,7 +406,7 @@ def check(
     if known:
         networks.append(stream(pair, "base", where))
     passes = [TextStates(each, batches) for each in networks]
-    advance(passes, functools.partial(report or (lambda *_: None), "passing texts"))
+    advance(passes, functools.partial(tell, "passing texts"))
     reference = TunedOutputs(batches, Readout(networks[0]), passes[0].states)
     if known:
         reference.record(networks[2], passes[2].states)
