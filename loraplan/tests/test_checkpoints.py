@@ -579,6 +579,8 @@ def test_cards_say_what_is_promised(places: Places, tmp_path: Path, monkeypatch:
     assert json.loads((tmp_path / "2" / _export.REPORT).read_text())["own_effect"] is None
     one, other = ((tmp_path / k / _export.CARD).read_text() for k in "01")
     assert "Nothing is certified" in one
+    assert 'from_pretrained(base, "FOLDER")' in one
+    assert "num_labels=2)" in one
     assert "| made by | `loraplan extract` |" in one
     assert "At least 90% of decisions are the tuned model's, on average over texts" in other
     for card in (one, other):

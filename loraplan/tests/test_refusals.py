@@ -419,6 +419,7 @@ ADAPTERS = [
             "base lora tuned --same 1 --texts texts/lines.txt": "same must be above 0 and below 1",
             "base lora tuned --error 0 --texts texts/lines.txt": "error must be above 0 and below",
             "base tuned --error 0.1 --texts texts/lines.txt": "error must be asked with a base",
+            "base lora tuned --same-answers 0.5 --texts texts/lines.txt": "same_answers must be",
             "base gpt/lora tuned --texts texts/lines.txt": "name the base that it is for",
             "base lora ./nowhere --texts texts/lines.txt": "tuned must be a folder that exists",
             "lora lora tuned --texts texts/lines.txt": "base must be a checkpoint with all its",

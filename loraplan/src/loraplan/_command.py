@@ -82,11 +82,12 @@ class _Options:
         "At least this share of decisions (classes, or next tokens) is the tuned model's."
     )
     error: float | None = _flag(
-        "Nine of ten texts lose at most this part of what tuning changed in them."
+        "Nine of ten texts lose at most this part of what tuning changed in them: in their logits "
+        "or, of models without a head, last hidden states."
     )
     same_answers: float | None = _flag(
-        "At least this share of prompts gets the tuned model's greedy answer, word for word, of at "
-        "most 64 tokens. For short and sure answers."
+        "At least this share of prompts gets the tuned model's greedy answer, token for token up "
+        "to 64. For short and sure answers."
     )
     device: str = _flag("Where networks run: cpu, cuda, cuda:1, mps.", "cpu")
     as_json: bool = _flag("Print the report as JSON and nothing else.", False, "--json")
@@ -203,7 +204,7 @@ def extract(options: _ExtractOptions) -> None:
 
 @_command(_CheckOptions)
 def check(options: _CheckOptions) -> None:
-    """Say how much of a tuned model a stand-in keeps, on texts that chose nothing about it.
+    """Say how much of a tuned model a stand-in keeps, on texts not used to make or choose it.
 
     A stand-in is an adapter of any kind that peft reads and merges, a merged checkpoint, a file in
     GGUF, or the tuned model itself with --dtype bfloat16. Limits hold at a confidence of
@@ -212,7 +213,7 @@ def check(options: _CheckOptions) -> None:
     (or groups) in the same file. Nothing is kept between checks, and nothing is generated but, with
     --same-answers, answers of the tuned model to prompts that have none.
 
-    With --same, --error or --same-answers the status is 1 if the first limit does not say so.
+    With --same, --error or --same-answers the status is 1 if the limit for one check misses it.
     """
     promise = Promise.asked(**options.shares())
     if options.scores is not None:
@@ -245,7 +246,7 @@ def _check_scores(file: Path, promise: Promise | None, options: _CheckOptions) -
     """Say how far a user's own score falls, and end with the status."""
     if options.models or options.texts or (promise and promise.kind != "same"):
         allowed = "given without models and texts, maybe with --same"
-        raise InputError("scores", allowed, "others with it")
+        raise InputError("scores", allowed, "models, texts, --error or --same-answers with it")
     tuned, standin = read_scores(file)
     drop = drop_limit(tuned, standin)
     kept = promise is None or drop <= 1 - promise.share

@@ -360,6 +360,7 @@ def describe(
         "versions": ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
         "made by": f"`{made_by}`" if made_by else "`loraplan.extract`",
     }
+    classes = f", num_labels={report['labels']}" * (task == "classification")
     notes = [_DEQUANTIZED] * report["base_dequantized"] + [_TIED] * report["ties_embeddings"]
     notes += [_UNEQUAL] * (task == "language" and len({*report["ranks"].values()}) > 1)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
@@ -378,7 +379,8 @@ It stands in for the tuned model. {report["certificate"]}
 ```python
 from peft import PeftModel
 from transformers import {_AUTO[task]}
-model = PeftModel.from_pretrained({_AUTO[task]}.from_pretrained("{base}"), "FOLDER")
+base = {_AUTO[task]}.from_pretrained("{base}"{classes})
+model = PeftModel.from_pretrained(base, "FOLDER")
 ```
 
 | | |

@@ -38,7 +38,8 @@ class Promise(NamedTuple):
         for kind, share in given.items():
             number = isinstance(share, Real) and not isinstance(share, bool)
             if not (number and 0 < share < 1):
-                raise InputError(kind, "above 0 and below 1", value=share)
+                remedy = "write 0.9 for nine of ten"
+                raise InputError(kind, "above 0 and below 1", value=share, remedy=remedy)
         return next((cls(kind, float(share)) for kind, share in given.items()), None)  # type: ignore[arg-type]
 
     @property

@@ -147,6 +147,7 @@ class Plan:
                 "base_dequantized": is_dequantized(pair.base.folder),
                 "architecture": pair.architecture,
                 "task": pair.task,
+                "labels": int(getattr(pair.tuned.config, "num_labels", 0)),
                 "ties_embeddings": tied and "embedding" in kinds,
                 "promised": self.promise._asdict() if self.promise else None,
                 "reached": self.reached,
@@ -392,6 +393,8 @@ def check(
     adapters = [model for name, model in models.items() if is_adapter(name, model)]
     known = base or next(map(named_base, adapters), None)
     pair = Pair.open(known or tuned, tuned)
+    if answers and pair.task != "language":
+        raise InputError("same_answers", "asked of a language model", pair.architecture)
     tell = report or (lambda *_: None)
     respond = functools.partial(pair.respond, report=functools.partial(tell, "answering prompts"))
     batches, cut, alike = _texts.prepare_all(pair, texts, tokens, respond if answers else None)
