@@ -257,25 +257,6 @@ def test_limits_of_own_effects_hold_for_any_effects(certifying: int, plans: int)
     assert wrong / plans <= bound(plans)
 
 
-@pytest.mark.nightly
-def test_all_options_on_one_file_give_few_wrong_promises() -> None:
-    """A user asks one file for all that there is: shares, sizes of files, ranks, other modules.
-
-    Adapters of other options lose about the same of each text; each is asked for just more than it
-    deserves.
-    """
-    draw, wrong = np.random.default_rng(3), 0
-    for _ in range(1000):
-        shared = draw.standard_normal(116)
-        made = (0.95 * shared + 0.31 * draw.standard_normal(116) for _ in range(12))
-        aims = (0.05, 0.1, 0.2)
-        differ = [stats.norm.cdf(x) < aim + 1e-3 for x in made for aim in aims]
-        limits = [binomial_limit(int(each.sum()), 116) for each in differ]
-        wrong += any(limit <= aim for limit, aim in zip(limits, aims * 12, strict=True))
-    # This is the price of looking often, which only fresh texts pay: see `repeated_limit`.
-    assert 0.05 < wrong / 1000 < 0.3
-
-
 # Checks of texts that chose nothing
 
 

@@ -446,6 +446,8 @@ def test_embeddings_and_heads_get_factors(
     plan = loraplan.extract(base, tuned, TEXTS, out, size=0.02)
     full = files.save_merged(tmp_path / "full", plan)
     pair = plan.planner.pair
+    more = pair.task == "language" and bool(plan.adapter.carried)
+    assert ("leaves out norms without a word" in (out / _export.CARD).read_text()) == more
     assert pair.words.keys() == plan.planner.modules.keys() & pair.words.keys()
     assert any(plan.ranks[name] for name in pair.words)
     assert not pair.not_low_rank.keys() & {"embedding"}

@@ -32,8 +32,12 @@ _TIED = (
     "which that adds the factors twice."
 )
 _UNEQUAL = (
-    "Its modules have different ranks, all with one `lora_alpha`. peft and llama.cpp compute the "
-    "same from it. vLLM and SGLang want one rank for all, which `--one-rank` writes."
+    "Its modules have different ranks, all with one `lora_alpha`, which peft and llama.cpp scale "
+    "alike. vLLM and SGLang want one rank for all, which `--one-rank` writes."
+)
+_BESIDE = (
+    "It carries more than factors, for peft. llama.cpp leaves out norms without a word, and its "
+    "converter refuses biases, embeddings and heads; `--one-rank` writes factors alone."
 )
 # What the hub calls the task.
 _PIPELINES = {
@@ -363,6 +367,7 @@ def describe(
     classes = f", num_labels={report['labels']}" * (task == "classification")
     notes = [_DEQUANTIZED] * report["base_dequantized"] + [_TIED] * report["ties_embeddings"]
     notes += [_UNEQUAL] * (task == "language" and len({*report["ranks"].values()}) > 1)
+    notes += [_BESIDE] * (task == "language" and bool(report["carried"]))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     by_module = "\n".join(
         f"| {name} | {out}×{into} | {rank} | {percent(lost)} |"

@@ -136,10 +136,9 @@ class Plan:
         kinds = {pair.modules[name].kind for name in self.adapter.factors}
         tied = pair.task == "language" and bool(pair.tuned.config.tie_word_embeddings)
         measured = self.measured._asdict()
-        for name in _LIMITS if self.promise else ():
-            # Others are no limits after a search.
-            if self.promise is None or name != self.promise.limit:
-                del measured[name]
+        # Others are no limits after a search.
+        for name in {*_LIMITS} - {self.promise.limit} if self.promise else ():
+            del measured[name]
         return _export.without_nan(
             {
                 "base": pair.base.source,
