@@ -1,4 +1,4 @@
-"""How much of a tuned model a stand-in keeps, and small adapters of which that is promised.
+"""How much of a tuned model a stand-in keeps, and small adapters with a promise of that.
 
 A base and what was tuned from it, both of transformers, and some texts are enough::
 

@@ -357,7 +357,7 @@ def check(
     device: str = "cpu",
     report: Report | None = None,
 ) -> Measured:
-    """Measure how much of a tuned model a stand-in keeps, on texts that chose nothing about it.
+    """Measure how much of a tuned model a stand-in keeps, on texts not used to make or choose it.
 
     A stand-in is whatever loads: an adapter of any kind that peft reads, a merged checkpoint, a
     file in GGUF, or the tuned model itself, in another type. Nothing is kept between checks: limits
