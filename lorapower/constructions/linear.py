@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import _checks, lowrank
+from .. import _checks, lowrank, randomness
 from ..adapters import Adapters
 from ..errors import SingularError
 from ..lowrank import SVD, LowRank
@@ -68,14 +68,16 @@ def adapt_linear(
     """Bring ``∏(W_l + ΔW_l)`` as close to ``W̄`` as the ranks of the adapters allow.
 
     The plain splitting hands out the singular triplets of ``E = W̄ − ∏ W_l`` to the layers in turn.
-    Where it rounds by more than a few units of the last place, the proof's splitting is tried, and
-    then the same for the transposed network. Each member of the batch keeps its splitting of least
+    Where it rounds by more than a few units of the last place, the proof's splitting is tried, then
+    the same for the transposed network, and then a split that adapts the layer first that is most
+    nearly singular. Each member of the batch keeps its splitting of least
     rounding error.
 
     Raises `InputError` for ranks out of range and for what `networks.Gap` refuses, and
     `SingularError` where every splitting rounds by more than half of the digits: ``rounding_error``
     is above ``eps^{1/2}`` of ``‖W̄‖_2`` (of the predicted error, if that is larger, and of ``‖E‖_2``
-    if ``W̄ = 0``). Source: [thm-optimal-adaptation], [lem-splitting], [lem-any-change].
+    if ``W̄ = 0``). Source: [thm-optimal-adaptation], [lem-splitting], [lem-any-change],
+    [prop-singular].
 
     Parameters
     ----------
@@ -202,6 +204,21 @@ def _split(problem: _Problem, accepted: Tensor) -> _Solution:
         poor = best.rounding > accepted
         if poor.any():
             best.improve(poor, way(problem.members(poor)))
+    return _improve_singular(problem, best, accepted)
+
+
+def _improve_singular(problem: _Problem, best: _Solution, accepted: Tensor) -> _Solution:
+    """Adapt the most nearly singular layer of each poor member first, which may make it regular.
+
+    A layer with a kernel of ``k`` dimensions needs a rank of ``k`` for that [prop-singular].
+    """
+    spectra = [lowrank.spectrum(weight) for weight in problem.weights]
+    tiny = torch.finfo(best.rounding.dtype).tiny
+    worst = torch.stack([S[:, -1] / S[:, 0].clamp(min=tiny) for S in spectra], 1).argmin(1)
+    for layer in [l for l, rank in enumerate(problem.ranks) if rank]:
+        poor = (best.rounding > accepted) & (worst == layer)
+        if poor.any():
+            best.improve(poor, _adapt_in_turn(problem.members(poor), first=layer))
     return best
 
 
@@ -259,11 +276,21 @@ def _share_by_lemma(
     return outer @ X, inner @ ((X + Z) / (1 + cosines[:, None]))
 
 
-def _adapt_in_turn(problem: _Problem, *, by_lemma: bool = True) -> _Solution:
+def _share_at_random(outer: Tensor, inner: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Take ``outer X`` and ``inner Y`` with ``Yᵀ X = 1`` in general position."""
+    draw = randomness.generator(0, "shares of a change", *outer.shape)
+    X, Y = randomness.normal(draw, 2, outer.shape[-1], rank, dtype=outer.dtype).to(outer.device)
+    X = torch.linalg.qr(X).Q
+    return outer @ X, inner @ (Y @ torch.linalg.inv(X.mT @ Y))
+
+
+def _adapt_in_turn(
+    problem: _Problem, *, by_lemma: bool = True, first: int | None = None
+) -> _Solution:
     """Adapt layer after layer, each to its share ``outer innerᵀ`` of the change that remains.
 
     By the lemma, columns are handed out after which the later layers can still do theirs
-    [lem-splitting]; otherwise the leading ones.
+    [lem-splitting]; otherwise the leading ones. A singular layer ``first`` takes them at random.
     """
     weights, ranks, best_map, svd, noise = problem
     factors = [
@@ -272,20 +299,22 @@ def _adapt_in_turn(problem: _Problem, *, by_lemma: bool = True) -> _Solution:
     ]
     adapted = list(weights)
     conditions = best_map.new_ones(len(best_map), len(weights))
-    layers = [l for l, rank in enumerate(ranks) if rank]
-    for l in layers:
+    layers = sorted([l for l, rank in enumerate(ranks) if rank], key=lambda l: l != first)
+    for place, l in enumerate(layers):
         passed = _finite(product(adapted))
         U, S, V = svd if l == layers[0] else lowrank.svd(_finite(best_map - passed))
         after, before = [w.mT for w in reversed(adapted[l + 1 :])], adapted[:l]
         left, right = (
             lowrank.svd(_finite(product(part)).mT) if part else None for part in (after, before)
         )
-        remaining = min(sum(ranks[l:]), int((S > noise).any(0).sum()))
+        remaining = min(sum(ranks[k] for k in layers[place:]), int((S > noise).any(0).sum()))
         rank = min(ranks[l], remaining)
         if rank == 0:
             continue
         outer, inner = U[..., :remaining], V[..., :remaining] * S[:, None, :remaining]
-        if by_lemma and rank < remaining:
+        if l == first and rank < remaining:
+            outer, inner = _share_at_random(outer, inner, rank)
+        elif by_lemma and rank < remaining:
             outer, inner = _share_by_lemma(outer, inner, rank, passed, left)
         outer, inner = outer[..., :rank], inner[..., :rank]
         # Pieces of zeros (of a target that is reached already) need no system, singular or not.

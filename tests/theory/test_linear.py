@@ -170,6 +170,22 @@ def test_one_singular_layer_with_rank_to_spare_is_adapted_first(singular: int) -
     assert distance(solution.adapters.merge(frozen), target) < 1e-12
 
 
+@given(st.integers(2, 7), st.integers(2, 4), seeds, st.data())
+def test_a_singular_layer_needs_the_rank_that_it_lacks(
+    width: int, depth: int, seed: int, data: st.DataObject
+) -> None:
+    kernel, which = data.draw(st.integers(1, width)), data.draw(st.integers(0, depth - 1))
+    target = LinearNetwork.random(1, width, seed=seed)
+    weights = [*conditioned(depth, width, seed=seed).weights]
+    weights[which] = lowrank.truncated_svd(weights[which], width - kernel).matrix()
+    ranks = data.draw(st.lists(st.integers(0, width), min_size=depth, max_size=depth))
+    ranks[which] = max(ranks[which], kernel)
+    found = adapt_linear(LinearNetwork(weights), target, ranks)
+    merged = found.adapters.merge(LinearNetwork(weights))
+    spectral, _ = tails(LinearNetwork(weights), target, sum(ranks))
+    np.testing.assert_allclose(distance(merged, target), spectral, atol=1e-6)
+
+
 @given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 5), dtypes)
 def test_a_target_that_is_reached_already_needs_nothing(
     width: int, depth: int, rank: int, dtype: torch.dtype
