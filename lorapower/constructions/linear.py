@@ -70,8 +70,7 @@ def adapt_linear(
     The plain splitting hands out the singular triplets of ``E = W̄ − ∏ W_l`` to the layers in turn.
     Where it rounds by more than a few units of the last place, the proof's splitting is tried, then
     the same for the transposed network, and then a split that adapts the layer first that is most
-    nearly singular. Each member of the batch keeps its splitting of least
-    rounding error.
+    nearly singular. Each member of the batch keeps its splitting of least rounding error.
 
     Raises `InputError` for ranks out of range and for what `networks.Gap` refuses, and
     `SingularError` where every splitting rounds by more than half of the digits: ``rounding_error``
@@ -204,10 +203,12 @@ def _split(problem: _Problem, accepted: Tensor) -> _Solution:
         poor = best.rounding > accepted
         if poor.any():
             best.improve(poor, way(problem.members(poor)))
-    return _improve_singular(problem, best, accepted)
+    if (best.rounding > accepted).any():
+        _improve_singular(problem, best, accepted)
+    return best
 
 
-def _improve_singular(problem: _Problem, best: _Solution, accepted: Tensor) -> _Solution:
+def _improve_singular(problem: _Problem, best: _Solution, accepted: Tensor) -> None:
     """Adapt the most nearly singular layer of each poor member first, which may make it regular.
 
     A layer with a kernel of ``k`` dimensions needs a rank of ``k`` for that [prop-singular].
@@ -219,7 +220,6 @@ def _improve_singular(problem: _Problem, best: _Solution, accepted: Tensor) -> _
         poor = (best.rounding > accepted) & (worst == layer)
         if poor.any():
             best.improve(poor, _adapt_in_turn(problem.members(poor), first=layer))
-    return best
 
 
 def _split_transposed(problem: _Problem) -> _Solution:

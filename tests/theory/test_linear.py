@@ -171,7 +171,7 @@ def test_one_singular_layer_with_rank_to_spare_is_adapted_first(singular: int) -
 
 
 @given(st.integers(2, 7), st.integers(2, 4), seeds, st.data())
-def test_a_singular_layer_needs_the_rank_that_it_lacks(
+def test_a_singular_layer_with_the_rank_that_it_lacks_attains_the_bound(
     width: int, depth: int, seed: int, data: st.DataObject
 ) -> None:
     kernel, which = data.draw(st.integers(1, width)), data.draw(st.integers(0, depth - 1))
@@ -183,7 +183,7 @@ def test_a_singular_layer_needs_the_rank_that_it_lacks(
     found = adapt_linear(LinearNetwork(weights), target, ranks)
     merged = found.adapters.merge(LinearNetwork(weights))
     spectral, _ = tails(LinearNetwork(weights), target, sum(ranks))
-    np.testing.assert_allclose(distance(merged, target), spectral, atol=1e-6)
+    np.testing.assert_allclose(distance(merged, target), spectral, atol=1e-7)
 
 
 @given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 5), dtypes)
