@@ -1,8 +1,9 @@
-"""How rates are chosen, ways to tune named, and how sure a difference of scores is."""
+"""How rates are chosen, ways to tune named, findings checked, and how sure a difference is."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -44,6 +45,16 @@ def name_ways(runs: pd.DataFrame) -> pd.Series[str]:
     whole = {"full": "all weights", "linear": "linear layers in full", "head": "the base"}
     names = runs.method.map(whole).fillna(runs.targets)
     return names.mask(names == "all", "rank " + runs["rank"].map("{:.0f}".format))
+
+
+def halves(table: pd.DataFrame, statistic: Callable[[pd.DataFrame], Any]) -> list[Any]:
+    """Compute a statistic on the first half of the problems, by ``seed``, and on the second.
+
+    A bar that is set on the first half is checked on the second. One problem has no second half.
+    """
+    seeds = np.sort(table.seed.unique())
+    first = table.seed.isin(seeds[: -(-len(seeds) // 2)])
+    return [statistic(rows) for rows in (table[first], table[~first]) if len(rows)]
 
 
 def contributions(runs: pd.DataFrame) -> NDArray[np.float64]:

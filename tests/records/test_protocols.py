@@ -88,6 +88,13 @@ def test_the_best_rate_is_the_lowest_of_those_not_worse() -> None:
         assert len(kept) == 4 + 3
 
 
+def test_findings_are_taken_on_both_halves_of_the_problems() -> None:
+    rows = [(seed, way, float(seed)) for way in "ab" for seed in (7, 3, 5, 4, 6)]
+    table = pd.DataFrame(rows, columns=["seed", "way", "error"])
+    assert protocols.halves(table, lambda rows: [*rows.error]) == [[3, 5, 4] * 2, [7, 6] * 2]
+    assert protocols.halves(table[table.seed == 3], len) == [2]
+
+
 # Intervals
 
 
