@@ -163,19 +163,26 @@ def squared_spectra(
     ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]
 ) -> Float[Tensor, "heads heads rank"]:
     """Compute the squared singular values of the differences of each head and each other."""
+    signs = (1, -1)
+    inner = [(one.mT @ one, other.mT @ other) for one, other in zip(ours, theirs, strict=True)]
     found = []
     for g, mine in enumerate(zip(*ours, strict=True)):
-        first, second = (
-            torch.cat([one.expand_as(every), sign * every], -1)
-            for one, every, sign in zip(mine, theirs, (1, -1), strict=True)
-        )
-        G, H = first.mT @ first, second.mT @ second
+        grams = []
+        for one, every, sign, (own, other) in zip(mine, theirs, signs, inner, strict=True):
+            mixed = sign * one.mT @ every
+            top = torch.cat([own[g].expand_as(mixed), mixed], -1)
+            grams.append(torch.cat([top, torch.cat([mixed.mT, other], -1)], -2))
+        G, H = grams
         # Heads of a group have dependent keys.
         least = 1e-14 * G.diagonal(dim1=-2, dim2=-1).sum(-1)
         C = torch.linalg.cholesky(G + least[:, None, None] * torch.eye(G.shape[-1]).to(G))
         squares = torch.linalg.eigvalsh(C.mT @ H @ C).clamp(min=0).flip(-1)
         # Those in one place may differ by little, as eigenvalues do by rounding.
-        squares[g] = spectrum(first[g], second[g]).square()
+        left, right = (
+            torch.cat([one, sign * every[g]], -1)
+            for one, every, sign in zip(mine, theirs, signs, strict=True)
+        )
+        squares[g] = spectrum(left, right).square()
         found.append(squares)
     return torch.stack(found)
 
