@@ -18,7 +18,6 @@ from loraplan.lab import package_folder as package_folder
 from loraplan.lab import public_name as public_name
 from loraplan.lab import quiet as quiet
 from loraplan.lab import tokenizer as tokenizer
-from lorapower import randomness
 
 with warnings.catch_warnings():
     # Libraries import it, and without widgets in a notebook it warns of plain bars.
@@ -43,15 +42,6 @@ def decoder(model: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     return load(AutoModelForCausalLM, model, dtype=torch.float32)
-
-
-def untrained(model: str) -> Any:
-    """Make a language model of the same configuration, initialized as by its own library."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = load(AutoConfig, model)
-    with randomness.seeded(0, "untrained language model"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def save(network: Any, model: str, folder: Any) -> None:

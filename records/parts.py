@@ -137,6 +137,14 @@ def heads(base: Decoder, tuned: Decoder) -> Iterator[Row]:
     yield -1, "scores", "shortest", float(lengths.min() / lengths.median())
 
 
+def shuffled(network: Decoder) -> Decoder:
+    """Give what `factors` reads with coordinates of tokens in another order, drawn once."""
+    draw = randomness.generator(0, "order of coordinates")
+    order = torch.randperm(network.width, generator=draw)
+    into = {name: getattr(network, name)[..., order] for name in ("W_Q", "W_K", "W_V", "g_1")}
+    return network.replace(W_O=network.W_O[..., order, :], **into)
+
+
 def tails(frozen: Decoder, target: Decoder, name: str) -> Iterator[Adapted]:
     """Compute by how much adapters of each rank on each weight of each head must miss the target.
 
@@ -362,11 +370,9 @@ def work(settings: list[PartRun]) -> list[PartResults]:
         found = [*weights(pair)]
     elif setting.stage == "heads":
         networks = (models.decoder(name) for name in (models.LANGUAGE, str(folder)))
-        base, tuned, new = (
-            from_decoder(one, final_norm=False).to(torch.float64)
-            for one in (*networks, models.untrained(models.LANGUAGE))
-        )
-        found = [*heads(base, tuned), *tails(base, tuned, "base"), *tails(new, tuned, "untrained")]
+        base, tuned = (from_decoder(one, final_norm=False).to(torch.float64) for one in networks)
+        found = [*heads(base, tuned), *tails(base, tuned, "base")]
+        found += tails(shuffled(base), tuned, "shuffled")
     elif setting.stage == "turns":
         sentences = [s for part in ("test", "validation") for s in pairs.texts(kind, part)]
         ids = pair.tokenizer(sentences)["input_ids"]
