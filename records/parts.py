@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from loraplan import Adapter, Pair, Planner
@@ -134,6 +135,64 @@ def heads(base: Decoder, tuned: Decoder) -> Iterator[Row]:
     yield -1, "scores", "cosine", max(map(largest_cosine, met))
     lengths = torch.stack(met).norm(dim=-1)
     yield -1, "scores", "shortest", float(lengths.min() / lengths.median())
+
+
+def shuffled(network: Decoder) -> Decoder:
+    """Give what `factors` reads with coordinates of tokens in another order, drawn once."""
+    draw = randomness.generator(0, "order of coordinates")
+    order = torch.randperm(network.width, generator=draw)
+    into = {name: getattr(network, name)[..., order] for name in ("W_Q", "W_K", "W_V", "g_1")}
+    return network.replace(W_O=network.W_O[..., order, :], **into)
+
+
+def tails(frozen: Decoder, target: Decoder, name: str) -> Iterator[Adapted]:
+    """Compute by how much adapters of each rank on each weight of each head must miss the target.
+
+    Adapters of ranks ``R`` on two weights leave ``Σ_{i>2R} σ_i²`` of a difference of two heads, or
+    more [Eckart and Young]. Summed over heads, in the order of heads that makes the sum of both
+    parts least, over the squared norm of the target's heads; ``moved`` counts heads that are not in
+    their places. With rotary positions scores are those at distance 0.
+    """
+    ours, theirs = factors(frozen), factors(target)
+    beyond = {}
+    for part in ours:
+        left, right = theirs[part]
+        values = squared_spectra(ours[part], theirs[part])
+        total = spectrum(left, right).square().sum()
+        beyond[part] = values.flip(-1).cumsum(-1).flip(-1)[..., ::2] / total
+    for R, cost in enumerate(sum(beyond.values()).unbind(-1)):  # type: ignore[union-attr]
+        order = linear_sum_assignment(cost)
+        yield -1, "", f"{name} moved", int((order[0] != order[1]).sum()), 2 * R
+        for part, tail in beyond.items():
+            yield -1, part, f"{name} tail", float(tail[*order, R].sum()), 2 * R
+
+
+def squared_spectra(
+    ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]
+) -> Float[Tensor, "heads heads rank"]:
+    """Compute the squared singular values of the differences of each head and each other."""
+    signs = (1, -1)
+    inner = [(one.mT @ one, other.mT @ other) for one, other in zip(ours, theirs, strict=True)]
+    found = []
+    for g, mine in enumerate(zip(*ours, strict=True)):
+        grams = []
+        for one, every, sign, (own, other) in zip(mine, theirs, signs, inner, strict=True):
+            mixed = sign * one.mT @ every
+            top = torch.cat([own[g].expand_as(mixed), mixed], -1)
+            grams.append(torch.cat([top, torch.cat([mixed.mT, other], -1)], -2))
+        G, H = grams
+        # Heads of a group have dependent keys.
+        least = 1e-14 * G.diagonal(dim1=-2, dim2=-1).sum(-1)
+        C = torch.linalg.cholesky(G + least[:, None, None] * torch.eye(G.shape[-1]).to(G))
+        squares = torch.linalg.eigvalsh(C.mT @ H @ C).clamp(min=0).flip(-1)
+        # Those in one place may differ by little, as eigenvalues do by rounding.
+        left, right = (
+            torch.cat([one, sign * every[g]], -1)
+            for one, every, sign in zip(mine, theirs, signs, strict=True)
+        )
+        squares[g] = spectrum(left, right).square()
+        found.append(squares)
+    return torch.stack(found)
 
 
 def factors(network: Decoder) -> dict[str, tuple[Tensor, Tensor]]:
@@ -311,8 +370,9 @@ def work(settings: list[PartRun]) -> list[PartResults]:
         found = [*weights(pair)]
     elif setting.stage == "heads":
         networks = (models.decoder(name) for name in (models.LANGUAGE, str(folder)))
-        base, tuned = (from_decoder(one, final_norm=False) for one in networks)
-        found = [*heads(base.to(torch.float64), tuned.to(torch.float64))]
+        base, tuned = (from_decoder(one, final_norm=False).to(torch.float64) for one in networks)
+        found = [*heads(base, tuned), *tails(base, tuned, "base")]
+        found += tails(shuffled(base), tuned, "shuffled")
     elif setting.stage == "turns":
         sentences = [s for part in ("test", "validation") for s in pairs.texts(kind, part)]
         ids = pair.tokenizer(sentences)["input_ids"]

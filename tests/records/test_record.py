@@ -92,3 +92,28 @@ def test_heads_differ_by_the_rank_of_their_changes() -> None:
     # Heads of a group share keys, of the tuned network too.
     assert found["adapted", -1, "scores", "dependent"] == 2 * 2 * 4
     assert found["other", -1, "scores", "dependent"] == 0
+
+
+def test_tails_are_what_ranks_miss_in_the_best_order_of_heads() -> None:
+    kind: Any = {"head_size": 2, "residual": True, "norm": "rms", "rotary": 1e4}
+    base, other = (Decoder.random(1, 8, 3, hidden=8, seed=seed, **kind) for seed in (0, 1))
+    draw = randomness.generator(2, "near")
+    near = base.map(lambda W: W + 0.01 * randomness.normal(draw, *W.shape))
+    order = torch.tensor([2, 0, 1])
+    moved = near.replace(**{name: getattr(near, name)[:, order] for name in ("W_Q", "W_K")})
+    moved = moved.replace(**{name: getattr(near, name)[:, order] for name in ("W_V", "W_O")})
+    found = {
+        name: {row[1:3]: row[3] for row in parts.tails(base, target, "base") if row[4] == 2}
+        for name, target in {"near": near, "moved": moved, "other": other}.items()
+    }
+    assert found["near"]["", "base moved"] == 0
+    assert found["moved"]["", "base moved"] == 3
+    for part in ("scores", "values"):
+        at = part, "base tail"
+        assert found["near"][at] == pytest.approx(found["moved"][at], rel=1e-6)
+        assert found["near"][at] < found["other"][at]
+        was, now = (
+            left @ right.mT for left, right in (parts.factors(one)[part] for one in (base, near))
+        )
+        left_out = torch.linalg.svdvals(now - was)[:, 2:].square().sum()
+        assert found["near"][at] == pytest.approx(float(left_out / now.square().sum()))
