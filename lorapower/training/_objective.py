@@ -21,14 +21,21 @@ from .tuning import Data, Labelled
 class Objective:
     """Losses of runs, whose networks are a batch, on checked batches of labelled inputs.
 
-    ``one_sided`` says which runs are trained by the one-sided loss. Labels that are integers are
-    classes, one for each output.
+    ``one_sided`` says which runs are trained by the one-sided loss, and ``if_dead`` which by it for
+    dead outputs alone. Labels that are integers are classes, one for each output.
     """
 
-    def __init__(self, network: Network, data: Data, one_sided: Bool[Tensor, " runs"]) -> None:
+    def __init__(
+        self,
+        network: Network,
+        data: Data,
+        one_sided: Bool[Tensor, " runs"],
+        if_dead: Bool[Tensor, " runs"],
+    ) -> None:
         self.network, self.data = network, data
         self.has_classes = not torch.as_tensor(data.validation[1]).is_floating_point()
-        self.has_one_sided, self.one_sided = bool(one_sided.any()), one_sided[:, None, None]
+        self.has_one_sided = bool((one_sided | if_dead).any())
+        self.one_sided, self.if_dead = one_sided[:, None, None], if_dead[:, None, None]
         ends_with_relu = isinstance(network, FNN) and not network.linear_last
         if self.has_one_sided and (self.has_classes or not ends_with_relu):
             allowed = "'squared', but for ReLU networks that end with a ReLU and a squared error"
@@ -50,7 +57,10 @@ class Objective:
             return self._loss(_outputs(network, x), y)
         # The last ReLU acts only where an output should be 0 [def-one-sided].
         last = _preactivation(network, x)
-        return self._loss(torch.where(self.one_sided & (y > 0), last, last.relu()), y)
+        reached = self.one_sided
+        if self.if_dead.any():
+            reached = reached | self.if_dead & (last <= 0).all(-1, keepdim=True)
+        return self._loss(torch.where(reached & (y > 0), last, last.relu()), y)
 
     def validation_loss(self, network: Network) -> Float[Tensor, " runs"]:
         """Compute the loss that each run's parameters are chosen by."""

@@ -73,7 +73,8 @@ def train(
     until = _checks.number("until", until, 0)
     runs = _Runs(frozen, tunings, seed)
     one_sided = runs.each(lambda tuning: tuning.loss == "one-sided")
-    objective = Objective(runs.frozen, data, one_sided)
+    if_dead = runs.each(lambda tuning: tuning.loss == "one-sided-dead")
+    objective = Objective(runs.frozen, data, one_sided, if_dead)
     optimizer = _Optimizer(runs, steps)
     # glibc keeps freed memory for reuse up to twice the largest block freed so far; beyond that
     # every step would ask the system for its pages, in a third of its time.

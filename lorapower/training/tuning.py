@@ -19,7 +19,7 @@ from ..networks.base import Network
 
 LARGEST = torch.finfo(torch.float32).max
 Schedule = Literal["constant", "cosine"]
-Loss = Literal["squared", "one-sided"]
+Loss = Literal["squared", "one-sided", "one-sided-dead"]
 # Inputs and labels as `Data` describes them.
 Labelled = tuple[Float[Tensor, "..."], Num[Tensor, "..."]]
 
@@ -40,7 +40,8 @@ class Tuning:
         [thm-transformer] get adapters.
     loss : Loss
         ``"one-sided"`` [def-one-sided] is for networks that end with a ReLU and outputs of at least
-        0. The best parameters are chosen by the squared error either way.
+        0; ``"one-sided-dead"`` is this for outputs that are 0 on the whole batch, and squared for
+        all others. The best parameters are chosen by the squared error either way.
 
     Examples
     --------

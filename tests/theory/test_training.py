@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from lorapower import InputError, _checks, randomness, training
 from lorapower.networks import FNN, Decoder, LinearNetwork, Partition, Transformer
 from lorapower.training import Data, Fixed, Fresh, Training, Tuning, train
 from lorapower.training.dynamics import flow
+from lorapower.training.tuning import Loss
 
 KINDS = ("linear", "fnn", "transformer")
 LINEAR_LAST = "fnn, linear last"
@@ -108,14 +109,16 @@ def plain_loop(
         parameter.requires_grad_()
     adam = torch.optim.Adam(tuned, tuning.learning_rate, weight_decay=tuning.weight_decay)
 
-    def loss(x: Tensor, y: Tensor, one_sided: bool = False) -> Tensor:
+    def loss(x: Tensor, y: Tensor, kind: str = "squared") -> Tensor:
         adapted = [full.get(m, weight) for m, weight in enumerate(weights)]
         for m, (A, B) in factors.items():
             adapted[m] = adapted[m] + A @ B.T
         network = frozen.with_parameters(adapted, biases, checked=False)
-        if one_sided:
+        if kind != "squared":
             p = FNN(network.weights, network.biases, linear_last=True, checked=False)(x.double())
-            return torch.where(y > 0, p - y, p.clamp(min=0)).square().mean()
+            rows = [kind == "one-sided" or bool(row.max() <= 0) for row in p]
+            parts = [row if whole else row.clamp(min=0) for row, whole in zip(p, rows, strict=True)]
+            return torch.where(y > 0, torch.stack(parts) - y, p.clamp(min=0)).square().mean()
         return mean_loss(network(x.double()), y)
 
     training, validation = [math.nan], [loss(*data.validation).item()]
@@ -125,7 +128,7 @@ def plain_loop(
         if tuning.schedule == "cosine":
             part_left = (1 + math.cos(math.pi * step / steps)) / 2
             adam.param_groups[0]["lr"] = tuning.learning_rate * part_left
-        value = loss(x, y, tuning.loss == "one-sided")
+        value = loss(x, y, tuning.loss)
         (value + idle).backward()
         adam.step()
         training.append(value.item())
@@ -167,7 +170,7 @@ def chains(draw: st.DrawFn) -> tuple[Any, list[Tuning]]:
         "learning_rate": st.sampled_from([1e-3, 1e-2]),
         "weight_decay": st.sampled_from([0.0, 1e-2]),
         "schedule": st.sampled_from(["constant", "cosine"]),
-        "loss": st.sampled_from(["squared", "one-sided"] if kind == "fnn" else ["squared"]),
+        "loss": st.sampled_from(get_args(Loss)[: 3 if kind == "fnn" else 1]),
     }
     full = st.builds(Tuning, final=st.integers(1, len(shapes)), **options)
     tunings = draw(st.lists(st.builds(Tuning, ranks, **options) | full, min_size=1, max_size=3))
@@ -448,6 +451,7 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("data's inputs", lambda: run("transformer", data=fresh("fnn"))),
     ("data's inputs", lambda: run(data=given_data(x_validation=X[:5]))),
     ("loss", lambda: run("linear", ONE_SIDED)),
+    ("loss", lambda: run("linear", replace(ONE_SIDED, loss="one-sided-dead"))),
     ("loss", lambda: run(LINEAR_LAST, ONE_SIDED)),
     ("loss", lambda: run("transformer", ONE_SIDED)),
     ("loss", lambda: run(tuning=ONE_SIDED, data=Fixed((X, CLASSES), (X, CLASSES)))),
@@ -481,3 +485,20 @@ def test_subnormal_numbers_are_what_the_caller_says_again_afterwards() -> None:
     with pytest.raises(ZeroDivisionError), _checks.flushing():
         1 / math.prod([1e-200, 1e-120])
     assert math.prod([1e-200, 1e-120]) > 0
+
+
+def test_the_one_sided_loss_of_dead_outputs_leaves_the_others_squared() -> None:
+    frozen, x = FNN.random(1, 6), torch.randn(6, 50, dtype=torch.float64)
+    p, y = frozen.preactivations(x)[0], torch.rand(6, 50, dtype=torch.float64)
+    # Off everywhere; on at one input; and as drawn.
+    lift = torch.cat([-p[0].max()[None] - 1, 1e-3 - p[1].max()[None], torch.zeros(4)])
+    start = frozen.with_parameters(frozen.weights, [frozen.biases[0] + lift], checked=False)
+    p = p + lift[:, None]
+    errors = torch.cat([(p - y)[:1], (p.relu() - y)[1:]])
+    slopes = (errors * torch.cat([torch.ones_like(p[:1]), (p[1:] > 0)])).mean(1)
+    tuning = Tuning(final=1, loss="one-sided-dead")
+    trained = train(start, [tuning], Fixed((x, y), (x, y)), steps=1)
+    assert trained.training_loss[0, 1] == pytest.approx(float(errors.square().mean()), rel=1e-5)
+    # Adam's first step has its rate for length.
+    moved = trained.network.biases[0][0].double() - start.biases[0]
+    torch.testing.assert_close(moved, -1e-3 * slopes.sign(), rtol=1e-3, atol=1e-7)
