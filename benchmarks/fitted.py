@@ -54,7 +54,7 @@ def main() -> None:
         train(frozen, [tuning], data, steps=1)
 
         fit, fitting = timed(adapt_fitted, frozen, target, rank, *inputs, throw=False)
-        options = {"iterations": chosen.iterations, "throw": False}
+        options = {"iterations": chosen.iterations, "steps": 0, "throw": False}
         better, polishing = timed(polish, fit, *inputs, **options)
         adam = {"steps": chosen.steps, "every": 10}
         runs, training = timed(train, frozen, [tuning], data, **adam)

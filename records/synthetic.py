@@ -126,7 +126,7 @@ def measure(runs: Sequence[Run]) -> list[Errors]:
     def fit(method: Fitted) -> Adapters:
         adaptation = fit_plainly(method.ranks, method.inputs)
         if method.polished:
-            options: Any = {"iterations": method.iterations, "throw": False}
+            options: Any = {"iterations": method.iterations, "steps": 0, "throw": False}
             adaptation = polish(adaptation, *samples(method.inputs), **options)
         return adaptation.adapters
 

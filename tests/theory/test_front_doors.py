@@ -261,8 +261,8 @@ DOORS = [
     ),
     Door(
         polish,
-        {"fitted": FITTED, "inputs": X, "held_out": 2 * X, "iterations": 1},
-        {"inputs": [NAN], "iterations": [-1]},
+        {"fitted": FITTED, "inputs": X, "held_out": 2 * X, "iterations": 1, "steps": 1},
+        {"inputs": [NAN], "iterations": [-1], "steps": [-1]},
     ),
     # Bounds
     Door(bounds.fnn_error, RELU | {"ranks": 1, "inputs": X}, {"ranks": [4], "inputs": [NAN]}),

@@ -27,7 +27,7 @@ from lorapower.constructions.fused import fuse
 from lorapower.networks import FNN, Decoder, Gap, LinearNetwork, Transformer
 from lorapower.regions import Ball, Samples
 from lorapower.regression import relative_error
-from lorapower.training import Fresh, Tuning, polish, train
+from lorapower.training import Fixed, Fresh, Tuning, polish, train
 
 KINDS = ["linear", "fnn", "transformer"]
 
@@ -208,7 +208,7 @@ def test_fits_lose_to_no_construction_and_no_iteration_makes_them_worse() -> Non
         for each in (found, built)
     )
     assert left <= of_built * (1 + 1e-9)
-    polished = (polish(found, x, others, iterations=count) for count in (1, 10, 60))
+    polished = (polish(found, x, others, iterations=count, steps=0) for count in (1, 10, 60))
     errors = [fused_error(each, x) for each in (found, *polished)]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > errors[1] > errors[3]
@@ -219,11 +219,30 @@ def test_partitions_unequal_ranks_and_linear_ends() -> None:
     x, others = normal(6, 100), normal(6, 200, seed=1)
     found = adapt_fitted(frozen, target, [1, 2, 0, 1, 2], x, others)
     assert found.adapters.ranks == (1, 2, 0, 1, 2)
-    better = polish(found, x, others, iterations=20)
+    better = polish(found, x, others, iterations=20, steps=20)
     choosing, test = others.tensor_split(2, -1)
     assert fused_error(better, choosing) <= fused_error(found, choosing)
     error = relative_error(better.adapters.merge(frozen)(test), target(test))
     assert float(better.error) == pytest.approx(float(error))
+
+
+def test_polish_tries_plain_training() -> None:
+    frozen, target = relu(2, 1, 16)
+    x, others = normal(16, 2000), normal(16, 400, seed=1)
+    fit = adapt_fitted(frozen, target, 1, x, others, throw=False)
+    options: Any = {"iterations": 1, "throw": False}
+    alone, better = (polish(fit, x, others, steps=steps, **options) for steps in (0, 500))
+    given = Fixed((x, target(x)), (select := others[:, :200], target(select)), samples=256)
+    tuning = Tuning(1, learning_rate=1e-2, schedule="cosine")
+    plain = train(frozen, [tuning], given, steps=500, every=20).adapters[0].to(torch.float64)
+    errors = [
+        float(relative_error(adapters.merge(frozen)(select), target(select)))
+        for adapters in (better.adapters, plain, fit.adapters, alone.adapters)
+    ]
+    assert errors[0] == pytest.approx(min(errors))
+    assert errors[0] < errors[3]
+    again = polish(fit, x, others, steps=500, **options)
+    assert float(again.error) == float(better.error)
 
 
 @pytest.mark.parametrize("kind", ["few", "repeated", "zeros", "constant"])
@@ -235,7 +254,8 @@ def test_degenerate_inputs(kind: str) -> None:
     for frozen, target in (relu(2, 1, 6), relu(4, 2, 6)):
         assert adapt_fitted(frozen, target, 3, x, others).error < 1e-18
         assert adapt_fitted(frozen, target, 1, x, others).error.isfinite()
-        assert polish(adapt_fitted(frozen, target, 1, x, others), x, others).error.isfinite()
+        fit = adapt_fitted(frozen, target, 1, x, others)
+        assert polish(fit, x, others, steps=20).error.isfinite()
 
 
 @given(st.integers(2, 6), st.integers(0, 4), st.booleans(), dtypes, seeds)
