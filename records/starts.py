@@ -247,6 +247,10 @@ def chosen(table: pd.DataFrame) -> dict[str, float]:
 def every() -> pd.DataFrame:
     """Search for rates with seed 0, then train with the others, one after another."""
     asked = grid(StartRun, start=[*STARTS], learning_rate=[*RATES])
+    for start, rate in chosen(run(asked, work, "starts", size=1)).items():
+        if rate in (RATES[0], RATES[-1]):
+            following = rate / 2 if rate == RATES[0] else 2 * rate
+            asked.append(StartRun(start=start, learning_rate=following))
     table = run(asked, work, "starts", size=1)
     rates = chosen(table)
     for seed in SEEDS:
