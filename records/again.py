@@ -46,7 +46,7 @@ MADE: dict[str, tuple[type[Any], Callable[..., Any]]] = {
 def settings(table: pd.DataFrame, kind: type[Any]) -> list[Any]:
     """Read the setting of each row of a table back, as values of a kind."""
     if "problem" not in kind.model_fields:
-        rows = table.convert_dtypes().filter(list(kind.model_fields))
+        rows: Any = table.convert_dtypes().filter(list(kind.model_fields))
         return [kind(**row) for row in rows.to_dict("records")]
     problem, found = kind.model_fields["problem"].annotation, []
     for _, row in table.convert_dtypes().rename(columns={"method": "kind"}).iterrows():

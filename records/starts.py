@@ -110,12 +110,12 @@ def held_out(network: Any, setting: StartRun, part: str) -> float:
 def gradients(source: str, model: str, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Find each layer's gradient at the base, and its inputs, on the first texts of a seed."""
     network = models.decoder(model).requires_grad_(False)
-    layers, inputs = language.linear_layers(network.base_model), {}
+    layers = language.linear_layers(network.base_model)
+    inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
     for name, layer in layers.items():
         layer.weight.requires_grad_(True)
-        inputs[name] = seen = []  # type: ignore[var-annotated]
         layer.register_forward_pre_hook(
-            lambda _, given, seen=seen: seen.append(given[0].detach().float().flatten(0, 1))
+            lambda _, given, seen=inputs[name]: seen.append(given[0].detach().float().flatten(0, 1))
         )
     setting = StartRun(source=source, model=model, seed=seed)
     masks = []
@@ -123,9 +123,8 @@ def gradients(source: str, model: str, seed: int) -> dict[str, tuple[Tensor, Ten
         (losses(network, batch).mean() / SEEN).backward()
         masks.append(batch["attention_mask"].flatten().bool())
     there = torch.cat(masks)
-    return {
-        name: (layer.weight.grad, torch.cat(inputs[name])[there]) for name, layer in layers.items()
-    }
+    slopes: dict[str, Any] = {name: layer.weight.grad for name, layer in layers.items()}
+    return {name: (slope, torch.cat(inputs[name])[there]) for name, slope in slopes.items()}
 
 
 @functools.lru_cache(maxsize=8)
@@ -237,7 +236,7 @@ def work(settings: list[StartRun]) -> list[StartResults]:
     return [train(setting) for setting in settings]
 
 
-def chosen(table: pd.DataFrame) -> dict[str, float]:
+def chosen(table: pd.DataFrame) -> dict[Any, float]:
     """Take each start's rate with the least loss on validation texts."""
     searched = table[(table.part == "validation") & (table.steps > 0)]
     best = searched.loc[searched.groupby("start").loss.idxmin()]
@@ -255,8 +254,8 @@ def every() -> pd.DataFrame:
     rates = chosen(table)
     for seed in SEEDS:
         asked += [
-            StartRun(start=start, learning_rate=rates[start], part="test", seed=seed)
-            for start in STARTS
+            StartRun(start=start, learning_rate=rate, part="test", seed=seed)
+            for start, rate in rates.items()
         ]
         table = run(asked, work, "starts", size=1)
         put(table, "starts")  # so far

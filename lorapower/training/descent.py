@@ -155,7 +155,8 @@ def polish(
         return [float(relative_error(tuned(x), y)) for x, y in pairs[1:]]
 
     best_trained = min(trained, key=lambda adapters: errors(adapters)[0])
-    selected, error = errors(best_trained)
+    selected, tested = errors(best_trained)
     if not selected < errors(found.adapters)[0]:
         return found
-    return replace(found, adapters=best_trained, error=found.error.new_tensor(error), success=True)
+    least, success = torch.full_like(found.error, tested), torch.ones_like(found.success)
+    return replace(found, adapters=best_trained, error=least, success=success)

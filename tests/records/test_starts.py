@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import text_files
 import torch
@@ -30,7 +32,8 @@ def test_the_gradient_is_that_of_the_loss(llama: str) -> None:
     found = starts.gradients(setting.source, llama, 0)
     network = models.decoder(llama)
     seen = starts.batches(setting, "train", starts.SEEN * starts.BATCH)
-    sum(starts.losses(network, batch).mean() / starts.SEEN for batch in seen).backward()
+    for batch in seen:
+        (starts.losses(network, batch).mean() / starts.SEEN).backward()
     layers = language.linear_layers(network.base_model)
     assert found.keys() == layers.keys()
     tokens = sum(int(batch["attention_mask"].sum()) for batch in seen)
@@ -40,7 +43,7 @@ def test_the_gradient_is_that_of_the_loss(llama: str) -> None:
 
 
 @pytest.mark.parametrize("start", ["gradient", "whitened"])
-def test_starts_are_best_approximations_with_the_fall_asked(start: str, llama: str) -> None:
+def test_starts_are_best_approximations_with_the_fall_asked(start: Any, llama: str) -> None:
     """Over whitened inputs no other change of this rank has as large a fall for its size."""
     setting = StartRun(model=llama, start=start, rank=2)
     found, about = deltas(setting), starts.gradients(setting.source, llama, 0)
@@ -68,7 +71,7 @@ def test_starts_are_best_approximations_with_the_fall_asked(start: str, llama: s
 
 
 @pytest.mark.parametrize("start", starts.STARTS)
-def test_training_goes_on_from_each_start(start: str, llama: str) -> None:
+def test_training_goes_on_from_each_start(start: Any, llama: str) -> None:
     setting = StartRun(model=llama, start=start, rank=2, steps=3, learning_rate=0.02)
     found = starts.train(setting)
     assert found.loss < found.begun
