@@ -158,5 +158,5 @@ def polish(
     selected, tested = errors(best_trained)
     if not selected < errors(found.adapters)[0]:
         return found
-    least, success = torch.full_like(found.error, tested), torch.ones_like(found.success)
-    return replace(found, adapters=best_trained, error=least, success=success)
+    measured, success = torch.full_like(found.error, tested), torch.ones_like(found.success)
+    return replace(found, adapters=best_trained, error=measured, success=success)
