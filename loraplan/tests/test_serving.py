@@ -178,7 +178,8 @@ def test_what_is_lost_is_lost_where_it_is_served(
     # Of a check too.
     checked = loraplan.check(out, tuned, files.texts(140, 1), base=base)
     assert checked.differing == plan.measured.differing
-    assert 0.02 * bool(entries) < checked.error < 1
+    # An adapter that cannot reach what entries change keeps next to nothing: 1 up to rounding.
+    assert 0.02 * bool(entries) < checked.error < 1 + 1e-6
     # A plan knows the numbers before they are written.
     config, report = (json.loads((out / n).read_text()) for n in ("adapter_config.json", REPORT))
     assert config["base_model_name_or_path"] == base
