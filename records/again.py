@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 import records
-from records import facts, language, run, starts
+from records import facts, language, run
 from records.tables import begin, put
 
 
@@ -39,15 +39,11 @@ MADE: dict[str, tuple[type[Any], Callable[..., Any]]] = {
     "decoder": (language.TextRun, language.measure),
     "recipes": (language.TextRun, with_validation),
     "facts": (facts.FactRun, facts.work),
-    "starts": (starts.StartRun, starts.work),
 }
 
 
 def settings(table: pd.DataFrame, kind: type[Any]) -> list[Any]:
     """Read the setting of each row of a table back, as values of a kind."""
-    if "problem" not in kind.model_fields:
-        rows: Any = table.convert_dtypes().filter(list(kind.model_fields))
-        return [kind(**row) for row in rows.to_dict("records")]
     problem, found = kind.model_fields["problem"].annotation, []
     for _, row in table.convert_dtypes().rename(columns={"method": "kind"}).iterrows():
         method: Any = language.Lora if row.kind == "lora" else language.Whole

@@ -21,8 +21,8 @@ from .tuning import Data, Labelled
 class Objective:
     """Losses of runs, whose networks are a batch, on checked batches of labelled inputs.
 
-    ``one_sided`` says which runs are trained by the one-sided loss, and ``if_dead`` which by it for
-    dead outputs alone. Labels that are integers are classes, one for each output.
+    ``one_sided`` says which runs take the one-sided loss for all outputs, and ``if_dead`` which
+    take it for dead outputs alone. Labels that are integers are classes, one for each output.
     """
 
     def __init__(
