@@ -1,6 +1,7 @@
 """Short trainings of adapters on the language model from four starts; see ``starts.md``.
 
-``python -m records.starts FOLDER`` makes the table; it goes on there after an interruption.
+``python -m records.starts FOLDER`` makes the table, and with ``scales`` behind it the one of rates
+at four ranks and scales; both go on there after an interruption.
 """
 
 from __future__ import annotations
@@ -31,18 +32,27 @@ SEEN = 4
 RIDGE = 0.01
 #: Falls of the loss, in nats and to first order, of which a start has the best on validation texts.
 FALLS = (0.2, 0.4, 0.8, 1.6)
+#: Ranks and scales ``α/R``, ``α/√R`` and ``α``, ``α`` = 4, with the first rates of each search.
+SCALED = {
+    (1, 4.0): (0.004, 0.008, 0.016),
+    (16, 0.25): (0.008, 0.016, 0.032),
+    (16, 1.0): (0.004, 0.008, 0.016),
+    (16, 4.0): (0.0005, 0.001, 0.002),
+}
+FULL_RATES = (0.00005, 0.0001, 0.0002)
 
 
 class StartRun(Values):
     """State one training on all linear layers from a ``start``, with an update ``scale · ABᵀ``.
 
-    Adam's rate falls linearly from ``learning_rate`` to 0. The seed draws texts, their order and
-    random factors. Losses are taken on ``part`` of the sentences of this ``source``.
+    ``"full"`` tunes the layers in full, whatever rank and scale. Adam's rate falls linearly from
+    ``learning_rate`` to 0. The seed draws texts, their order and random factors. Losses are taken
+    on ``part`` of the sentences of this ``source``.
     """
 
     source: str = "tweets"
     model: str = models.LANGUAGE
-    start: Literal["random", "gradient", "whitened", "inputs"] = "random"
+    start: Literal["random", "gradient", "whitened", "inputs", "full"] = "random"
     rank: int = Field(4, ge=1)
     scale: float = Field(2.0, gt=0)
     learning_rate: float = Field(0.008, gt=0)
@@ -206,10 +216,15 @@ def base_loss(source: str, model: str, rank: int, part: str) -> float:
 
 def train(setting: StartRun) -> StartResults:
     """Run one setting."""
-    network = adapted(setting.model, setting.rank)
     base = base_loss(setting.source, setting.model, setting.rank, setting.part)
     begun, fall = None, 0.0
-    if setting.start != "random":
+    if setting.start == "full":
+        network = models.decoder(setting.model).requires_grad_(False).eval()
+        for layer in language.linear_layers(network.base_model).values():
+            layer.weight.requires_grad_(True)
+    else:
+        network = adapted(setting.model, setting.rank)
+    if setting.start in ("gradient", "whitened", "inputs"):
         about = setting.source, setting.model, setting.seed, setting.start, setting.rank
         begun = begin_at(*about)
         fall = (
@@ -217,11 +232,13 @@ def train(setting: StartRun) -> StartResults:
             if setting.start == "inputs"
             else best_fall(setting.source, setting.model, setting.start, setting.rank)
         )
-    put_factors(network, setting, begun, fall)
+    if setting.start != "full":
+        put_factors(network, setting, begun, fall)
     before = held_out(network, setting, setting.part) if fall else base
     tuned = [weight for weight in network.parameters() if weight.requires_grad]
     optimizer = torch.optim.Adam(tuned, lr=setting.learning_rate)
-    for step, batch in enumerate(batches(setting, "train", BATCH * setting.steps)):
+    shown = batches(setting, "train", BATCH * setting.steps) if setting.steps else []
+    for step, batch in enumerate(shown):
         optimizer.param_groups[0]["lr"] = setting.learning_rate * (1 - step / setting.steps)
         optimizer.zero_grad()
         losses(network, batch).mean().backward()
@@ -262,6 +279,26 @@ def every() -> pd.DataFrame:
     return table
 
 
+def scaled() -> pd.DataFrame:
+    """Search for the rate of each rank and scale, and of full tuning, on two seeds."""
+    arms = [StartRun(rank=rank, scale=scale) for rank, scale in SCALED]
+    rates = dict(zip(arms, SCALED.values(), strict=True)) | {StartRun(start="full"): FULL_RATES}
+    asked = grid(StartRun, start=["gradient", "whitened"], rank=[1, 16], steps=[0])
+    tried = {arm: [*first] for arm, first in rates.items()}
+    for _ in range(3):
+        for arm, found in tried.items():
+            about = arm.model_dump(exclude={"learning_rate", "seed"})
+            asked += grid(StartRun, learning_rate=found, seed=[0, 1], **about)
+        table = run([*dict.fromkeys(asked)], work, "scales", size=1)
+        put(table, "scales")  # so far
+        for arm, found in tried.items():
+            rows = table[(table.start == arm.start) & (table["rank"] == arm.rank)]
+            rows = rows[(rows.scale == arm.scale) & (rows.steps > 0)]
+            best = float(rows.groupby("learning_rate").loss.mean().idxmin())  # type: ignore[arg-type]
+            if best in (min(found), max(found)):
+                found.append(best / 2 if best == min(found) else 2 * best)
+    return table
+
+
 if __name__ == "__main__":
-    begin()
-    every()
+    scaled() if begin() == ["scales"] else every()
