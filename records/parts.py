@@ -22,7 +22,6 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from loraplan import Adapter, Pair, Planner
@@ -41,7 +40,7 @@ from loraplan.lab import (
     measure_networks,
     stream,
 )
-from lorapower import lowrank, randomness
+from lorapower import bounds, lowrank, randomness
 from lorapower.networks import Decoder, from_decoder
 from records import Results, Values, grid, models, neighbours, pairs, plans, run
 from records.tables import begin, put
@@ -148,59 +147,28 @@ def shuffled(network: Decoder) -> Decoder:
 def tails(frozen: Decoder, target: Decoder, name: str) -> Iterator[Adapted]:
     """Compute by how much adapters of each rank on each weight of each head must miss the target.
 
-    Adapters of ranks ``R`` on two weights leave ``Σ_{i>2R} σ_i²`` of a difference of two heads, or
-    more [Eckart and Young]. Summed over heads, in the order of heads that makes the sum of both
-    parts least, over the squared norm of the target's heads; ``moved`` counts heads that are not in
-    their places. With rotary positions scores are those at distance 0.
+    Sums of `bounds.head_tails` over the squared norm of the target's heads, in the order of heads
+    that makes the sum of both parts least; ``moved`` counts heads that are not in their places.
+    With rotary positions scores are those at distance 0.
     """
-    ours, theirs = factors(frozen), factors(target)
-    beyond = {}
-    for part in ours:
-        left, right = theirs[part]
-        values = squared_spectra(ours[part], theirs[part])
-        total = spectrum(left, right).square().sum()
-        beyond[part] = values.flip(-1).cumsum(-1).flip(-1)[..., ::2] / total
-    for R, cost in enumerate(sum(beyond.values()).unbind(-1)):  # type: ignore[union-attr]
-        order = linear_sum_assignment(cost)
-        yield -1, "", f"{name} moved", int((order[0] != order[1]).sum()), 2 * R
-        for part, tail in beyond.items():
-            yield -1, part, f"{name} tail", float(tail[*order, R].sum()), 2 * R
-
-
-def squared_spectra(
-    ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]
-) -> Float[Tensor, "heads heads rank"]:
-    """Compute the squared singular values of the differences of each head and each other."""
-    signs = (1, -1)
-    inner = [(one.mT @ one, other.mT @ other) for one, other in zip(ours, theirs, strict=True)]
-    found = []
-    for g, mine in enumerate(zip(*ours, strict=True)):
-        grams = []
-        for one, every, sign, (own, other) in zip(mine, theirs, signs, inner, strict=True):
-            mixed = sign * one.mT @ every
-            top = torch.cat([own[g].expand_as(mixed), mixed], -1)
-            grams.append(torch.cat([top, torch.cat([mixed.mT, other], -1)], -2))
-        G, H = grams
-        # Heads of a group have dependent keys.
-        least = 1e-14 * G.diagonal(dim1=-2, dim2=-1).sum(-1)
-        C = torch.linalg.cholesky(G + least[:, None, None] * torch.eye(G.shape[-1]).to(G))
-        squares = torch.linalg.eigvalsh(C.mT @ H @ C).clamp(min=0).flip(-1)
-        # Those in one place may differ by little, as eigenvalues do by rounding.
-        left, right = (
-            torch.cat([one, sign * every[g]], -1)
-            for one, every, sign in zip(mine, theirs, signs, strict=True)
-        )
-        squares[g] = spectrum(left, right).square()
-        found.append(squares)
-    return torch.stack(found)
+    found = bounds.head_tails(frozen, target)
+    sizes = [spectrum(*sides).square().sum() for sides in factors(target).values()]
+    shares = bounds.HeadTails(*(tail / size for tail, size in zip(found, sizes, strict=True)))
+    places = torch.arange(len(found.scores))
+    for rank in range(0, found.scores.shape[-1] - 1, 2):
+        order = shares.least(rank, rank)[1]
+        yield -1, "", f"{name} moved", int((order != places).sum()), rank
+        for part, share in shares._asdict().items():
+            yield -1, part, f"{name} tail", float(share[places, order, rank].sum()), rank
 
 
 def factors(network: Decoder) -> dict[str, tuple[Tensor, Tensor]]:
     """Give ``A`` and ``M`` of all heads as factors, ``left @ right.mT``, with first gains."""
-    g = network.g_1[:, None, :, None]
-    K, V = network.each_head(network.W_K), network.each_head(network.W_V)
-    Q, K, V = ((W.mT * g).flatten(0, 1) for W in (network.W_Q, K, V))
-    return {"scores": (K, Q), "values": (network.W_O.flatten(0, 1), V)}
+    found = bounds.heads(network)
+    return {
+        "scores": (found.keys, found.queries.mT),
+        "values": (found.outputs, found.values.mT),
+    }
 
 
 def spectrum(left: Tensor, right: Tensor) -> Float[Tensor, "heads rank"]:

@@ -5,7 +5,7 @@ A claim at the end of a cell shows itself, and leaves a record for the scorecard
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ MIME = "application/vnd.lorapower.claim+json"
 class Claim:
     """One checked statement, to be understood by itself; all fields but ``holds`` are Markdown.
 
-    ``label`` names a statement of the book, whose prediction or requirement is ``predicted``.
+    ``label`` names a statement of the book, whose prediction or requirement is ``predicted``. The
+    requirement is ``by_hand`` where the statement is proved and says less than it.
     """
 
     statement: str
@@ -28,6 +29,7 @@ class Claim:
     predicted: str
     measured: str
     holds: bool
+    by_hand: bool = False
 
     @property
     def observed(self) -> bool:
@@ -36,8 +38,8 @@ class Claim:
 
     @property
     def expected(self) -> str:
-        """What ``predicted`` is: ``"required"`` by an observation, else ``"predicted"``."""
-        return "required" if self.observed else "predicted"
+        """What ``predicted`` is: ``"required"`` if set by hand, else ``"predicted"``."""
+        return "required" if self.observed or self.by_hand else "predicted"
 
     @property
     def line(self) -> str:
@@ -78,17 +80,37 @@ def equal(
 
 
 def at_most(
-    statement: str, label: str, *, measured: ArrayLike, bound: ArrayLike, seeds: int | None = None
+    statement: str,
+    label: str,
+    *,
+    measured: ArrayLike,
+    bound: ArrayLike,
+    seeds: int | None = None,
+    by_hand: bool = False,
 ) -> Claim:
-    """Claim ``measured ≤ bound`` for all entries; broadcasts. ``seeds`` ends the statement."""
-    return _compare("≤", np.less_equal, _count_seeds(statement, seeds), label, measured, bound)
+    """Claim ``measured ≤ bound`` for all entries; broadcasts. ``seeds`` ends the statement.
+
+    The bound is set ``by_hand`` where no proof gives it, as the part of searches that converge.
+    """
+    claim = _compare("≤", np.less_equal, _count_seeds(statement, seeds), label, measured, bound)
+    return replace(claim, by_hand=by_hand)
 
 
 def at_least(
-    statement: str, label: str, *, measured: ArrayLike, bound: ArrayLike, seeds: int | None = None
+    statement: str,
+    label: str,
+    *,
+    measured: ArrayLike,
+    bound: ArrayLike,
+    seeds: int | None = None,
+    by_hand: bool = False,
 ) -> Claim:
-    """Claim ``measured ≥ bound`` for all entries; broadcasts. ``seeds`` ends the statement."""
-    return _compare("≥", np.greater_equal, _count_seeds(statement, seeds), label, measured, bound)
+    """Claim ``measured ≥ bound`` for all entries; broadcasts. ``seeds`` ends the statement.
+
+    The bound is set ``by_hand`` where no proof gives it, as the part of searches that converge.
+    """
+    claim = _compare("≥", np.greater_equal, _count_seeds(statement, seeds), label, measured, bound)
+    return replace(claim, by_hand=by_hand)
 
 
 def number(value: float, digits: int) -> str:

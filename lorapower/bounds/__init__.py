@@ -7,10 +7,13 @@ and the errors of deep linear networks.
 from . import samples
 from .final_layers import colliding_inputs, final_layers_floor
 from .floors import attention_floor, directions, far_error
+from .heads import Heads, HeadTails, head_tails, heads
 from .layers import fnn_error, fnn_error_on, fnn_threshold
 from .transformer import necessary_ranks, packed_rank, ranks_suffice, transformer_ranks
 
 __all__ = [
+    "HeadTails",
+    "Heads",
     "attention_floor",
     "colliding_inputs",
     "directions",
@@ -19,6 +22,8 @@ __all__ = [
     "fnn_error",
     "fnn_error_on",
     "fnn_threshold",
+    "head_tails",
+    "heads",
     "necessary_ranks",
     "packed_rank",
     "ranks_suffice",

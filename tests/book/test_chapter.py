@@ -217,15 +217,20 @@ def test_numbers_keep_their_digits_and_typeset_powers_of_ten() -> None:
 
 
 def test_a_claim_is_one_line_that_says_what_it_rests_on() -> None:
-    """Only what is proved is predicted; bounds that differ are no interval."""
+    """What is proved is predicted, no bar set by hand; bounds that differ are no interval."""
     proved = claims.at_most("all", "thm-a", measured=[0, 1], bound=2, seeds=1)
     assert proved.line == "✓ Holds: all (one seed) (measured 0 … 1; predicted ≤ 2)"
     seen = claims.at_least("s", "obs-a", measured=[1, 3], bound=[1, 4], seeds=3)
     assert seen.line == "✗ Fails: s (3 seeds) (measured 1 … 3; required ≥ 1 … 4, each its own)"
+    tried = claims.at_least("s", "thm-a", measured=3, bound=1, by_hand=True)
+    assert tried.line == "✓ Holds: s (measured 3; required ≥ 1)"
 
 
 def test_claims_are_read_from_a_notebook_as_they_were_recorded(tmp_path: Path) -> None:
-    made = [claims.at_most(s, "thm-a", measured=1, bound=2) for s in ("one", "other")]
+    made = [
+        claims.at_most("s", "thm-a", measured=1, bound=2, by_hand=by_hand)
+        for by_hand in (False, True)
+    ]
     outputs = [nbformat.v4.new_output("display_data", claim._repr_mimebundle_()) for claim in made]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("…", outputs=outputs)])
     nbformat.write(notebook, tmp_path / "01-a.ipynb")
