@@ -128,7 +128,8 @@ def kind(*expected: type, **given: Any) -> None:
     for name, value in given.items():
         if not isinstance(value, expected):
             names = [f"{cls.__name__} ({cls.__module__.rpartition('.')[0]})" for cls in expected]
-            remedy = "networks.as_network reads torch modules" if isinstance(value, Module) else ""
+            reader = "from_decoder" if names[0].startswith("Decoder") else "as_network"
+            remedy = f"networks.{reader} reads torch modules" if isinstance(value, Module) else ""
             allowed = f"of class {' or '.join(names)}"
             raise InputError(name, allowed=allowed, given=type(value).__name__, remedy=remedy)
 

@@ -91,7 +91,9 @@ class SingularError(LorapowerError, ArithmeticError):
         kind, remedy = "ill-conditioned", "use float64, give more rank, or accept it by throw=False"
         if condition_number > singular_from:
             kind = "singular"
-            remedy = "give a singular layer more rank or none, or perturb the frozen weights"
+            remedy = (
+                "a singular layer needs the rank that it lacks, or more; or perturb its weights"
+            )
         super().__init__(
             f"the best splitting leaves a relative rounding error of {rounding_error:.1e}, more "
             f"than half of the digits; what the adapter of layer {layer}{member} acts through is "

@@ -32,7 +32,8 @@ class HeadTails(NamedTuple):
     """Squared distances that adapters of a rank must leave between two heads.
 
     ``scores[g, h, R]`` is ``Σ_{i>R} σ_i²`` of ``A`` of the target's head ``h`` minus that of the
-    frozen head ``g``, and ``values[g, h, R]`` the same for ``M``.
+    frozen head ``g``, and ``values[g, h, R]`` the same for ``M``, for all ``R`` from 0 to the
+    largest rank that such a difference can have.
     """
 
     scores: Float[Tensor, "frozen target rank"]
@@ -60,6 +61,7 @@ class HeadTails(NamedTuple):
 def heads(network: Decoder) -> Heads:
     """Read all heads of a transformer with norms, as factors of ``A``, ``a`` and ``M``.
 
+    `networks.from_decoder` makes a `Decoder` of one from ``transformers``.
     With ``B = diag(g_1) V`` for the norm before attention, ``A = Bᵀ W_Kᵀ W_Q B``,
     ``a = Bᵀ W_Kᵀ (W_Q s_1 + b_Q)`` and ``M = W_O W_V B``, in the order of the blocks; under a final
     norm ``Vᵀ M`` takes the place of ``M``. With rotary positions scores are those at distance 0.
@@ -85,8 +87,9 @@ def head_tails(frozen: Decoder, target: Decoder) -> HeadTails:
 
     Adapters change ``A`` of a head by rank ``R_Q + R_K`` at most and ``M`` by ``R_V + R_O``, so
     they leave at least the smaller singular values of a difference [thm-eckart-young]. Frozen heads
-    count rows, the target's count columns, in the order of the blocks. Raises what `heads` raises,
-    and `InputError` for networks of other widths or norms, and for other numbers of heads.
+    count rows, the target's count columns, in the order of the blocks; depths and sizes of heads
+    may differ. Computed in float64. Raises what `heads` raises, and `InputError` for networks of
+    other widths, norms or rotary positions, and for other numbers of heads.
 
     Examples
     --------
@@ -105,10 +108,11 @@ def head_tails(frozen: Decoder, target: Decoder) -> HeadTails:
     [1, 0]
     """
     ours, theirs = heads(frozen), heads(target)
-    target.require_like(frozen, ("norm",), ("width",))
+    target.require_like(frozen, ("norm", "final_norm", "rotary"), ("width",))
     if len(ours.a) != len(theirs.a):
         allowed = f"with {len(ours.a)} heads in all, as frozen has"
         raise InputError("target", allowed=allowed, given=len(theirs.a))
+    ours, theirs = (Heads(*(part.double() for part in each)) for each in (ours, theirs))
     of_scores = [lowrank.LowRank(one.keys, one.queries.mT) for one in (ours, theirs)]
     of_values = [lowrank.LowRank(one.outputs, one.values.mT) for one in (ours, theirs)]
     return HeadTails(_tails(*of_scores), _tails(*of_values))

@@ -120,7 +120,7 @@ def necessary_ranks(network: Decoder) -> dict[str, int]:
     """Find ranks none of which can be lowered alone, for almost all networks of a shape.
 
     One adapter serves all heads of a weight, as PEFT has it. Weights of attention have the counts
-    of `packed_rank`, below which equal ranks of two weights are too low [thm-packed]; feed-forward
+    of `packed_rank` [thm-packed], or their full rank where groups make it smaller; feed-forward
     layers save ranks on ``W_1`` and ``W_3`` first [thm-needed]. A tuned target may need much less:
     `transformer_ranks`. Raises `InputError` for shapes of which nothing is proved, as
     `ranks_suffice` does but for rotary positions and grouped heads; for a final LayerNorm; and as

@@ -23,7 +23,8 @@ from ..networks.layers import LinearNetwork, product
 class Adaptation:
     """Hold what all constructions return: ``adapters``, and whether they succeed, ``[...]``.
 
-    Without ``success`` they are the best found. `Adapters.merge` applies them.
+    Without ``success`` they miss what is predicted, by rounding or where a singular layer has too
+    little rank. `Adapters.merge` applies them.
     """
 
     adapters: Adapters

@@ -113,12 +113,27 @@ def test_heads_give_the_scores_and_what_a_token_adds_far_out() -> None:
     torch.testing.assert_close((found.outputs @ found.values @ inner)[:2], added)
 
 
+def test_float32_and_equal_heads_are_no_obstacle() -> None:
+    frozen = Decoder.random(2, 6, 2, residual=True, norm="layer", head_size=2).to(torch.float32)
+    W_Q = frozen.W_Q + torch.outer(torch.ones(2), torch.ones(6))
+    for target, rank in ((frozen, 0), (frozen.replace(W_Q=W_Q), 1)):
+        least, order = head_tails(frozen, target).least(rank, 0)
+        assert least < 1e-10
+        assert order.tolist() == [0, 1, 2, 3]
+
+
 def test_what_does_not_fit_is_refused() -> None:
     frozen = Decoder.random(1, 6, 2, residual=True, norm="rms")
     with pytest.raises(InputError, match="2 heads in all"):
         head_tails(frozen, Decoder.random(1, 6, 3, residual=True, norm="rms"))
     with pytest.raises(InputError, match="norm"):
         head_tails(frozen, Decoder.random(1, 6, 2, residual=True, norm="layer"))
+    for kind in ({"final_norm": True}, {"rotary": 100.0}):
+        other = Decoder.random(1, 6, 2, residual=True, norm="rms", head_size=2, **kind)
+        with pytest.raises(InputError, match=next(iter(kind))):
+            head_tails(frozen, other)
+    with pytest.raises(InputError, match="from_decoder"):
+        heads(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="residual connections and norms"):
         heads(Decoder.random(1, 6, 2, residual=True))
     with pytest.raises(InputError, match="scores_rank"):
