@@ -111,6 +111,7 @@ chapter: $(ready) ## run and open one: NAME=07 ARGS='-p width 24'
 	@$(if $(filter 1,$(words $(wildcard chapters/$(NAME)*.ipynb))),,echo 'name a chapter: NAME=07' >&2; exit 2;) \
 	mkdir -p _build/run $(IPYTHONDIR); \
 	$(bin)/papermill -k python3 chapters/$(NAME)*.ipynb _build/run/$(NAME).ipynb $(ARGS) \
+		&& $(bin)/jupyter trust _build/run/$(NAME).ipynb >/dev/null \
 		&& $(bin)/jupyter lab _build/run/$(NAME).ipynb $(LAB_ARGS)
 
 lab: $(ready) ## open the chapters in JupyterLab (LAB_ARGS=… for its options)

@@ -39,6 +39,8 @@ S = TypeVar("S", bound=Values)
 Work = Callable[[list[S]], Sequence["Results"]]
 #: The folder of the chapters' records.
 SWEEPS = Path(__file__).parent / "sweeps"
+#: Where runs that are in no record are kept while the code is the same.
+OWN = Path(__file__).parents[1] / "_build" / "runs"
 
 
 class Results(Values):
@@ -94,7 +96,8 @@ def sweep(
 ) -> pd.DataFrame:
     """Give the table of `run` from the record ``sweeps/NAME.jsonl.gz``, and repeat some.
 
-    Where the record lacks one or more of the settings, all are run and nothing is kept. In profile
+    Where the record lacks one or more of the settings, all are run, and kept in `OWN`, so that a
+    cell that is run again goes on where it stopped. In profile
     paper all are run, the record is written, and an interrupted sweep goes on where it stopped, on
     as many processors as a chapter may take, or on the dask cluster at the address in the
     environment's ``DASK_SCHEDULER_ADDRESS``. A line of text says which it was. Raises as `run`
@@ -119,8 +122,9 @@ def sweep(
         kept = store.read_record(file, type(settings[0])) if settings else {}
         if any(one not in kept for one in settings):
             print(f"Not all of these runs are in a record: {len(settings)} start now.")
+            OWN.mkdir(parents=True, exist_ok=True)
             with _processors():
-                return run(settings, work)
+                return run(settings, work, OWN / name)
         rows = [kept[one] for one in settings]
         others = kept.keys() - settings
         chosen = [repeat] if isinstance(repeat, int) else [*repeat]

@@ -103,11 +103,16 @@ def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
 def digest_code(work: Callable[..., Any]) -> str:
     """Digest the code that can change a result.
 
-    It is the notebook's cells so far, which define all that its functions call, or else the file of
-    ``work``; the packages of this project; and the versions of libraries that compute.
+    It is the notebook's cells since its first one ran last, each once, which define all that its
+    functions call, or else the file of ``work``; the packages of this project; and the versions of
+    libraries that compute.
     """
     shell = get_ipython()
-    code = [*shell.user_ns["In"]] if shell else [Path(inspect.getfile(work)).read_text("utf-8")]
+    if shell:
+        ran = [cell for cell in shell.user_ns["In"] if cell]
+        code = [*dict.fromkeys(ran[len(ran) - 1 - ran[::-1].index(ran[0]) :])]
+    else:
+        code = [Path(inspect.getfile(work)).read_text("utf-8")]
     for package in _PACKAGES:
         folder = Path(str(resources.files(package)))
         code += [path.read_text("utf-8") for path in sorted(folder.rglob("*.py"))]

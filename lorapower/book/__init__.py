@@ -10,15 +10,18 @@ import ast
 import difflib
 import os
 import re
+import sys
+import warnings
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, get_origin
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_origin
 
 from ..errors import InputError, needs
 
 with needs("book"):
-    from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+    from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-    from . import _executed, claims
+    from . import _executed, _run, claims
     from .values import Values
 
 #: Threads that a chapter may take; `setup` leaves torch one.
@@ -29,7 +32,8 @@ WIDEST = 512
 
 def whole(low: int, high: int | None = None) -> Any:
     """Declare an integer from ``low`` to ``high``."""
-    return Annotated[int, Field(ge=low, le=high)]
+    text = f"an integer from {low}" + (f" to {high}" if high is not None else "")
+    return Annotated[int, Field(ge=low, le=high, description=text)]
 
 
 def _within_width(ranks: list[int], info: ValidationInfo) -> list[int]:
@@ -55,26 +59,47 @@ Ranks: Any = Annotated[list[whole(0)], AfterValidator(_within_width)]  # type: i
 class Parameters(Values):
     """Hold the parameters that all chapters have; a chapter's class adds its own.
 
-    A list may also be one value or a text such as ``1,4`` or ``[1, 4]``, for papermill's ``-p``;
-    its numbers are sorted, each once. Raises `InputError` for the first unusable value, if
-    papermill was given a parameter that there is not, and in profile paper, whose runs become the
-    book's records, if it was given others besides.
+    Defaults are what the book was made with. A list may also be one value or a text such as ``1,4``
+    or ``[1, 4]``, for papermill's ``-p``; its numbers are sorted, each once.
     """
 
-    profile: Literal["quick", "paper"]
-    seed: Annotated[int, Field(ge=0)]
+    model_config = ConfigDict(validate_default=True)
 
-    def __init__(self, /, **values: Any) -> None:
-        injected, names = _injected(), [*type(self).model_fields]
-        if unknown := sorted(injected.difference(names)):
+    profile: Literal["quick", "paper"] = "quick"
+    seed: whole(0) = 0  # type: ignore[valid-type]
+
+    @classmethod
+    def read(cls) -> Self:
+        """Read the notebook's variables of these names, and say which are not the book's.
+
+        Raises `InputError` for the first unusable value, and if papermill was given a parameter
+        that there is not.
+        """
+        from IPython import get_ipython
+        from IPython.display import Markdown, display
+
+        names = [*cls.model_fields]
+        if unknown := sorted(_injected().difference(names)):
             near = difflib.get_close_matches(unknown[0], names, 1)
             remedy = f"did you mean {near[0]}?" if near else ""
             allowed = f"among {', '.join(names)}"
             raise InputError("parameters", allowed, ", ".join(unknown), remedy)
-        if values.get("profile") == "paper" and (others := injected - {"profile"}):
-            allowed = "left as they are in profile paper, whose runs become the book's records"
-            raise InputError("parameters", allowed, ", ".join(sorted(others)))
-        super().__init__(**values)
+        shell = get_ipython()
+        written = {name: shell.user_ns[name] for name in names}
+        given, recorded = cls(**written), {n: f.default for n, f in cls.model_fields.items()}
+        # What no ranks stand for depends on the width.
+        differ = [n for n in names if recorded[n] not in (written[n], getattr(given, n))]
+        other = {name: getattr(given, name) for name in differ if name != "profile"}
+        given._refuse(other)
+        _run.changed.clear()
+        _run.changed.update(other)
+        if other:
+            instead = _run.say({name: recorded[name] for name in other})
+            display(Markdown(f"*Run with {_run.say(other)}. The book has {instead}.*"))
+        return given
+
+    def _refuse(self, changed: dict[str, Any]) -> None:
+        """Refuse parameters that go together with no others."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -92,6 +117,18 @@ class Parameters(Values):
         return sorted(set(value)) if isinstance(value, list) else value
 
 
+class Recorded(Parameters):
+    """The parameters of a chapter with records, which profile paper makes anew.
+
+    In this profile `Parameters.read` refuses all others than the book's.
+    """
+
+    def _refuse(self, changed: dict[str, Any]) -> None:
+        if self.profile == "paper" and changed:
+            allowed = "left as they are in profile paper, whose runs become the book's records"
+            raise InputError("parameters", allowed, ", ".join(sorted(changed)))
+
+
 def _injected() -> set[str]:
     """List the names that papermill's cell of parameters assigned, the last one that ran."""
     from IPython import get_ipython
@@ -104,17 +141,24 @@ def _injected() -> set[str]:
 
 
 def setup() -> None:
-    """Set up a chapter's figures, and leave torch one thread."""
+    """Set up a chapter's figures, leave torch one thread, and let it import ``records``."""
     import torch
     from IPython import get_ipython
 
     from .figures import use_style
 
+    # tqdm, imported by transformers, misses widgets that no chapter shows.
+    warnings.filterwarnings("ignore", "IProgress not found")
     if shell := get_ipython():
-        shell.run_line_magic("config", 'InlineBackend.figure_formats = ["svg"]')
+        # Where a notebook is not trusted, and on code hosts, figures in SVG are left out.
+        shell.run_line_magic("config", 'InlineBackend.figure_formats = ["svg", "png"]')
     use_style()
     # On small matrices threads mostly wait for each other.
     torch.set_num_threads(1)
+    # They are part of a checkout and not installed: their name is one of another project's.
+    for folder in (*Path(__file__).resolve().parents, Path.cwd(), *Path.cwd().parents):
+        if (folder / "records" / "sweeps").is_dir() and str(folder) not in sys.path:
+            sys.path.append(str(folder))
 
 
 class _Quoted(dict[str, str]):

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InputError
+from . import _run
 
 MIME = "application/vnd.lorapower.claim+json"
 
@@ -21,7 +22,9 @@ class Claim:
     """One checked statement, to be understood by itself; all fields but ``holds`` are Markdown.
 
     ``label`` names a statement of the book, whose prediction or requirement is ``predicted``. The
-    requirement is ``by_hand`` where the statement is proved and says less than it.
+    requirement is ``by_hand`` where the statement is proved and says less than it, and is asked of
+    the book's parameters alone: ``elsewhere`` only what is predicted counts. Nothing was there to
+    check where ``measured`` is empty.
     """
 
     statement: str
@@ -30,6 +33,7 @@ class Claim:
     measured: str
     holds: bool
     by_hand: bool = False
+    elsewhere: bool = False
 
     @property
     def observed(self) -> bool:
@@ -42,8 +46,18 @@ class Claim:
         return "required" if self.observed or self.by_hand else "predicted"
 
     @property
+    def fails(self) -> bool:
+        """Whether it does not hold though it should, with these parameters."""
+        return not self.holds and not (self.elsewhere and self.expected == "required")
+
+    @property
     def line(self) -> str:
         """All of it in a line, as a cell shows it."""
+        if not self.measured:
+            return f"– Nothing to check: {self.statement} (with these parameters)"
+        if self.elsewhere and self.expected == "required":
+            bar = f"{self.predicted} required with the book's parameters only"
+            return f"○ Measured: {self.statement} ({self.measured}; {bar})"
         verdict = "✓ Holds" if self.holds else "✗ Fails"
         numbers = f"measured {self.measured}; {self.expected} {self.predicted}"
         return f"{verdict}: {self.statement} ({numbers})"
@@ -66,8 +80,11 @@ def equal(
 
     ``scale`` is by default ``|predicted|``. ``seeds`` ends the statement.
     """
-    expected, found = _numbers("predicted", predicted), _numbers("measured", measured)
-    unit = np.abs(expected) if scale is None else _numbers("scale", scale)
+    statement, found = _count_seeds(statement, seeds), _numbers(measured)
+    if not found.size:
+        return _nothing(statement, label)
+    expected = _numbers(predicted)
+    unit = np.abs(expected) if scale is None else _numbers(scale)
     difference, unit = np.broadcast_arrays(np.abs(found - expected), unit)
     # `<=` is false for NaN, which thus never holds.
     holds = difference <= rtol * unit
@@ -76,7 +93,8 @@ def equal(
         shown = f"off by {_deviation(difference, unit)}"
     else:
         allowed, shown = _range(expected), _range(found)
-    return Claim(_count_seeds(statement, seeds), label, allowed, shown, bool(holds.all()))
+    elsewhere = bool(_run.changed)
+    return Claim(statement, label, allowed, shown, bool(holds.all()), elsewhere=elsewhere)
 
 
 def at_most(
@@ -92,8 +110,8 @@ def at_most(
 
     The bound is set ``by_hand`` where no proof gives it, as the part of searches that converge.
     """
-    claim = _compare("≤", np.less_equal, _count_seeds(statement, seeds), label, measured, bound)
-    return replace(claim, by_hand=by_hand)
+    statement = _count_seeds(statement, seeds)
+    return _compare("≤", np.less_equal, statement, label, measured, bound, by_hand)
 
 
 def at_least(
@@ -109,8 +127,8 @@ def at_least(
 
     The bound is set ``by_hand`` where no proof gives it, as the part of searches that converge.
     """
-    claim = _compare("≥", np.greater_equal, _count_seeds(statement, seeds), label, measured, bound)
-    return replace(claim, by_hand=by_hand)
+    statement = _count_seeds(statement, seeds)
+    return _compare("≥", np.greater_equal, statement, label, measured, bound, by_hand)
 
 
 def number(value: float, digits: int) -> str:
@@ -135,20 +153,37 @@ def _deviation(difference: NDArray[np.float64], unit: NDArray[np.float64]) -> st
 
 
 def _compare(
-    sign: str, compare: np.ufunc, statement: str, label: str, measured: ArrayLike, bound: ArrayLike
+    sign: str,
+    compare: np.ufunc,
+    statement: str,
+    label: str,
+    measured: ArrayLike,
+    bound: ArrayLike,
+    by_hand: bool,
 ) -> Claim:
-    found, limit = _numbers("measured", measured), _numbers("bound", bound)
+    claim = Claim(statement, label, "", "", True, by_hand, bool(_run.changed))
+    found, limit = _numbers(measured), _numbers(bound)
+    if found.size and claim.elsewhere and claim.expected == "required":
+        # What cannot be measured with these parameters is no finding.
+        found, limit = (each[~np.isnan(found)] for each in np.broadcast_arrays(found, limit))
+    if not found.size:
+        return _nothing(statement, label)
     # Different bounds must not read like one interval for all values.
     limits = _range(limit) + ("" if limit.min() == limit.max() else ", each its own")
     holds = bool(compare(found, limit).all())
-    return Claim(statement, label, f"{sign} {limits}", _range(found), holds)
+    return replace(claim, predicted=f"{sign} {limits}", measured=_range(found), holds=holds)
 
 
-def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
-    numbers = np.asarray(values, dtype=np.float64)
-    if not numbers.size:
-        raise InputError(name, allowed="at least one number", given="none: nothing was checked")
-    return numbers
+def _nothing(statement: str, label: str) -> Claim:
+    """Claim nothing, which with the book's parameters is refused."""
+    if not _run.changed:
+        given = "none: nothing was checked"
+        raise InputError("measured", allowed="at least one number", given=given)
+    return Claim(statement, label, "", "", True, elsewhere=True)
+
+
+def _numbers(values: ArrayLike) -> NDArray[np.float64]:
+    return np.asarray(values, dtype=np.float64)
 
 
 def _range(numbers: NDArray[np.float64]) -> str:

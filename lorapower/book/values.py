@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from ..errors import InputError
 
@@ -56,7 +57,18 @@ def _translate(error: ValidationError, model: type[BaseModel]) -> InputError:
     if first["type"] == "extra_forbidden":
         fields = ", ".join(model.model_fields)
         return InputError("names", allowed=f"among {fields} (of {model.__name__})", given=name)
+    outside = first["type"] in ("greater_than_equal", "less_than_equal")
+    if outside and (whole := _described(model, name)):
+        return InputError(name, allowed=whole, value=first["input"])
     # The types of a union complain one by one.
     field = [one["msg"] for one in errors if one["loc"][:1] == first["loc"][:1]]
     allowed = " or ".join(dict.fromkeys(text.removeprefix("Input should be ") for text in field))
     return InputError(name, allowed=allowed, value=first["input"])
+
+
+def _described(model: type[BaseModel], name: str) -> str:
+    """Give the whole range of a field, or of what its list holds, if it is declared with one."""
+    field = model.model_fields[name]
+    inside = [about for part in get_args(field.annotation) for about in get_args(part)[1:]]
+    texts = [about.description for about in (field, *inside) if isinstance(about, FieldInfo)]
+    return next(filter(None, texts), "")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
@@ -17,30 +19,24 @@ from conftest import ROOT
 from IPython.core.formatters import DisplayFormatter
 
 from lorapower import InputError, book
-from lorapower.book import claims
+from lorapower.book import _executed, _run, claims, figures
 from lorapower.book._executed import read_claims
 
 NAN = float("nan")
 
 
-class All(book.Parameters):
+class All(book.Recorded):
     """Every type of parameter that there is."""
 
-    width: book.Width
-    depth: book.whole(1, 64)  # type: ignore[valid-type]
-    seeds: book.Seeds
-    ranks: book.Ranks
-    few: list[book.whole(1, 9)]  # type: ignore[valid-type]
+    width: book.Width = 16
+    depth: book.whole(1, 64) = 6  # type: ignore[valid-type]
+    seeds: book.Seeds = 2
+    ranks: book.Ranks = []  # noqa: RUF012
+    few: list[book.whole(1, 9)] = []  # type: ignore[valid-type]  # noqa: RUF012
 
 
-RIGHT: dict[str, Any] = {
-    **{"profile": "quick", "seed": 0, "width": 16, "depth": 6, "seeds": 2, "ranks": [4, 1]},
-    **{"few": []},
-}
-
-
-def completed(**changes: object) -> All:
-    return All(**RIGHT | changes)
+def completed(**changes: Any) -> All:
+    return All(**changes)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +61,7 @@ def test_lists_of_numbers_come_in_any_form(value: object) -> None:
         *(("width", value) for value in (0, 513, "16", 0.5)),
         *(("ranks", value) for value in (-1, "3,-1", "0.5", "all", 17, [0, 17])),
         ("few", [2, 0]),
+        ("few", 10),
         *(("seeds", value) for value in (0, 101)),
     ],
 )
@@ -75,16 +72,40 @@ def test_wrong_parameters_are_named(name: str, value: object) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_refusal_states_the_whole_range() -> None:
+    for name, value, said in (
+        ("depth", 65, "an integer from 1 to 64; got 65"),
+        ("seed", -1, "an integer from 0; got -1"),
+        ("few", [3, 10], "an integer from 1 to 9; got 10"),
+    ):
+        with pytest.raises(InputError, match=f"^{name} must be {said}"):
+            completed(**{name: value})
+
+
 # What a chapter does at its head
 
 
 @pytest.fixture
-def cells(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The cells that ran in a notebook, to which tests add."""
-    ran = ["", "width = 4"]
-    shell = SimpleNamespace(user_ns={"In": ran}, run_line_magic=lambda *_: None)
+def variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Those of a notebook, to which tests add."""
+    given = {**{name: field.default for name, field in All.model_fields.items()}, "In": [""]}
+    shell = SimpleNamespace(user_ns=given, run_line_magic=lambda *_: None)
     monkeypatch.setattr("IPython.get_ipython", lambda: shell)
-    return ran
+    monkeypatch.setattr("IPython.display.display", lambda _: None)
+    yield given
+    _run.changed.clear()
+
+
+@pytest.fixture
+def cells(variables: dict[str, Any]) -> list[str]:
+    """The cells that ran in a notebook, to which tests add."""
+    return cast(list[str], variables["In"])
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters that are not the book's."""
+    monkeypatch.setitem(_run.changed, "width", 24)
 
 
 def test_setup_sets_up_figures_and_threads(cells: list[str]) -> None:
@@ -101,18 +122,54 @@ def test_unknown_names_are_refused_with_those_that_there_are(cells: list[str]) -
     cells += ["# Parameters\nwdith = 24\nranks = [1]\n", "p = All()"]
     complaint = "among profile, seed, width, .*, few; got wdith: did you mean width?"
     with pytest.raises(InputError, match=complaint):
-        completed()
+        All.read()
     # As in JupyterLab, after the cell was mended and run again.
-    cells += ["# Parameters\nwidth = 24\n", "p = All()"]
-    assert completed(width=24).width == 24
+    cells += ["# Parameters\nwidth = 24\n", "p = All.read()"]
+    assert All.read().width == 16
 
 
-def test_what_becomes_a_record_has_the_parameters_of_the_book(cells: list[str]) -> None:
-    cells.append('# Parameters\nprofile = "paper"\nwidth = 4\n')
+def test_what_becomes_a_record_has_the_parameters_of_the_book(variables: dict[str, Any]) -> None:
+    variables |= {"profile": "paper", "width": 4}
     with pytest.raises(InputError, match=r"parameters must be left as they are .* got width"):
-        completed(profile="paper")
-    cells.append('# Parameters\nprofile = "paper"\n')
-    assert completed(profile="paper").profile == "paper"
+        All.read()
+    variables["width"] = 16
+    assert All.read().profile == "paper"
+
+
+def test_a_page_without_records_takes_all_parameters_in_each_profile(
+    variables: dict[str, Any],
+) -> None:
+    variables |= {"profile": "paper", "seed": 3}
+    assert book.Parameters.read().seed == 3
+
+
+@pytest.mark.parametrize("ranks", [[1, 4], "1,4", "[1, 4]"])
+def test_a_run_says_which_parameters_are_not_the_books(
+    variables: dict[str, Any], monkeypatch: pytest.MonkeyPatch, ranks: object
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("IPython.display.display", lambda text: shown.append(text.data))
+    assert All.read().ranks == [*range(17)]
+    assert (_run.changed, shown) == ({}, [])
+    variables |= {"width": 8, "ranks": ranks}
+    assert All.read().ranks == [1, 4]
+    assert _run.changed == {"width": 8, "ranks": [1, 4]}
+    assert shown == ["*Run with width 8, ranks 1 4. The book has width 16, ranks .*"]
+    # All ranks up to another width are what the book has too.
+    variables["ranks"] = []
+    All.read()
+    assert _run.changed == {"width": 8}
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_figures_name_parameters_that_are_not_the_books() -> None:
+    with mpl.rc_context():
+        figures.use_style()
+        figure = plt.figure()
+        assert [text.get_text() for text in figure.texts] == ["width 24"]
+        _run.changed.clear()
+        assert not plt.figure().texts
+    plt.close("all")
 
 
 # What the text quotes
@@ -209,6 +266,73 @@ def test_inequalities(measured: float, bound: float, below: bool, above: bool) -
 def test_nothing_checked_is_no_claim() -> None:
     with pytest.raises(InputError, match="measured must be at least one number; got none"):
         claims.at_most("s", "l", measured=[], bound=1)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_elsewhere_only_what_is_proved_has_to_hold() -> None:
+    seen = claims.at_least("s", "obs-a", measured=[1, NAN], bound=3)
+    assert seen.line == "○ Measured: s (1; ≥ 3 required with the book's parameters only)"
+    tried = claims.at_least("s", "thm-a", measured=1, bound=3, by_hand=True)
+    proved = claims.at_least("s", "thm-a", measured=[1, NAN], bound=3)
+    equal = claims.equal("s", "thm-a", predicted=1, measured=2)
+    assert [claim.fails for claim in (seen, tried, proved, equal)] == [False, False, True, True]
+    assert proved.line == "✗ Fails: s (measured NaN; predicted ≥ 3)"
+    for nothing in (
+        claims.at_most("s", "thm-a", measured=[], bound=1),
+        claims.at_most("s", "obs-a", measured=NAN, bound=1),
+        claims.equal("s", "thm-a", predicted=[], measured=[]),
+    ):
+        assert nothing.line == "– Nothing to check: s (with these parameters)"
+        assert not nothing.fails
+
+
+def test_papermill_writes_numbers_into_the_text_and_fails_with_a_claim() -> None:
+    text = '{eval}`book.quoted["error:.1f"]`, {eval}`book.quoted["later"]`, {quoted}`01::a`'
+    failing, held = (
+        claims.at_most("s", "thm-a", measured=measured, bound=1) for measured in (2, 1)
+    )
+    glue = {"scrapbook": {"name": "error", "mime_prefix": _executed.GLUE}}
+    number = nbformat.v4.new_output(
+        "display_data", {f"{_executed.GLUE}text/plain": "0.26"}, metadata=glue
+    )
+    shown = [
+        nbformat.v4.new_output("display_data", claim._repr_mimebundle_())
+        for claim in (held, failing)
+    ]
+    code = nbformat.v4.new_code_cell("from lorapower import book", outputs=[number, shown[0]])
+    cells = [nbformat.v4.new_markdown_cell(text), code]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    notebook.metadata["papermill"] = {"parameters": {"width": 8, "ranks": [1, 4]}}
+    _executed.finish(notebook)
+    first, written, _ = notebook.cells
+    assert first.source.startswith("*Run with width 8, ranks 1 4. ")
+    assert written.source == "0.3, …, …"
+    assert [output.output_type for output in code.outputs] == ["display_data"] * 2
+    code.outputs.append(shown[1])
+    _executed.finish(notebook)
+    assert (code.outputs[-1].output_type, code.outputs[-1].evalue) == ("error", "s")
+    other = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
+    _executed.finish(other)
+    assert [cell.source for cell in other.cells] == [text]
+
+
+@pytest.mark.programs
+def test_a_run_again_ends_with_a_status_if_a_theorems_claim_fails(tmp_path: Path) -> None:
+    parameters = nbformat.v4.new_code_cell("width: int = 2  # a width")
+    parameters.metadata["tags"] = ["parameters"]
+    claim = (
+        "from lorapower import book\nfrom lorapower.book import claims\n"
+        "claims.at_most('s', 'thm-a', measured=width, bound=3)"
+    )
+    cells = [parameters, *map(nbformat.v4.new_code_cell, (claim, "print('at the end')"))]
+    metadata = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    for width, status in ((3, 0), (4, 1)):
+        words = ["in.ipynb", f"{width}.ipynb", "-p", "width", str(width)]
+        command = [str(Path(sys.executable).with_name("papermill")), *words]
+        assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == status
+        assert "at the end" in (tmp_path / f"{width}.ipynb").read_text(encoding="utf-8")
 
 
 def test_numbers_keep_their_digits_and_typeset_powers_of_ten() -> None:

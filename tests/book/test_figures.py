@@ -159,6 +159,8 @@ def test_a_figure_with_choices_shows_the_first_ones_without_scripts() -> None:
     }
     assert 'aria-label="Shows &lt;(1, 2)&gt;."' in bundle["text/html"]
     assert bundle["text/plain"] == "Shows <(1, 2)>."
+    # And without trust, where no HTML is shown either.
+    assert bundle["image/png"].startswith(b"\x89PNG")
     assert not plt.get_fignums()
 
 

@@ -55,7 +55,7 @@ def test_without_extras_each_module_is_imported_or_says_what_to_install() -> Non
     assert raised.keys() == NEEDY
 
 
-def test_a_wheel_has_the_package_and_the_records_alone(tmp_path: Path) -> None:
+def test_a_wheel_has_the_package_alone(tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__")
     for name in ("lorapower", "records", "tests", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
@@ -65,7 +65,7 @@ def test_a_wheel_has_the_package_and_the_records_alone(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"lorapower", "records"}
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"lorapower"}
     kinds = {Path(name).suffix for name in names if name.startswith("lorapower/")}
     # Of data only what figures show: no texts, no weights.
     assert kinds == {".py", ".typed", ".css", ".js"}

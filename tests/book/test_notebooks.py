@@ -85,7 +85,9 @@ def test_claims_and_figures_are_folded(notebook: NotebookNode) -> None:
 def test_figures_are_described(book: Path, chapter: Path) -> None:
     executed = nbformat.read(book / "_sources" / "chapters" / chapter.name, as_version=4)
     for cell, after in pairwise(executed.cells):
-        if not any(IMAGES & set(output.get("data", {})) for output in cell.get("outputs", ())):
+        bundles = [set(output.get("data", {})) for output in cell.get("outputs", ())]
+        # Figures to touch describe themselves.
+        if not any(IMAGES & bundle and "text/html" not in bundle for bundle in bundles):
             continue
         image = cell.metadata.get("mystnb", {}).get("image", {})
         assert image.get("alt"), f"figure of cell {cell.id} has no alternative text"
@@ -129,9 +131,15 @@ def test_a_chapter_declares_its_parameters_and_refuses_bad_values_in_its_first_l
     assert list(described) == list(model.model_fields)
     assert len(described) == len(cell.source.splitlines())
     assert described["profile"]["default"] == '"quick"'
-    for about in described.values():
+    for name, about in described.items():
         assert about["inferred_type_name"] != "None", about
-        assert about["help"], about
+        # The book's parameters; ranks may also reach the width.
+        assert ast.literal_eval(about["default"]) == model.model_fields[name].default
+        schema = model.model_json_schema()["properties"][name]
+        for end in ("minimum", "maximum"):
+            bound = schema.get("items", schema).get(end)
+            stated = bound is None or re.search(rf"\b{bound}\b|to the width", about["help"])
+            assert stated, f"say {end} {bound} of {name}: {about['help']}"
     with pytest.raises(InputError, match="nothing_of_the_kind"):
         run_head(notebook, variables, nothing_of_the_kind=1)
     for name, schema in model.model_json_schema()["properties"].items():
@@ -145,6 +153,23 @@ def test_a_chapter_declares_its_parameters_and_refuses_bad_values_in_its_first_l
             with pytest.raises(InputError, match=rf"\b{name} must be .*; got ") as caught:
                 run_head(notebook, variables, **{name: value})
             assert caught.value.name == name, f"{name} = {value!r}"
+
+
+def snippets(chapter: Path) -> Iterator[str]:
+    """What readers are told to run elsewhere: solutions, and cells on how to use it."""
+    heading = ""
+    for cell in nbformat.read(chapter, as_version=4).cells:
+        if cell.cell_type == "markdown":
+            heading = (re.findall(r"(?m)^## (.+)$", cell.source) or [heading])[-1]
+            yield from re.findall(r"```python\n(.*?)```", cell.source, flags=re.DOTALL)
+        elif heading.startswith("Use it") and not cell.metadata.get("tags"):
+            yield cell.source
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_snippets_run_when_copied(chapter: Path) -> None:
+    for snippet in snippets(chapter):
+        exec(compile(snippet, "a snippet", "exec", dont_inherit=True), {})
 
 
 COMMANDS = [

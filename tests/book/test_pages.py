@@ -171,5 +171,5 @@ def test_a_page_is_printed_whole_and_without_code(
     text = " ".join(page.extract_text() for page in PdfReader(target).pages)
     assert "One ReLU layer from many" in " ".join(text.split())
     assert "In sum" in text
-    assert "from lorapower import" not in text
+    assert "import matplotlib" not in text
     assert str(book).encode() not in target.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 import shutil
@@ -27,6 +28,21 @@ def test_what_a_refused_command_says_is_raised_and_a_crash_is_no_verdict(
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(RuntimeError):
         pairs.run_command("plan")
+
+
+def test_a_command_may_write_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As ``shrink``, where an error is out of reach."""
+    commands = {name: pairs.COMMANDS[name] for name in ("extract", "shrink")}
+    monkeypatch.setattr(pairs, "COMMANDS", commands)
+    monkeypatch.setattr(pairs, "example", lambda _: tmp_path)
+    monkeypatch.setattr(pairs, "linked", lambda folder: folder)
+    monkeypatch.setattr(pairs, "run_command", lambda *_, **__: ("Verdict", 1.0, 1.0))
+    made = tmp_path / commands["extract"].split()[-1]
+    made.mkdir()
+    (made / "adapter.safetensors").write_bytes(bytes(1000))
+    written = pairs.transcripts().set_index("name").written
+    assert written["extract"] == 1e-3
+    assert math.isnan(written["shrink"])
 
 
 @pytest.mark.nightly

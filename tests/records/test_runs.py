@@ -8,10 +8,11 @@ import os
 import pickle
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from operator import or_
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, Self
 
 import joblib
@@ -304,7 +305,8 @@ def losses(folder: Path, factor: int, last: int) -> str:
         [sys.executable, "-c", KERNEL],
         input=cells,
         cwd=folder,
-        env=os.environ | {"IPYTHONDIR": str(folder / "ipython"), "OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"IPYTHONDIR": str(folder / "ipython"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
@@ -335,6 +337,40 @@ def test_a_sweep_goes_on_with_the_same_code_alone(
     assert store.digest_code(work) == before != store.digest_code(store.equal)
     module.write_text("SIZE = 2\n")
     assert store.digest_code(work) != before
+
+
+def test_a_sweep_goes_on_when_its_cell_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone or with all before it, unless one of these has changed."""
+
+    def digest(*cells: str) -> str:
+        shell = SimpleNamespace(user_ns={"In": ["", *cells]})
+        monkeypatch.setattr(store, "get_ipython", lambda: shell)
+        return store.digest_code(work)
+
+    first = digest("a", "b", "sweep")
+    assert first == digest("a", "b", "sweep", "sweep")
+    assert first == digest("a", "b", "sweep", "c", "a", "b", "sweep")
+    assert first != digest("a", "b", "sweep", "b changed", "sweep")
+    assert first != digest("a", "b changed", "sweep")
+
+
+def test_runs_that_no_record_has_are_kept_for_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "SWEEPS", tmp_path)
+    monkeypatch.setattr(runs, "OWN", tmp_path / "own")
+    monkeypatch.setattr(runs, "_processors", nullcontext)
+    asked: list[int] = []
+
+    def count(settings: list[Other]) -> list[Found]:
+        asked.extend(one.width for one in settings)
+        return [Found(loss=float(one.width)) for one in settings]
+
+    for last in (2, 3):
+        settings = grid(Other, width=range(last))
+        table = sweep("numbers", settings, count, "quick", protocol="Numbers.")
+        assert table.loss.tolist() == [*range(last)]
+    assert asked == [0, 1, 2]
 
 
 def test_side_by_side_the_table_is_the_same(tmp_path: Path) -> None:
@@ -372,6 +408,7 @@ def swept(settings: list[Any] = GRID, profile: str = "quick", **options: Any) ->
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A record of all runs, the only file in its folder."""
     monkeypatch.setattr(runs, "SWEEPS", tmp_path)
+    monkeypatch.setattr(runs, "OWN", tmp_path.with_name("own"))
     monkeypatch.setattr("lorapower.book.THREADS", 1)
     same(swept(profile="paper"), run(GRID, work))
     REPEATED.clear()

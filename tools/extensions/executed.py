@@ -37,14 +37,13 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxRole
 
 import lorapower
-from lorapower.book._executed import formatted, read_claims, read_quotes
+from lorapower.book._executed import NAMED, QUOTED, formatted, read_claims, read_quotes
 from lorapower.book.claims import MIME, Claim
 
 SCORECARD = "chapters/scorecard"
 _TEMPLATES = ["chapters/built", SCORECARD, "chapters/statements"]
-_NAMED = r"(?P<name>\w+)(?::(?P<format>[^\"]+))?"
-_HERE = re.compile(rf'book\.quoted\["{_NAMED}"\]')
-_ELSEWHERE = re.compile(rf"(?P<chapter>[\w-]+)::{_NAMED}")
+_HERE = re.compile(QUOTED)
+_ELSEWHERE = re.compile(rf"(?P<chapter>[\w-]+)::{NAMED}")
 
 
 @cache

@@ -10,8 +10,11 @@ import matplotlib as mpl
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.typing import ColorType
+
+from .. import _run
 
 GREY = "0.4"
 DARK = "0.15"
@@ -52,6 +55,7 @@ def use_style() -> None:
         "axes.spines.right": False,
         "axes.spines.top": False,
         "figure.constrained_layout.use": True,
+        "figure.hooks": [f"{__name__}:name_parameters"],
         "figure.figsize": (5.0, 3.2),  # so that phones show ticks of 11 pixels
         "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib
         "grid.color": "0.9",
@@ -61,6 +65,13 @@ def use_style() -> None:
         "svg.hashsalt": "lorapower",
     }
     sns.set_theme(style="ticks", palette="colorblind", font_scale=1.1, rc=own)
+
+
+def name_parameters(figure: Figure) -> None:
+    """Write below a figure with which parameters it was drawn, where these are not the book's."""
+    if _run.changed:
+        text = _run.say(_run.changed)
+        figure.text(0.99, 0, text, ha="right", va="top", color=GREY, fontsize="x-small")
 
 
 def look(method: Any, methods: Sequence[Any], kind: int) -> dict[str, Any]:

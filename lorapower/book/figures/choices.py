@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
-from io import StringIO
+from io import BytesIO, StringIO
 from itertools import count
 from typing import Any
 
@@ -45,9 +45,11 @@ class Choices:
     sentences: Mapping[tuple[int, ...], str]
     start: tuple[int, ...]
 
-    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
-        file = StringIO()
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
+        file, picture = StringIO(), BytesIO()
         self.figure.savefig(file, format="svg", metadata=dict.fromkeys(_ABOUT))
+        self._show_first()
+        self.figure.savefig(picture, format="png", bbox_inches="tight")
         plt.close(self.figure)
         svg = _PART.sub(self._hide, file.getvalue()[file.getvalue().index("<svg") :])
         sentence = self.sentences[self.start]
@@ -66,11 +68,22 @@ class Choices:
             f'<div class="picture" role="img" aria-label="{escape(sentence)}">{svg}</div>\n'
             f'<script type="application/json">{json.dumps(data)}</script>\n'
             f"<script>{script}</script></div>",
+            # Where notebooks are not trusted, no script runs.
+            "image/png": picture.getvalue(),
             "text/plain": sentence,
         }
 
+    def _show_first(self) -> None:
+        """Hide the artists of all other choices."""
+        for artist in self.figure.findobj(lambda artist: bool(artist.get_gid())):
+            if part := _PART.match(f'<g id="{artist.get_gid()}"'):
+                artist.set_visible(self._is_first(part[1]))
+
     def _hide(self, part: re.Match[str]) -> str:
         """Hide a part of the picture that belongs to other choices than the first."""
-        wanted = zip(part[1].split("_"), self.start, strict=True)
-        seen = all(place in ("", str(chosen)) for place, chosen in wanted)
-        return part[0] if seen else f'{part[0]} style="display: none"'
+        return part[0] if self._is_first(part[1]) else f'{part[0]} style="display: none"'
+
+    def _is_first(self, places: str) -> bool:
+        """Say whether a part at these places belongs to the first choice."""
+        wanted = zip(places.split("_"), self.start, strict=True)
+        return all(place in ("", str(chosen)) for place, chosen in wanted)
